@@ -1,0 +1,1 @@
+"""The tiers: places where blocks lie. Slots and bytes, nothing else."""
