@@ -1,0 +1,471 @@
+"""Both channels against a peer that follows a script: replies, refusals, garbage, silence, descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from kvcache.channel import AsyncChannel, BlockingChannel
+from kvcache.clock import NS_PER_MS, NS_PER_S, SystemClock
+from kvcache.errors import BadInput, NotAllowed, Unavailable
+from kvcache.wire import (
+    HEADER,
+    PROTOCOL_VERSION,
+    Blocks,
+    EventBatch,
+    Failure,
+    Hello,
+    Match,
+    Matched,
+    Message,
+    Read,
+    Reply,
+    Request,
+    Stats,
+    StatsReply,
+    Watch,
+    Welcome,
+    Write,
+    decode_header,
+    decode_request,
+    encode,
+)
+
+CLOCK = SystemClock()
+HELLO = Hello(PROTOCOL_VERSION)
+WELCOME = Welcome(PROTOCOL_VERSION, "node", 7, "default", ["reader"], b"k" * 32, 0)
+
+
+def soon(ms: int = 5_000) -> int:
+    return CLOCK.now_ns() + ms * NS_PER_MS
+
+
+class Peer:
+    """The other end: what a node would do, one step at a time, in a thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def take(self) -> tuple[int, Request, bytes]:
+        header = decode_header(self._exactly(HEADER.size))
+        call, request = decode_request(self._exactly(header.body_bytes))
+        return call, request, self._exactly(header.payload_bytes)
+
+    def give(self, call: int, reply: Message, payload: bytes = b"") -> None:
+        self.sock.sendall(encode(call, reply, len(payload)) + payload)
+
+    def greet(self, descriptors: Sequence[int] = ()) -> None:
+        call, request, _ = self.take()
+        assert isinstance(request, Hello)
+        socket.send_fds(self.sock, [encode(call, WELCOME)], list(descriptors))
+
+    def wait_for_end(self) -> None:
+        while self.sock.recv(1 << 16):
+            pass
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            part = self.sock.recv(count - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+Script = Callable[[Peer], None]
+
+
+class Channel(Protocol):
+    """What both kinds have in common, seen from a test that waits for everything."""
+
+    ended_by: str
+    welcome: Welcome
+    slab_fd: int | None
+
+    def call(
+        self,
+        request: Request,
+        deadline_ns: int,
+        payload: Sequence[memoryview] = (),
+        into: Sequence[memoryview] = (),
+    ) -> Reply: ...
+
+    def close(self) -> None: ...
+
+
+class Waited:
+    """An AsyncChannel on a loop of its own."""
+
+    def __init__(self, runner: asyncio.Runner, channel: AsyncChannel) -> None:
+        self.runner = runner
+        self.channel = channel
+
+    def __getattr__(self, name: str) -> Any:  # Attributes are those of the channel, whatever they are.
+        return getattr(self.channel, name)
+
+    def call(self, *arguments: Any, **named: Any) -> Reply:  # Passed through.
+        return self.runner.run(self.channel.call(*arguments, **named))
+
+
+class Bench:
+    """Serves scripts on a unix socket and connects the kind of channel under test."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = kind
+        self.address = f"unix://{path}"
+        self.runner = asyncio.Runner()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._threads: list[threading.Thread] = []
+        self._failures: list[BaseException] = []
+        self._channels: list[Channel | Waited] = []
+
+    def play(self, script: Script) -> None:
+        thread = threading.Thread(target=self._play, args=(script,))
+        thread.start()
+        self._threads.append(thread)
+
+    def connect(self, script: Script, hello: Hello = HELLO, ms: int = 5_000) -> Any:  # A Channel.
+        self.play(script)
+        if self.kind == "blocking":
+            channel: Channel | Waited = BlockingChannel.connect(self.address, hello, soon(ms))
+        else:
+            waiting = AsyncChannel.connect(self.address, hello, soon(ms))
+            channel = Waited(self.runner, self.runner.run(waiting))
+        self._channels.append(channel)
+        return channel
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self.runner.close()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+        assert self._failures == []
+
+    def _play(self, script: Script) -> None:
+        try:
+            sock, _ = self._listener.accept()
+            with sock:
+                script(Peer(sock))
+        except (EOFError, ConnectionError):
+            pass
+        except BaseException as error:
+            self._failures.append(error)
+
+
+@pytest.fixture(params=["blocking", "async"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(request.param, tmp_path / "node.sock")
+    yield made
+    made.close()
+
+
+def test_calls_are_answered_in_order_and_payloads_land_where_asked(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        call, request, payload = peer.take()
+        assert isinstance(request, Write) and payload == b"abcdef"
+        peer.give(call, Matched(1))
+        call, request, _ = peer.take()
+        assert isinstance(request, Read)
+        peer.give(call, Blocks(2), b"x" * 300_000 + b"y" * 300_000)
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    assert channel.welcome == WELCOME
+    assert channel.call(Write(1, 0, 1), soon(), [memoryview(b"abc"), memoryview(b"def")]) == Matched(1)
+    into = [memoryview(bytearray(300_000)), memoryview(bytearray(300_000))]
+    assert channel.call(Read(1, 0, 2), soon(), (), into) == Blocks(2)
+    assert into[0] == b"x" * 300_000 and into[1] == b"y" * 300_000
+    assert channel.ended_by == ""
+
+
+def test_a_large_payload_goes_out_whole(bench: Bench) -> None:
+    data = bytes(range(256)) * 20_000
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        call, _, payload = peer.take()
+        peer.give(call, Matched(int(payload == data)))
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    assert channel.call(Write(1, 0, 1), soon(), [memoryview(data)]) == Matched(1)
+
+
+def test_a_refusal_is_raised_and_leaves_the_channel_open(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.give(peer.take()[0], Failure("bad_lease", "gone", "it ended", "take another"))
+        peer.give(peer.take()[0], Failure("not_allowed", "no"))
+        peer.give(peer.take()[0], Matched(3))
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    with pytest.raises(BadInput, match="it ended"):
+        channel.call(Stats(), soon())
+    with pytest.raises(NotAllowed):
+        channel.call(Stats(), soon())
+    assert channel.call(Stats(), soon()) == Matched(3)
+
+
+def test_silence_past_the_deadline_closes_the_channel(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    with pytest.raises(Unavailable, match="in time"):
+        channel.call(Stats(), soon(20))
+    assert channel.ended_by == "deadline"
+    with pytest.raises(Unavailable, match="ended"):
+        channel.call(Stats(), soon())
+
+
+def test_half_a_payload_is_no_answer(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        call, _, _ = peer.take()
+        peer.sock.sendall(encode(call, Blocks(1), 100) + b"x" * 50)
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    with pytest.raises(Unavailable):
+        channel.call(Read(1, 0, 1), soon(20), (), [memoryview(bytearray(100))])
+
+
+def test_a_peer_that_does_not_read_meets_the_deadline(bench: Bench) -> None:
+    released = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        released.wait(30)
+
+    channel = bench.connect(script)
+    with pytest.raises(Unavailable):
+        channel.call(Write(1, 0, 1), soon(30), [memoryview(bytes(8 << 20))])
+    assert channel.ended_by == "deadline"
+    released.set()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        HEADER.pack(b"KV", PROTOCOL_VERSION, 0, 1 << 30, 0),
+        HEADER.pack(b"KV", PROTOCOL_VERSION + 1, 0, 0, 0),
+        HEADER.pack(b"KV", PROTOCOL_VERSION, 0, 3, 0) + b"abc",
+        encode(99, Matched(1)),
+        encode(2, Blocks(1), 100) + b"x" * 100,
+        encode(2, Match(b"", b"")),
+    ],
+)
+def test_garbage_ends_the_channel(bench: Bench, garbage: bytes) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.take()
+        peer.sock.sendall(garbage)
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    with pytest.raises(Unavailable):
+        channel.call(Stats(), soon())
+    assert channel.ended_by == "bad_frame"
+
+
+def test_the_end_of_the_node_is_noticed(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        call, _, _ = peer.take()
+        peer.sock.sendall(encode(call, Matched(1))[:-1])
+
+    channel = bench.connect(script)
+    with pytest.raises(Unavailable):
+        channel.call(Stats(), soon())
+    assert channel.ended_by == "disconnected"
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    address = f"unix://{tmp_path}/nobody.sock"
+    with pytest.raises(Unavailable):
+        BlockingChannel.connect(address, HELLO, soon())
+    with pytest.raises(Unavailable):
+        asyncio.run(AsyncChannel.connect(address, HELLO, soon()))
+
+
+def test_a_node_that_never_welcomes(bench: Bench) -> None:
+    with pytest.raises(Unavailable, match="in time"):
+        bench.connect(Peer.wait_for_end, ms=20)
+
+
+def test_a_refused_hello_says_why(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.give(peer.take()[0], Failure("not_allowed", "no such token"))
+
+    with pytest.raises(NotAllowed, match="no such token"):
+        bench.connect(script)
+
+
+def test_something_else_at_the_address_is_named(bench: Bench) -> None:
+    with pytest.raises(BadInput, match="frames start with"):
+        bench.connect(lambda peer: peer.sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+
+
+def test_the_descriptor_comes_with_the_welcome_and_goes_with_the_channel(bench: Bench) -> None:
+    memory = os.memfd_create("slab", os.MFD_CLOEXEC)
+    os.ftruncate(memory, 4096)
+
+    def script(peer: Peer) -> None:
+        peer.greet([memory])
+        peer.wait_for_end()
+
+    channel = bench.connect(script, Hello(PROTOCOL_VERSION, map=True))
+    received = channel.slab_fd
+    assert received is not None
+    assert os.fstat(received).st_ino == os.fstat(memory).st_ino
+    assert not os.get_inheritable(received)
+    channel.close()
+    channel.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(received)
+    os.close(memory)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(2, True), (1, False), (40, True)])
+def test_descriptors_that_were_not_asked_for_are_refused_and_closed(
+    bench: Bench, count: int, wanted: bool
+) -> None:
+    memory = os.memfd_create("slab", os.MFD_CLOEXEC)
+
+    def script(peer: Peer) -> None:
+        peer.greet([memory] * count)
+        peer.wait_for_end()
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(BadInput):
+        bench.connect(script, Hello(PROTOCOL_VERSION, map=wanted))
+    bench.runner.close()
+    for thread in bench._threads:
+        thread.join()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+    os.close(memory)
+
+
+def run(tmp_path: Path, script: Script, work: Callable[[AsyncChannel], Coroutine[None, None, None]]) -> None:
+    bench = Bench("async", tmp_path / "node.sock")
+
+    async def main(channel: AsyncChannel) -> None:
+        async with channel:
+            await asyncio.wait_for(work(channel), 10)
+
+    waited = bench.connect(script)
+    bench.runner.run(main(waited.channel))
+    bench.close()
+
+
+def test_a_cancelled_call_neither_answers_another_nor_writes(tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        first, _, _ = peer.take()
+        asked.set()
+        second, _, _ = peer.take()
+        peer.give(first, Blocks(1), b"late")
+        peer.give(second, Matched(2))
+        peer.wait_for_end()
+
+    async def work(channel: AsyncChannel) -> None:
+        view = memoryview(bytearray(b"...."))
+        call = asyncio.ensure_future(channel.call(Read(1, 0, 1), soon(), (), [view]))
+        await asyncio.to_thread(asked.wait)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await channel.call(Stats(), soon()) == Matched(2)
+        assert bytes(view) == b"...."
+
+    run(tmp_path, script, work)
+
+
+def test_many_calls_at_once_each_get_their_own(tmp_path: Path) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        for _ in range(20):
+            call, request, _ = peer.take()
+            assert isinstance(request, Read)
+            peer.give(call, Matched(request.lease))
+        peer.wait_for_end()
+
+    async def work(channel: AsyncChannel) -> None:
+        calls = [channel.call(Read(number, 0, 1), soon()) for number in range(20)]
+        assert await asyncio.gather(*calls) == [Matched(number) for number in range(20)]
+
+    run(tmp_path, script, work)
+
+
+def test_events_come_in_order_beside_other_calls(tmp_path: Path) -> None:
+    def batch(seq: int) -> EventBatch:
+        return EventBatch("node", 1, seq, False, [])
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        watch, request, _ = peer.take()
+        assert isinstance(request, Watch)
+        peer.give(watch, batch(0))
+        stats, _, _ = peer.take()
+        peer.give(watch, batch(1))
+        peer.give(stats, StatsReply({"a": 1.0}))
+        for seq in range(2, 1_000):
+            peer.give(watch, batch(seq))
+
+    async def work(channel: AsyncChannel) -> None:
+        seen: list[int] = []
+        with pytest.raises(Unavailable):
+            async for event in channel.events():
+                if not seen:
+                    assert await channel.call(Stats(), soon()) == StatsReply({"a": 1.0})
+                seen.append(event.seq)
+        assert seen == list(range(1_000))
+
+    run(tmp_path, script, work)
+
+
+def test_a_refused_watch_is_raised(tmp_path: Path) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.give(peer.take()[0], Failure("not_allowed", "not a router"))
+        peer.wait_for_end()
+
+    async def work(channel: AsyncChannel) -> None:
+        with pytest.raises(NotAllowed):
+            async for _ in channel.events():
+                pass
+
+    run(tmp_path, script, work)
+
+
+def test_a_deadline_fails_every_call_in_flight(tmp_path: Path) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.wait_for_end()
+
+    async def work(channel: AsyncChannel) -> None:
+        calls = [channel.call(Stats(), soon(20)), channel.call(Stats(), soon(10_000))]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(result, Unavailable) for result in results)
+
+    started = CLOCK.now_ns()
+    run(tmp_path, script, work)
+    assert CLOCK.now_ns() - started < 5 * NS_PER_S
