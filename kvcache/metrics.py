@@ -1,0 +1,250 @@
+"""Every metric there is, declared here and nowhere else, and the node's stats that most are made from.
+
+A node answers ``Stats`` with a map of plain numbers. ``STATS`` is the table of those names: the node
+fills exactly these, and each becomes one Prometheus metric, ``kvcache_`` and the name, with ``_total``
+behind it for a counter. A stat with a label is sent as ``name:value`` (``requests:lease``); its values
+are a closed set, so that no tenant, key or prompt can become a label and the number of series is bounded.
+What the node has not counted yet is 0.
+
+The HTTP process adds its own (``HttpMetrics``). docs/metrics.md is ``document()``, written by
+``python -m kvcache.metrics``.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvcache import __version__
+from kvcache.errors import CODES
+from kvcache.wire import Request
+
+PREFIX = "kvcache_"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OTHER = "other"
+TIERS = ("hbm", "host", "nvme")
+REQUESTS = tuple(str(kind.__struct_config__.tag) for kind in typing.get_args(Request))
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """One name in ``StatsReply.values``. ``kind`` is counter or gauge; a counter only grows while the
+    node lives. With ``label``, one number for each of ``values`` (and for ``other``)."""
+
+    name: str
+    kind: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        return f"{PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the node may send for this stat."""
+        return tuple(f"{self.name}:{value}" for value in self.values) if self.label else (self.name,)
+
+
+STATS: tuple[Stat, ...] = (
+    # What clients asked.
+    Stat("requests", "counter", "Requests answered or refused, by kind.", "request", REQUESTS),
+    Stat("refusals", "counter", "Requests refused, by error code.", "code", tuple(CODES)),
+    Stat("connections_opened", "counter", "Connections whose Hello was accepted."),
+    Stat("connections", "gauge", "Connections open now."),
+    # What they found.
+    Stat("match_blocks", "counter", "Blocks asked for by Match."),
+    Stat("match_hit_blocks", "counter", "Leading blocks that Match found."),
+    Stat("lookup_tokens", "counter", "Tokens of the blocks asked for by leases."),
+    Stat(
+        "hit_tokens", "counter", "Tokens of the blocks that leases gave: prefill that need not be computed."
+    ),
+    Stat("saved_tokens", "counter", "Tokens of the blocks committed."),
+    Stat(
+        "read_bytes", "counter", "Block bytes sent to readers that do not map the slab.", "path", ("socket",)
+    ),
+    Stat("written_bytes", "counter", "Block bytes received from such writers.", "path", ("socket",)),
+    # What changed.
+    Stat("stored_blocks", "counter", "Blocks published.", "reason", ("committed", "promoted", "fetched")),
+    Stat(
+        "removed_blocks",
+        "counter",
+        "Blocks unpublished, by reason.",
+        "reason",
+        ("evicted", "quarantined", "orphaned", "cleared"),
+    ),
+    Stat("short_reservations", "counter", "Reservations of less than asked.", "reason", ("busy", "full")),
+    Stat("leases_taken", "counter", "Leases given."),
+    Stat("leases_expired", "counter", "Leases that ended by time instead of by release."),
+    # What went wrong, and was caught.
+    Stat(
+        "rejected_blocks",
+        "counter",
+        "Blocks whose bytes did not have their sums: found at rest (checksum) or on arrival (transfer).",
+        "reason",
+        ("checksum", "transfer", "generation"),
+    ),
+    Stat("reader_disagreed_blocks", "counter", "Blocks that a reader reported and the node found intact."),
+    Stat("watchers_dropped", "counter", "Followers of events that were too slow and were disconnected."),
+    # What is there.
+    Stat("capacity_bytes", "gauge", "Bytes a tier may hold.", "tier", TIERS),
+    Stat("used_bytes", "gauge", "Bytes of slots in use, reserved ones included.", "tier", TIERS),
+    Stat("blocks", "gauge", "Blocks that can be read now.", "tier", TIERS),
+    Stat("leases", "gauge", "Leases held now."),
+    Stat("leased_blocks", "gauge", "Blocks under a lease now."),
+    Stat("reservations", "gauge", "Reservations open now."),
+    Stat("reserved_blocks", "gauge", "Blocks being written now."),
+    Stat(
+        "limbo_blocks",
+        "gauge",
+        "Reserved slots whose writer vanished; reused when its process is known dead.",
+    ),
+    Stat("pinned_blocks", "gauge", "Blocks an operator pinned."),
+    Stat("quarantined_blocks", "gauge", "Slots set aside because their bytes were wrong."),
+    Stat("namespaces", "gauge", "Namespaces opened since the start."),
+    Stat("arenas", "gauge", "Trust domains with memory of their own."),
+    Stat("watchers", "gauge", "Followers of this node's events."),
+    Stat("events", "counter", "Event batches published."),
+    Stat("uptime_seconds", "gauge", "Seconds since the node started."),
+)
+
+
+def unknown_names(values: Iterable[str]) -> list[str]:
+    """The names that are not in the table. A node's own test holds this to be empty."""
+    known = {name for stat in STATS for name in stat.names}
+    return sorted(set(values) - known)
+
+
+class NodeCollector(Collector):
+    """The node's stats as metrics: those of the last ``update``, none before the first."""
+
+    def __init__(self) -> None:
+        self._values: Mapping[str, float] = {}
+
+    def update(self, values: Mapping[str, float]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterable[Metric]:
+        return [_family(stat, self._values) for stat in STATS] if self._values else []
+
+
+class HttpMetrics:
+    """The metrics of one HTTP process, and the registry that shows them and the node's."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.node = NodeCollector()
+        self.registry.register(self.node)
+        build = Gauge("kvcache_build_info", "Always 1; the release.", ["version"], registry=self.registry)
+        build.labels(__version__).set(1)
+        self.requests = Counter(
+            "kvcache_http_requests", "HTTP requests answered.", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "kvcache_http_request_seconds",
+            "Seconds from an HTTP request to its answer.",
+            ["route"],
+            buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+            registry=self.registry,
+        )
+        self.node_connected = self._gauge("kvcache_node_connected", "1 while this process reaches its node.")
+        self.index_synced = self._gauge(
+            "kvcache_index_synced", "1 while the locality index follows the node."
+        )
+        self.index_entries = self._gauge("kvcache_index_entries", "Blocks in the locality index.")
+        self.index_refused = Counter(
+            "kvcache_index_refused_blocks",
+            "Blocks the locality index had no room for.",
+            registry=self.registry,
+        )
+        self.index_resyncs = Counter(
+            "kvcache_index_resyncs",
+            "Times the locality index asked for everything anew, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """One request. REQUIRES: ``route`` is one of ours, as written, never the path that was sent."""
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def render(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self.registry)
+
+
+def document() -> str:
+    """docs/metrics.md."""
+    metrics = HttpMetrics()
+    metrics.node.update({"uptime_seconds": 0.0})
+    metrics.answered("/healthz", 200, 0.0)  # A labelled metric is shown once it has a value.
+    metrics.index_resyncs.labels("gap").inc()
+    labels = {stat.metric: stat.label for stat in STATS}
+    rows = []
+    for family in metrics.registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        label = labels.get(name) or ", ".join(_own_labels(family))
+        rows.append(f"| `{name}` | {family.type} | {label} | {family.documentation} |")
+    return _DOCUMENT.format(rows="\n".join(rows), reasons="\n".join(_value_rows()))
+
+
+def _own_labels(family: Metric) -> list[str]:
+    return sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+
+
+def _value_rows() -> list[str]:
+    return [
+        f"| `{stat.metric}` | {stat.label} | {', '.join((*stat.values, OTHER))} |"
+        for stat in STATS
+        if stat.label
+    ]
+
+
+def _family(stat: Stat, values: Mapping[str, float]) -> Metric:
+    make = CounterMetricFamily if stat.kind == "counter" else GaugeMetricFamily
+    name = f"{PREFIX}{stat.name}"
+    if not stat.label:
+        return make(name, stat.help, value=values.get(stat.name, 0.0))
+    family = make(name, stat.help, labels=[stat.label])
+    for value, sent in zip(stat.values, stat.names, strict=True):
+        family.add_metric([value], values.get(sent, 0.0))
+    rest = sum(
+        number
+        for sent, number in values.items()
+        if sent.startswith(f"{stat.name}:") and sent not in stat.names
+    )
+    if rest:
+        family.add_metric([OTHER], rest)
+    return family
+
+
+_DOCUMENT = """# Metrics
+
+`GET /metrics` on a node's HTTP address, in Prometheus' text format. Written by
+`python -m kvcache.metrics > docs/metrics.md` from the one table in `kvcache/metrics.py`.
+Counters end in `_total` and start at 0 with the node. No label holds a tenant, a key or a prompt.
+
+| metric | kind | labels | meaning |
+| --- | --- | --- | --- |
+{rows}
+
+The values a label can have:
+
+| metric | label | values |
+| --- | --- | --- |
+{reasons}
+"""
+
+if __name__ == "__main__":
+    sys.stdout.write(document())
