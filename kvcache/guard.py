@@ -1,0 +1,111 @@
+"""The border between the core and an eviction policy, which may be others' code.
+
+Every call of a policy goes through here. An answer is verified before anything acts on it; a policy that
+raises or answers wrongly is replaced, for good, by leaf-first LRU, which is told what is held. It costs
+hits, never blocks that somebody holds and never a request. ``faults`` counts, ``last_fault`` says what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import index
+
+from kvcache.leaf_lru import LeafLru
+from kvcache.policy import EvictionPolicy, MakePolicy, RequestContext, TreeView
+
+_FAULT_CHARS_MAX = 300
+
+
+class PolicyGuard:
+    def __init__(
+        self,
+        tree: TreeView,
+        capacity_bytes: int,
+        make_policy: MakePolicy,
+        committed: Callable[[], Sequence[int]],
+    ) -> None:
+        """``committed`` lists the blocks a new policy must be told of, parents before children.
+
+        RAISES what the policy's constructor raises: a policy that cannot start is the operator's to mend."""
+        self._tree = tree
+        self._capacity_bytes = capacity_bytes
+        self._committed = committed
+        self._policy: EvictionPolicy = make_policy(tree, capacity_bytes)
+        self.faults = 0
+        self.last_fault = ""
+
+    def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
+        try:
+            self._policy.on_request(context, path)
+        except Exception as error:
+            self._replace(context, f"on_request raised {error!r}")
+
+    def admit(self, context: RequestContext, parent: int, count: int) -> int:
+        try:
+            admitted = index(self._policy.admit(context, parent, count))
+        except Exception as error:
+            self._replace(context, f"admit raised {error!r}")
+            return count
+        if not 0 <= admitted <= count:
+            self._replace(context, f"admit answered {admitted} of {count} blocks")
+            return count
+        return admitted
+
+    def on_admitted(self, context: RequestContext, blocks: Sequence[int]) -> None:
+        """REQUIRES: ``committed`` lists them already."""
+        try:
+            self._policy.on_admitted(context, blocks)
+        except Exception as error:
+            self._replace(context, f"on_admitted raised {error!r}")
+
+    def victims(self, context: RequestContext, count: int) -> list[int]:
+        """At least one while anything can go. In this order, each is an evictable leaf."""
+        try:
+            named = [index(block) for block in self._policy.victims(context, count)]
+        except Exception as error:
+            fault = f"victims raised {error!r}"
+        else:
+            fault = self._wrong(named, count)
+        if not fault:
+            return named
+        self._replace(context, fault)
+        named = list(self._policy.victims(context, count))
+        assert not self._wrong(named, count)
+        return named
+
+    def on_evicted(self, context: RequestContext, blocks: Sequence[int], reason: str) -> None:
+        """REQUIRES: ``committed`` lists them no longer."""
+        try:
+            self._policy.on_evicted(blocks, reason)
+        except Exception as error:
+            self._replace(context, f"on_evicted raised {error!r}")
+
+    def _wrong(self, named: Sequence[int], count: int) -> str:
+        """What breaks the contract, or nothing."""
+        parent, children, holds = self._tree.parent, self._tree.children, self._tree.holds
+        if len(named) > count:
+            return f"victims named {len(named)} blocks, {count} were asked for"
+        if not named and self._tree.evictable_count():
+            return f"victims named none, though {self._tree.evictable_count()} leaves could go"
+        seen: set[int] = set()
+        gone: dict[int, int] = {}
+        for block in named:
+            if not 0 <= block < len(children) or children[block] < 0:
+                return f"victims named block {block}, which is not held"
+            if holds[block]:
+                return f"victims named block {block}, which is leased, pinned or being written"
+            if children[block] != gone.get(block, 0):
+                return f"victims named block {block}, which is no leaf"
+            if block in seen:
+                return f"victims named block {block} twice"
+            seen.add(block)
+            gone[parent[block]] = gone.get(parent[block], 0) + 1
+        return ""
+
+    def _replace(self, context: RequestContext, fault: str) -> None:
+        assert type(self._policy) is not LeafLru, fault  # Ours is wrong: nothing is left to fall back to.
+        self.faults += 1
+        self.last_fault = f"{type(self._policy).__name__}: {fault}"[:_FAULT_CHARS_MAX]
+        self._policy = LeafLru(self._tree, self._capacity_bytes)
+        for block in self._committed():
+            self._policy.on_admitted(context, (block,))

@@ -1,0 +1,398 @@
+"""Reservations and leases of one tier: decides, does no I/O, reads no clock, awaits nothing.
+
+A write:
+
+    reserve ──► open ── commit ──► its blocks are published (``holdings`` draws a block's states)
+                 │ ├── abort ────► its slots are free
+                 │ └── disconnect, while copies may be in flight ──► limbo ── writes_ended ──► free
+                 └──── disconnect, when no copy can be in flight ──► as abort
+
+A reserved slot is so used again only after its writer said that it has stopped, or is known to have
+ended; a writer that was stopped in the middle and wakes up late writes into slots that are nobody's.
+Reads are leases (``leases``); a read that outlasts its lease learns so at release. Each reservation
+gives its slots new generations, larger than all before.
+
+What goes when room is needed is the policy's choice within the core's rules (``room``, ``guard``).
+After every call, ``take_changes`` says what readers can and cannot find now, and the space's
+``take_moves`` which memory the arenas gained and lost.
+
+Invariants (``check``): a block's holds are its live leases, its pin and its writer, no more; every
+used slot is a block's, a reservation's or parked; those of ``holdings``, ``leases`` and the space.
+
+The sum: reserve, commit and lease of 16 blocks take 20 to 60 us each; a match 0.1 us a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+
+from kvcache.block import Slot, StorageKey
+from kvcache.errors import BadInput
+from kvcache.guard import PolicyGuard
+from kvcache.holdings import Change, Holdings, State
+from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner
+from kvcache.policy import MakePolicy, RequestContext
+from kvcache.prefix import NONE
+from kvcache.room import Room
+from kvcache.tiers.space import Space
+
+__all__ = ["Change", "Lease", "Ledger", "Owner", "Reservation"]
+
+_TIMELESS = RequestContext(now_ns=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Slots to write: block ``start + i`` of the keys asked for goes into ``slots[i]``; those before
+    ``start`` are held. ``reservation_id`` is 0 when there are none.
+
+    ``reason`` says why there are not more: "held" (the next one is there already), "busy" (the next
+    one is being written by somebody), "full" (no room), "declined" (the policy does not want it), or
+    nothing (there are no more)."""
+
+    reservation_id: int
+    start: int
+    keys: tuple[StorageKey, ...]
+    slots: tuple[Slot, ...]
+    generations: tuple[int, ...]
+    block_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    reservation: Reservation
+    blocks: list[int]
+    owner: Owner
+    context: RequestContext
+
+
+class Ledger:
+    """One owner; every call returns at once."""
+
+    def __init__(self, space: Space, make_policy: MakePolicy) -> None:
+        self._holdings = Holdings(space, self._gone)
+        self._tree = self._holdings.tree
+        self._guard = PolicyGuard(self._tree, space.capacity_bytes, make_policy, self._holdings.committed)
+        self._room = Room(self._holdings, self._guard)
+        self._leases = LeaseBook(self._tree)
+        self._open: dict[int, _Open] = {}
+        self._limbo: dict[Owner, list[int]] = {}
+        self._quarantine: list[tuple[int, int]] = []
+        self._ids = count(1)
+        self._context = _TIMELESS
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def match(self, keys: Sequence[StorageKey]) -> int:
+        """How many leading blocks can be found. Changes nothing."""
+        return len(self._tree.match(keys))
+
+    def lease(
+        self,
+        keys: Sequence[StorageKey],
+        owner: Owner,
+        expires_ns: int,
+        context: RequestContext,
+        request: str = "",
+    ) -> Lease:
+        """Hold the leading blocks that can be found, until ``expires_ns``; none when it is past, or when
+        the owner has too many. With ``request``, all who name it with the same keys share one lease,
+        which ends when each has released it; an owner has it once, however often it asks."""
+        if expires_ns <= context.now_ns or not keys or not self._leases.admits(owner):
+            return NO_LEASE
+        name = (request, keys[-1], len(keys)) if request else None
+        if name is not None:
+            shared = self._leases.share(name, owner, expires_ns, context.now_ns)
+            if shared.lease_id:
+                return shared
+        blocks = self._tree.match(keys)
+        self._guard.on_request(context, blocks)
+        if not blocks:
+            return NO_LEASE
+        holdings = [self._holdings.holding[block] for block in blocks]
+        lease = Lease(
+            lease_id=0,
+            keys=tuple(keys[: len(blocks)]),
+            slots=tuple([holding.slot for holding in holdings]),
+            generations=tuple([holding.generation for holding in holdings]),
+            checksums=tuple([holding.checksum for holding in holdings]),
+            block_bytes=self._tree.block_bytes[blocks[0]],
+            expires_ns=expires_ns,
+        )
+        return self._leases.add(lease, blocks, owner, name)
+
+    def leased(self, lease_id: int, owner: Owner) -> Lease:
+        """RAISES BadInput (bad_lease) unless ``expire`` and ``release`` have left it to this owner."""
+        return self._leases.find(lease_id, owner)
+
+    def release(self, lease_id: int, owner: Owner, now_ns: int) -> bool:
+        """Did the lease hold its blocks until now? RAISES BadInput (bad_lease) when the owner never had it
+        or released it before."""
+        return self._leases.release(lease_id, owner, now_ns)
+
+    def chunk_sums(self, key: StorageKey) -> bytes:
+        """The chunk sums of a block that can be found; empty when it cannot."""
+        block = self._tree.find(key)
+        return self._holdings.holding[block].sums if block != NONE and self._tree.ready[block] else b""
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        arena: int,
+        parent: StorageKey | None,
+        keys: Sequence[StorageKey],
+        block_bytes: int,
+        owner: Owner,
+        context: RequestContext,
+    ) -> Reservation:
+        """Room for the blocks of ``keys`` that are not held yet, behind ``parent`` (None: the root).
+
+        Evicts as it must, but never what these blocks stand on. The parent may still be reserved, by
+        the same owner. RAISES BadInput (bad_prefix) when the parent is not held, when a key comes
+        twice, or when the keys skip a block that is known to come between."""
+        start, before = self._held(keys, self._parent(parent))
+        fresh, reason = self._fresh(keys, start, before, owner)
+        admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
+        if admitted < len(fresh):
+            fresh, reason = fresh[:admitted], "declined"
+        slots = self._slots(context, arena, block_bytes, len(fresh), before)
+        if len(slots) < len(fresh):
+            fresh, reason = fresh[: len(slots)], "full"
+        if not fresh:
+            return Reservation(0, start, (), (), (), block_bytes, reason)
+        blocks = self._holdings.reserve(fresh, slots, before, block_bytes)
+        reservation = Reservation(
+            reservation_id=next(self._ids),
+            start=start,
+            keys=tuple(fresh),
+            slots=tuple(slots),
+            generations=tuple([self._holdings.holding[block].generation for block in blocks]),
+            block_bytes=block_bytes,
+            reason=reason,
+        )
+        self._open[reservation.reservation_id] = _Open(reservation, blocks, owner, context)
+        return reservation
+
+    def reserved(self, reservation_id: int, owner: Owner) -> Reservation:
+        """RAISES BadInput (bad_reservation) when it is not open, or another's."""
+        return self._find(reservation_id, owner).reservation
+
+    def commit(
+        self, reservation_id: int, owner: Owner, checksums: Sequence[bytes], sums: Sequence[bytes]
+    ) -> int:
+        """Every reserved block has been written; readers may find them. How many.
+
+        RAISES BadInput (bad_reservation) when it is not open, or another's; (bad_block) unless there is
+        one checksum and one run of chunk sums a block: the reservation is then still open."""
+        opened = self._find(reservation_id, owner)
+        if not len(checksums) == len(sums) == len(opened.blocks):
+            raise BadInput(
+                "bad_block",
+                f"{len(checksums)} checksums and {len(sums)} runs of sums for {len(opened.blocks)} blocks",
+                "every reserved block has one of each",
+                "commit again with all of them; the reservation is still open",
+            )
+        del self._open[reservation_id]
+        self._holdings.commit(opened.blocks, checksums, sums)
+        self._guard.on_admitted(opened.context, opened.blocks)
+        return len(opened.blocks)
+
+    def abort(self, reservation_id: int, owner: Owner) -> None:
+        """The slots will not be filled after all, and nobody writes to them any more.
+
+        RAISES BadInput (bad_reservation) when it is not open, or another's."""
+        self._holdings.abort(self._find(reservation_id, owner).blocks)
+        del self._open[reservation_id]
+
+    # --- time and people ------------------------------------------------------------------------
+
+    def expire(self, now_ns: int) -> int:
+        """End the leases whose time is over, and free what was long enough in quarantine. How many."""
+        ended = self._leases.expire(now_ns)
+        still: list[tuple[int, int]] = []
+        while self._quarantine and self._quarantine[0][0] <= now_ns:
+            until_ns, block = heappop(self._quarantine)
+            if self._tree.holds[block]:
+                still.append((until_ns, block))
+            else:
+                self._holdings.unpark([block])
+                ended += 1
+        for entry in still:
+            heappush(self._quarantine, entry)
+        return ended
+
+    def disconnect(self, owner: Owner, writes_ended: bool) -> None:
+        """The owner is gone. Its leases are released; its reservations are aborted if no copy of its can
+        be in flight, else their slots are kept aside until ``writes_ended(owner)``."""
+        self._leases.disconnect(owner)
+        theirs = [opened for opened in self._open.values() if opened.owner == owner]
+        for opened in theirs:
+            del self._open[opened.reservation.reservation_id]
+            self._holdings.give_up(opened.blocks)
+            self._limbo.setdefault(owner, []).extend(opened.blocks)
+        if writes_ended:
+            self.writes_ended(owner)
+
+    def writes_ended(self, owner: Owner) -> None:
+        """No copy of the owner, which is gone, is in flight any more."""
+        self._holdings.unpark(self._limbo.pop(owner, ()))
+
+    def pin(self, keys: Sequence[StorageKey]) -> int:
+        """Keep the leading blocks that can be found until ``unpin``, or until one of them is quarantined.
+        Pinning twice is pinning once. How many are pinned now."""
+        blocks = self._tree.match(keys)
+        self._holdings.pin(blocks)
+        return len(blocks)
+
+    def unpin(self, keys: Sequence[StorageKey]) -> int:
+        """How many were pinned, wherever in ``keys`` they stand."""
+        found = [self._tree.find(key) for key in keys]
+        return self._holdings.unpin([block for block in found if block != NONE])
+
+    def quarantine(self, key: StorageKey, generation: int, until_ns: int) -> bool:
+        """Withdraw a block whose bytes failed their check: nobody finds it or what continues it, and its
+        slot is not used again before ``until_ns`` nor while it is leased. False when it has gone, or
+        has been written anew, since. Its key can be reserved again at once, and then those that
+        continue it are found again."""
+        block = self._tree.find(key)
+        if block == NONE or self._holdings.state(block) is State.RESERVED:
+            return False
+        if self._holdings.holding[block].generation != generation:
+            return False
+        self._holdings.withdraw(block)
+        heappush(self._quarantine, (until_ns, block))
+        return True
+
+    # --- what it tells --------------------------------------------------------------------------
+
+    def take_changes(self) -> list[Change]:
+        """What changed for readers since the last call, in order. REQUIRES: called after every call."""
+        return self._holdings.take_changes()
+
+    @property
+    def policy_fault(self) -> str:
+        """Why the policy was replaced; empty while it was not."""
+        return self._guard.last_fault
+
+    def stats(self) -> dict[str, float]:
+        return {
+            **self._holdings.stats(),
+            "leases": float(len(self._leases)),
+            "reservations": float(len(self._open)),
+            "limbo_blocks": float(sum(map(len, self._limbo.values()))),
+            "quarantined_blocks": float(len(self._quarantine)),
+            "reclaimed_extents": float(self._room.reclaimed_extents),
+            "policy_faults": float(self._guard.faults),
+        }
+
+    def check(self) -> None:
+        """Assert every invariant. Takes time in proportion to what is held."""
+        self._holdings.check()
+        self._leases.check()
+        holds = self._leases.holds()
+        reserved = [block for opened in self._open.values() for block in opened.blocks]
+        parked = [block for blocks in self._limbo.values() for block in blocks]
+        parked += [block for _, block in self._quarantine]
+        assert len(set(reserved + parked)) == len(reserved) + len(parked)
+        for block, holding in enumerate(self._holdings.holding):
+            if holding.state is State.ABSENT:
+                assert block not in holds
+                continue
+            expected = holds.get(block, 0) + holding.pinned + (holding.state is State.RESERVED)
+            assert self._tree.holds[block] == expected
+            assert (holding.state is State.RESERVED) == (block in reserved)
+            assert (holding.state is State.PARKED) == (block in parked)
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _parent(self, parent: StorageKey | None) -> int:
+        if parent is None:
+            return NONE
+        block = self._tree.find(parent)
+        if block == NONE:
+            raise BadInput(
+                "bad_prefix",
+                f"the parent {parent.hex()} is not held",
+                "it was never saved, or has been evicted since",
+                "send the prefix from its first block",
+            )
+        return block
+
+    def _held(self, keys: Sequence[StorageKey], before: int) -> tuple[int, int]:
+        """How many leading blocks behind ``before`` are complete, and the last of them."""
+        start = 0
+        for key in keys:
+            block = self._tree.find(key)
+            if block == NONE:
+                break
+            if self._tree.parent[block] != before or self._tree.is_orphan(block):
+                raise BadInput(
+                    "bad_prefix",
+                    f"block {key.hex()} does not continue the one before it",
+                    "the prefix skips a parent, or starts in the middle",
+                    "send whole prefixes, or name the parent",
+                )
+            if self._holdings.state(block) is State.RESERVED:
+                break
+            before = block
+            start += 1
+        return start, before
+
+    def _fresh(
+        self, keys: Sequence[StorageKey], start: int, before: int, owner: Owner
+    ) -> tuple[list[StorageKey], str]:
+        """The keys from ``start`` on that can be reserved behind ``before``, and why not more."""
+        if start == len(keys):
+            return [], "held"
+        if before != NONE and self._is_anothers(before, owner):
+            return [], "busy"
+        end = start
+        while end < len(keys) and self._tree.find(keys[end]) == NONE:
+            end += 1
+        fresh = list(keys[start:end])
+        if len(set(fresh)) < len(fresh):
+            raise BadInput(
+                "bad_prefix", "a prefix names a block twice", "each block has one place in a prefix"
+            )
+        if end == len(keys):
+            return fresh, ""
+        busy = self._holdings.state(self._tree.find(keys[end])) is State.RESERVED
+        return fresh, "busy" if busy else "held"
+
+    def _is_anothers(self, block: int, owner: Owner) -> bool:
+        """Is it being written by somebody else?"""
+        if self._holdings.state(block) is not State.RESERVED:
+            return False
+        return not any(block in opened.blocks for opened in self._open.values() if opened.owner == owner)
+
+    def _slots(
+        self, context: RequestContext, arena: int, block_bytes: int, count: int, parent: int
+    ) -> list[Slot]:
+        if not count:
+            return []
+        self._context = context
+        standing = [parent] if parent != NONE else []
+        self._tree.hold(standing)
+        try:
+            return self._room.slots(context, arena, block_bytes, count)
+        finally:
+            self._tree.unhold(standing)
+
+    def _find(self, reservation_id: int, owner: Owner) -> _Open:
+        opened = self._open.get(reservation_id)
+        if opened is None or opened.owner != owner:
+            raise BadInput(
+                "bad_reservation",
+                f"reservation {reservation_id} is not open",
+                "it was committed or aborted before, ended with its connection, or is another's",
+                "reserve again",
+            )
+        return opened
+
+    def _gone(self, blocks: Sequence[int], reason: str) -> None:
+        self._guard.on_evicted(self._context, blocks, reason)

@@ -1,0 +1,264 @@
+"""The prefix tree: which block continues which, as arrays over small dense numbers.
+
+Keys are chained hashes, so a key names its whole path and looking one up needs no walk; what the tree
+adds is who continues whom: parents, counts of children, leaves, subtrees, runs. A block is a number
+that is used again after ``recycle``; entries are arrays indexed by it, which policies read as
+``kvcache.policy.TreeView``.
+
+    absent ── insert ──► linked ── unlink ──► unlinked ── recycle ──► absent
+                           │  ▲
+             parent        ▼  │  parent inserted again
+             unlinked    orphan
+
+An *orphan* is linked, but the block before it is missing (quarantined, or given up by its writer). It
+remembers that key, and is adopted when the key is inserted again.
+
+Invariants (``check``): parent and child lists agree; ``children`` is -1 exactly for blocks not linked;
+``evictable`` holds exactly the linked blocks without children and without holds; each orphan is filed
+under the key it misses, and that key is absent.
+
+The sum: a match costs 0.1 us a block (one dictionary look-up and three array reads), an insert
+or unlink about 1 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+from kvcache.block import StorageKey
+
+NONE = -1
+
+
+class PrefixTree:
+    """One owner. Blocks are numbers; ``NONE`` is no block."""
+
+    def __init__(self) -> None:
+        self.key: list[StorageKey] = []
+        self.parent: list[int] = []
+        self.children: list[int] = []
+        self.depth: list[int] = []
+        self.block_bytes: list[int] = []
+        self.holds: list[int] = []
+        self.ready = bytearray()  # may be matched: committed, and so is all before it
+        self._first: list[int] = []  # the newest child; siblings are a doubly linked list
+        self._next: list[int] = []
+        self._previous: list[int] = []
+        self._blocks: dict[StorageKey, int] = {}
+        self._evictable: list[int] = []
+        self._place: list[int] = []  # of a block in _evictable, or NONE
+        self._misses: dict[int, StorageKey] = {}  # orphan -> the key before it
+        self._waiting: dict[StorageKey, set[int]] = {}
+        self._recycled: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    # --- looking --------------------------------------------------------------------------------
+
+    def find(self, key: StorageKey) -> int:
+        """The linked block of this key, or NONE."""
+        return self._blocks.get(key, NONE)
+
+    def match(self, keys: Sequence[StorageKey]) -> list[int]:
+        """The longest leading run of ``keys`` that is ready, each the child of the one before."""
+        found: list[int] = []
+        get, parent, ready = self._blocks.get, self.parent, self.ready
+        before = NONE
+        for key in keys:
+            block = get(key)
+            if block is None or not ready[block] or (parent[block] != before and found):
+                break
+            found.append(block)
+            before = block
+        return found
+
+    def is_evictable(self, block: int) -> bool:
+        return not self.children[block] and not self.holds[block]
+
+    def evictable_count(self) -> int:
+        return len(self._evictable)
+
+    def sample_leaves(self, count: int, random: Random) -> list[int]:
+        leaves = self._evictable
+        if len(leaves) <= count:
+            return list(leaves)
+        return [leaves[int(random.random() * len(leaves))] for _ in range(count)]
+
+    def orphans(self) -> list[int]:
+        return list(self._misses)
+
+    def is_orphan(self, block: int) -> bool:
+        return block in self._misses
+
+    def children_of(self, block: int) -> Iterator[int]:
+        """Newest first. The tree must not change meanwhile."""
+        child = self._first[block]
+        while child != NONE:
+            yield child
+            child = self._next[child]
+
+    def subtree(self, block: int) -> list[int]:
+        """The block and all that continues it, parents before children."""
+        found = [block]
+        for each in found:
+            if self.children[each]:
+                found.extend(self.children_of(each))
+        return found
+
+    def linked(self) -> Iterator[int]:
+        return iter(self._blocks.values())
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def insert(self, key: StorageKey, parent: int, block_bytes: int) -> int:
+        """A new block, held once and not ready. Adopts the orphans that were missing it.
+
+        REQUIRES: ``key`` is absent; ``parent`` is linked, or NONE for a first block."""
+        assert key not in self._blocks
+        block = self._number()
+        self.key[block] = key
+        self.block_bytes[block] = block_bytes
+        self.depth[block] = self.depth[parent] + 1 if parent != NONE else 1
+        self.holds[block] = 1
+        self.children[block] = 0
+        self._blocks[key] = block
+        self._attach(block, parent)
+        for orphan in sorted(self._waiting.pop(key, ())):
+            del self._misses[orphan]
+            self._attach(orphan, block)
+        return block
+
+    def unlink(self, block: int) -> None:
+        """The block is no longer found by its key; its children become orphans. Its entries stay
+        readable until ``recycle``; its holds stay its own. REQUIRES: linked."""
+        key = self.key[block]
+        for child in list(self.children_of(block)):
+            self.parent[child] = NONE
+            self._misses[child] = key
+            self._waiting.setdefault(key, set()).add(child)
+        self._first[block] = NONE
+        self._not_evictable(block)
+        self.children[block] = NONE
+        self.ready[block] = 0
+        del self._blocks[key]
+        self._detach(block)
+
+    def recycle(self, block: int) -> None:
+        """The number may be used again. REQUIRES: unlinked."""
+        assert self.children[block] == NONE
+        self._recycled.append(block)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Forbid eviction, once more. REQUIRES: each is linked."""
+        holds, children = self.holds, self.children
+        for block in blocks:
+            holds[block] += 1
+            if not children[block]:
+                self._not_evictable(block)
+
+    def unhold(self, blocks: Sequence[int]) -> None:
+        """Undo one ``hold``. The blocks may have been unlinked since."""
+        holds, children = self.holds, self.children
+        for block in blocks:
+            left = holds[block] - 1
+            assert left >= 0
+            holds[block] = left
+            if not left and not children[block]:
+                self._now_evictable(block)
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        recycled = set(self._recycled)
+        assert len(recycled) == len(self._recycled)
+        for key, block in self._blocks.items():
+            assert self.key[block] == key
+            assert block not in recycled
+            children = list(self.children_of(block))
+            assert len(children) == self.children[block]
+            assert all(self.parent[child] == block for child in children)
+            assert all(self._blocks.get(self.key[child]) == child for child in children)
+            before = self.parent[block]
+            assert before == NONE or self.children[before] > 0
+            assert before == NONE or block not in self._misses
+            assert (self._place[block] != NONE) == self.is_evictable(block)
+            assert not self.ready[block] or before == NONE or self.ready[before]
+            assert not self.ready[block] or block not in self._misses
+        for place, block in enumerate(self._evictable):
+            assert self._place[block] == place
+            assert self.is_evictable(block)
+        linked = set(self._blocks.values())
+        for block in range(len(self.key)):
+            assert (self.children[block] >= 0) == (block in linked)
+        for orphan, key in self._misses.items():
+            assert orphan in linked
+            assert self.parent[orphan] == NONE
+            assert orphan in self._waiting[key]
+        assert sum(map(len, self._waiting.values())) == len(self._misses)
+        assert not self._waiting.keys() & self._blocks.keys()
+
+    # --- numbers, links and the list of leaves --------------------------------------------------
+
+    def _number(self) -> int:
+        if self._recycled:
+            return self._recycled.pop()
+        block = len(self.key)
+        self.key.append(StorageKey(b""))
+        for entries in (self.parent, self._first, self._next, self._previous, self._place):
+            entries.append(NONE)
+        self.children.append(NONE)
+        self.depth.append(0)
+        self.block_bytes.append(0)
+        self.holds.append(0)
+        self.ready.append(0)
+        return block
+
+    def _attach(self, block: int, parent: int) -> None:
+        self.parent[block] = parent
+        self._previous[block] = NONE
+        self._next[block] = NONE
+        if parent == NONE:
+            return
+        newest = self._first[parent]
+        self._next[block] = newest
+        if newest != NONE:
+            self._previous[newest] = block
+        self._first[parent] = block
+        self.children[parent] += 1
+        self._not_evictable(parent)
+
+    def _detach(self, block: int) -> None:
+        """``parent`` stays readable: policies look at it when told that the block has gone."""
+        key = self._misses.pop(block, None)
+        if key is not None:
+            self._waiting[key].remove(block)
+            if not self._waiting[key]:
+                del self._waiting[key]
+        parent = self.parent[block]
+        if parent == NONE:
+            return
+        previous, following = self._previous[block], self._next[block]
+        if previous != NONE:
+            self._next[previous] = following
+        else:
+            self._first[parent] = following
+        if following != NONE:
+            self._previous[following] = previous
+        self.children[parent] -= 1
+        if not self.children[parent] and not self.holds[parent]:
+            self._now_evictable(parent)
+
+    def _now_evictable(self, block: int) -> None:
+        self._place[block] = len(self._evictable)
+        self._evictable.append(block)
+
+    def _not_evictable(self, block: int) -> None:
+        place = self._place[block]
+        if place == NONE:
+            return
+        last = self._evictable.pop()
+        if last != block:
+            self._evictable[place] = last
+            self._place[last] = place
+        self._place[block] = NONE

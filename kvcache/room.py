@@ -1,0 +1,151 @@
+"""Makes room for what is to be written: orphans go first, then what the policy names.
+
+A victim of the size class that needs room frees a slot of it. A victim of another class frees nothing
+that could be used, unless its whole extent goes: then the extent is *reclaimed*, that is, every block
+in it goes with all that continues them, leaves first. So the class that holds the coldest leaf gives,
+and no class can starve another for good. An extent is passed over while anything in it, or continuing
+it, is leased, pinned, being written or parked.
+
+The roots of a tree and its newest leaf may lie in one extent, and then reclaiming it would take a whole
+hot tree for the sake of one cold leaf. So extents whose reclaim takes little beside themselves are
+looked for first, colder ones before warmer; only if there is none, the one that takes least goes.
+
+REQUIRES of the caller: what must not go (the parent of what is reserved) is held.
+
+The sum: one call of the policy a request; 5 to 10 us a block that goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcache.block import Slot
+from kvcache.guard import PolicyGuard
+from kvcache.holdings import Holdings
+from kvcache.policy import RequestContext
+
+VICTIMS_MAX = 4_096
+_ASK_FACTOR = 4
+_ASK_MORE = 16
+_EXTRA_FACTOR = 2
+_COSTLY_MAX = 8
+
+
+class Room:
+    def __init__(self, holdings: Holdings, guard: PolicyGuard) -> None:
+        self._holdings = holdings
+        self._guard = guard
+        self.reclaimed_extents = 0
+
+    def slots(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> list[Slot]:
+        """At most ``count`` slots; fewer when nothing more can go."""
+        allocate = self._holdings.space.allocate_many
+        slots = allocate(arena, block_bytes, count)
+        if len(slots) < count and self._evict_orphans():
+            slots += allocate(arena, block_bytes, count - len(slots))
+        while len(slots) < count and self._evict(context, arena, block_bytes, count - len(slots)):
+            slots += allocate(arena, block_bytes, count - len(slots))
+        return slots
+
+    def _evict_orphans(self) -> bool:
+        tree = self._holdings.tree
+        going: list[int] = []
+        for orphan in tree.orphans():
+            gone: dict[int, int] = {}
+            for block in reversed(tree.subtree(orphan)):
+                if not tree.holds[block] and tree.children[block] == gone.get(block, 0):
+                    going.append(block)
+                    parent = tree.parent[block]
+                    gone[parent] = gone.get(parent, 0) + 1
+        self._holdings.evict(going, "orphaned")
+        return bool(going)
+
+    def _evict(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> bool:
+        """One step: at least one block has gone that makes room, or False: none can."""
+        ask = count
+        while True:
+            named = self._guard.victims(context, ask)
+            if self._take(named, arena, block_bytes, count):
+                return True
+            if len(named) < ask or ask >= VICTIMS_MAX:
+                return self._reclaim_least(named, arena, block_bytes)
+            ask = min(VICTIMS_MAX, ask * _ASK_FACTOR + _ASK_MORE)
+
+    def _take(self, named: Sequence[int], arena: int, block_bytes: int, count: int) -> bool:
+        """Evict ``count`` of the blocks named, in order, or until an extent could be reclaimed."""
+        holdings = self._holdings
+        going: list[int] = []
+        gone: dict[int, int] = {}
+        seen: set[Slot] = set()
+        for block in named:
+            if holdings.tree.children[block] != gone.get(block, 0):
+                continue  # One that continues it was passed over, so this is still no leaf.
+            slot = holdings.holding[block].slot
+            if holdings.space.same_class(slot, arena, block_bytes):
+                going.append(block)
+                parent = holdings.tree.parent[block]
+                gone[parent] = gone.get(parent, 0) + 1
+                if len(going) == count:
+                    break
+            elif slot not in seen:
+                lying = holdings.space.in_the_way(arena, block_bytes, slot)
+                seen.update(lying)
+                if self._reclaim(lying, len(lying) * _EXTRA_FACTOR):
+                    # The reclaim may have taken some of them, with what continued them.
+                    going = [each for each in going if holdings.tree.children[each] >= 0]
+                    holdings.evict(going, "evicted")
+                    return True
+        holdings.evict(going, "evicted")
+        return bool(going)
+
+    def _reclaim_least(self, named: Sequence[int], arena: int, block_bytes: int) -> bool:
+        """Of the few extents that hold the coldest leaves, reclaim the one that takes least with it."""
+        holdings = self._holdings
+        seen: set[Slot] = set()
+        found: list[list[int]] = []
+        for block in named:
+            slot = holdings.holding[block].slot
+            if slot in seen or len(found) == _COSTLY_MAX:
+                continue
+            lying = holdings.space.in_the_way(arena, block_bytes, slot)
+            seen.update(lying)
+            closure = self._closure(lying, len(holdings.holding))
+            if closure:
+                found.append(closure)
+        if not found:
+            return False
+        self._go(min(found, key=len))
+        return True
+
+    def _reclaim(self, lying: Sequence[Slot], limit: int) -> bool:
+        closure = self._closure(lying, limit)
+        if closure:
+            self._go(closure)
+        return bool(closure)
+
+    def _go(self, closure: Sequence[int]) -> None:
+        self.reclaimed_extents += 1
+        self._holdings.evict(closure, "reclaimed")
+
+    def _closure(self, slots: Sequence[Slot], limit: int) -> list[int]:
+        """The blocks in these slots and all that continues them, leaves first. Empty when one of them
+        must stay, or when they are over ``limit``."""
+        tree, holdings = self._holdings.tree, self._holdings
+        found: dict[int, None] = {}
+        for slot in slots:
+            block = holdings.at(slot)
+            if block in found:
+                continue
+            if block < 0 or tree.children[block] < 0:
+                return []
+            fresh: list[int] = []
+            walk = [block]
+            while walk:
+                each = walk.pop()
+                fresh.append(each)
+                if tree.holds[each] or len(found) + len(fresh) > limit:
+                    return []
+                if tree.children[each]:
+                    walk.extend(child for child in tree.children_of(each) if child not in found)
+            found.update(dict.fromkeys(reversed(fresh)))
+        return list(found)
