@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from kvcache import sums
+
 ROOT = Path(__file__).parent.parent
 INSTALL_BYTES_MAX = 30_000_000
 SISTERS = ("client", "server", "eviction")
@@ -32,8 +34,6 @@ NOT_COPIED = shutil.ignore_patterns(
     "*.so",
 )
 HEAVY = ("torch", "vllm", "transformers", "numpy", "nvidia", "triton")
-
-pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,11 @@ def python_names(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("kvcache/") and name.endswith(".py")}
 
 
+def test_the_native_module_is_in_use_here() -> None:
+    assert sums.NATIVE, "the C++ module was not built: run pip install -v -e . and read why"
+
+
+@pytest.mark.slow
 def test_wheel_and_sdist_hold_the_modules_of_the_tree(built: Built) -> None:
     expected = modules_of_the_tree()
     assert len(expected) > 15
@@ -103,6 +108,7 @@ def test_wheel_and_sdist_hold_the_modules_of_the_tree(built: Built) -> None:
     assert python_names(built.sdist_names()) == expected
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_only_kvcache(built: Built) -> None:
     top = {name.partition("/")[0] for name in built.wheel_names()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"kvcache"}
@@ -110,18 +116,21 @@ def test_the_wheel_holds_only_kvcache(built: Built) -> None:
     assert any(name.endswith("/LICENSE") for name in built.wheel_names())
 
 
+@pytest.mark.slow
 def test_the_native_module_is_in_the_wheel(built: Built) -> None:
     assert [name for name in built.wheel_names() if name.endswith(".so")]
     sources = {name for name in built.sdist_names() if name.startswith("kvcache/_native/")}
     assert [name for name in sources if name.endswith(".cpp")], "the sdist cannot build it"
 
 
+@pytest.mark.slow
 def test_the_core_asks_for_nothing_heavy(built: Built) -> None:
     core = [line for line in built.requirements() if "extra ==" not in line]
     assert core
     assert not [line for line in core if line.lower().startswith(HEAVY)]
 
 
+@pytest.mark.slow
 def test_an_installation_is_small(installed: Path) -> None:
     names = {path.name.partition("-")[0].lower() for path in installed.glob("*.dist-info")}
     assert not names & set(HEAVY)
@@ -129,6 +138,7 @@ def test_an_installation_is_small(installed: Path) -> None:
     assert total <= INSTALL_BYTES_MAX
 
 
+@pytest.mark.slow
 def test_an_installation_works_away_from_the_tree(installed: Path, tmp_path: Path) -> None:
     program = (
         "import kvcache, kvcache.client, kvcache.server, kvcache.eviction, kvcache.sums as sums\n"

@@ -48,8 +48,8 @@ HEAVY: dict[str, str] = {
     "xxhash": r"kvcache/sums\w*\.py",
 }
 
-# Where a broad ``except`` that does not raise again may stand: the borders to others' code, and the
-# top of the node's tasks.
+# Where a broad ``except`` that does not raise again may stand: the borders to engines' and policies'
+# code, and the top of the node's tasks.
 BORDERS = re.compile(r"client/connectors/\w+\.py|server/node\.py|kvcache/guard\.py|tests/.*|benchmarks/.*")
 PRINTERS = re.compile(
     r"(kvcache|server|eviction|client)/(cli|demo)(_\w+)?\.py|benchmarks/.*|tests/.*|\.ci/.*"
@@ -69,8 +69,8 @@ def findings(path: str, source: str) -> list[str]:
     tree = ast.parse(source)
     found = [(line, text) for rule in RULES for line, text in rule(path, tree)]
     found += text_findings(source)
-    if source.count("\n") > FILE_LINES_MAX:
-        found.append((FILE_LINES_MAX, f"file is over {FILE_LINES_MAX} lines"))
+    if (lines := source.count("\n")) > FILE_LINES_MAX:
+        found.append((lines, f"file is over {FILE_LINES_MAX} lines"))
     found += comment_findings(source)
     return [f"{path}:{line}: {text}" for line, text in sorted(found)]
 
@@ -129,8 +129,8 @@ def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str]]:
             yield node, dotted(node.func)
 
 
-def docstring_rule(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    if not ast.get_docstring(tree) and (tree.body or path.startswith(PACKAGES)):
+def docstring_rule(_: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    if not ast.get_docstring(tree):
         yield 1, "a module opens by saying what it is for"
 
 
@@ -147,7 +147,8 @@ def arrow_rule(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             if target not in allowed and (line, target) not in seen:
                 seen.add((line, target))
                 yield line, f"{layer(path)} imports {target} ({module})"
-            if module.startswith("kvcache.testing") and not path.startswith("kvcache/testing/"):
+            users = ("kvcache/testing/", "kvcache/cli", "kvcache/demo")
+            if module.startswith("kvcache.testing") and not path.startswith(users):
                 yield line, f"{path} imports the test tools ({module})"
 
 
@@ -319,7 +320,8 @@ def test_a_module_without_a_docstring_is_found() -> None:
         ("client/a.py", "from kvcache.client.store import Lease\nfrom kvcache import wire"),
         ("kvcache/cli.py", "import kvcache.server.node\nimport kvcache.client.store\nprint('x')"),
         ("kvcache/__main__.py", "from kvcache.cli import main"),
-        ("kvcache/demo.py", "from kvcache.cli import main"),
+        ("kvcache/demo.py", "from kvcache.cli import main\nfrom kvcache.testing import processes"),
+        ("kvcache/guard.py", "try:\n    pass\nexcept Exception:\n    x = 1"),
         ("kvcache/a.py", "try:\n    pass\nexcept BaseException:\n    x = 1\n    raise"),
         ("client/connectors/vllm.py", "import torch, vllm\ntry:\n    pass\nexcept Exception:\n    x = 1"),
         ("server/http.py", "from aiohttp import web"),
