@@ -1,0 +1,203 @@
+"""Who may do what: tokens and users of a node, each with its tenant and roles.
+
+The file is TOML, readable by its owner alone:
+
+    master_key_file = "/etc/kvcache/master.key"      # 32 bytes or more; or master_key = "64 hex digits"
+
+    [[credential]]
+    token = "at least 16 characters"                 # or uid = 1000, for unix sockets
+    tenant = "team-a"
+    roles = ["reader", "writer"]                     # of reader, writer, router, operator
+
+The tenant comes from the credential, never from a message: its key is derived from the master key, and
+names every block, so that tenants cannot meet even by guessing. Without a file there is one tenant,
+``default``, for the user that runs the node and for loopback; its key is derived from a master key that
+everybody can read below, which is right because there is nobody to keep apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hmac
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from kvcache.block import TENANT_KEY_BYTES
+from kvcache.errors import BadInput
+
+ROLES = ("reader", "writer", "router", "operator")
+DEFAULT_TENANT = "default"
+TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+TOKEN_CHARS_MIN = 16
+MASTER_KEY_BYTES_MIN = 32
+
+_DEFAULT_MASTER_KEY = b"kvcache: one user, one tenant, nobody to keep apart"
+_PERSON = b"kvcache.tenant.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A tenant and what may be done for it."""
+
+    tenant: str
+    roles: frozenset[str]
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tenant: str
+    roles: list[str]
+    token: str = ""
+    uid: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    credential: list[_Entry]
+    master_key: str = ""
+    master_key_file: str = ""
+
+
+class Credentials:
+    """The credentials of one node. Build with ``from_file`` or ``default``."""
+
+    def __init__(
+        self,
+        tokens: Mapping[str, Credential],
+        users: Mapping[int, Credential],
+        anonymous: Credential | None,
+        master_key: bytes,
+    ) -> None:
+        """``anonymous`` is for TCP from loopback without a token; None refuses it."""
+        # Digests, so that comparing takes the same time whatever the tokens' lengths.
+        self._tokens = [(_digest(token), credential) for token, credential in tokens.items()]
+        self._users = dict(users)
+        self._master_key = master_key
+        self.anonymous = anonymous
+
+    @classmethod
+    def default(cls) -> Credentials:
+        """No file: the user that runs the node, and loopback, may do everything as one tenant."""
+        everything = Credential(DEFAULT_TENANT, frozenset(ROLES))
+        return cls({}, {os.getuid(): everything}, everything, _DEFAULT_MASTER_KEY)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Credentials:
+        """RAISES BadInput (bad_credentials) that names the entry; never repeats a token."""
+        parsed = _parse(Path(path))
+        tokens: dict[str, Credential] = {}
+        users: dict[int, Credential] = {}
+        for number, entry in enumerate(parsed.credential, 1):
+            credential = _credential(number, entry)
+            if (entry.token != "") == (entry.uid is not None):
+                raise _bad(f"credential {number} needs a token or a uid, and only one of them")
+            if entry.token in tokens or entry.uid in users:
+                raise _bad(f"credential {number} repeats the token or uid of another")
+            if entry.uid is not None:
+                users[entry.uid] = credential
+            elif len(entry.token) < TOKEN_CHARS_MIN:
+                raise _bad(f"the token of credential {number} is shorter than {TOKEN_CHARS_MIN} characters")
+            else:
+                tokens[entry.token] = credential
+        return cls(tokens, users, None, _master_key(parsed, Path(path)))
+
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self._tokens)
+
+    def by_token(self, token: str) -> Credential | None:
+        """Compares with every token, in constant time."""
+        digest = _digest(token)
+        found: Credential | None = None
+        for known, credential in self._tokens:
+            if hmac.compare_digest(known, digest):
+                found = credential
+        return found
+
+    def by_uid(self, uid: int) -> Credential | None:
+        return self._users.get(uid)
+
+    def lists_other_users(self, uid: int) -> bool:
+        return any(other != uid for other in self._users)
+
+    def default_tenant(self, uid: int) -> str:
+        """The tenant whose memory a node of this user takes at start."""
+        known = self._users.get(uid)
+        if known is not None:
+            return known.tenant
+        return self._tokens[0][1].tenant if self._tokens else DEFAULT_TENANT
+
+    def tenant_key(self, tenant: str) -> bytes:
+        """The key of the tenant's block names. Whoever has it can name the tenant's blocks."""
+        key = blake2b(self._master_key, digest_size=TENANT_KEY_BYTES).digest()
+        return blake2b(tenant.encode(), digest_size=TENANT_KEY_BYTES, key=key, person=_PERSON).digest()
+
+
+def _parse(path: Path) -> _File:
+    _check_private(path)
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), _File)
+    except msgspec.ValidationError as error:
+        unknown = re.search(r"unknown field `(.*?)`", str(error))
+        near = difflib.get_close_matches(unknown[1], _NAMES, 1) if unknown else []
+        raise _bad(f"{path}: {error}", f"did you mean {near[0]!r}?" if near else "") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _bad(f"{path} cannot be read: {error}") from error
+
+
+_NAMES = sorted({*_File.__struct_fields__, *_Entry.__struct_fields__})
+
+
+def _check_private(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise _bad(f"{path} cannot be read: {error}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise _bad(f"others can read {path} (mode {mode & 0o777:o})", f"run: chmod 600 {path}")
+
+
+def _credential(number: int, entry: _Entry) -> Credential:
+    if not TENANT_PATTERN.fullmatch(entry.tenant):
+        raise _bad(f"the tenant of credential {number} does not match {TENANT_PATTERN.pattern}")
+    wrong = sorted(set(entry.roles) - set(ROLES))
+    if wrong or not entry.roles:
+        raise _bad(
+            f"credential {number} has the roles {wrong or 'of nobody'}", f"roles are {', '.join(ROLES)}"
+        )
+    return Credential(entry.tenant, frozenset(entry.roles))
+
+
+def _master_key(parsed: _File, path: Path) -> bytes:
+    if bool(parsed.master_key) == bool(parsed.master_key_file):
+        raise _bad(f"{path} needs master_key or master_key_file, and only one of them", _TODO_KEY)
+    try:
+        if parsed.master_key_file:
+            file = path.parent / parsed.master_key_file
+            _check_private(file)
+            key = file.read_bytes()
+        else:
+            key = bytes.fromhex(parsed.master_key)
+    except (OSError, ValueError) as error:
+        raise _bad(f"the master key cannot be read: {error}", _TODO_KEY) from error
+    if len(key) < MASTER_KEY_BYTES_MIN:
+        raise _bad(f"the master key has {len(key)} bytes, under {MASTER_KEY_BYTES_MIN}", _TODO_KEY)
+    return key
+
+
+_TODO_KEY = "make one with: head -c 32 /dev/urandom > master.key; chmod 600 master.key"
+
+
+def _digest(token: str) -> bytes:
+    return blake2b(token.encode(errors="surrogatepass"), digest_size=32).digest()
+
+
+def _bad(what: str, todo: str = "see kvcache/credentials.py for what the file holds") -> BadInput:
+    return BadInput("bad_credentials", what, "the credentials file is used whole or not at all", todo)

@@ -1,0 +1,247 @@
+"""What a node knows and decides: namespaces, the ledger of its host tier, events and counters.
+
+Everything here is called from one thread, the event loop's, and returns at once; the only waiting is
+for a thread that sums bytes (``verify``), and what it found is acted on by generation, so that nothing
+is assumed to hold across the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from kvcache.block import BlockSpec, NamespaceId, Slot, StorageKey, split_hashes, storage_key
+from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
+from kvcache.config import NodeConfig
+from kvcache.errors import BadInput
+from kvcache.events import Publisher
+from kvcache.ledger import Lease, Ledger
+from kvcache.namespace import Namespace
+from kvcache.sums import block_checksum, sum_chunks
+from kvcache.tiers.host import HostTier
+from kvcache.tiers.space import Space
+from kvcache.wire import EventBatch
+
+HELD_STATS = (
+    "leases",
+    "reservations",
+    "limbo_blocks",
+    "quarantined_blocks",
+    "pinned_blocks",
+    "reclaimed_extents",
+    "policy_faults",
+)
+HELD_STATS_OF_A_TIER = ("blocks", "block_bytes", "orphans")
+VERDICT_MATCHES = "stored blocks of this namespace are found and used"
+VERDICT_FIRST = "nothing is stored for this model yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A namespace some client opened here."""
+
+    namespace_id: NamespaceId
+    namespace: Namespace
+    spec: BlockSpec
+
+    @property
+    def tenant(self) -> str:
+        return self.namespace.tenant
+
+
+class Core:
+    """The state of one node. ``ledger``, ``host`` and ``counters`` are for the handlers."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        ledger: Ledger,
+        space: Space,
+        host: HostTier,
+        publisher: Publisher,
+        clock: Clock,
+    ) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.host = host
+        self.clock = clock
+        self._started_ns = clock.now_ns()
+        self.counters: Counter[str] = Counter()
+        self._space = space
+        self._publisher = publisher
+        self._namespaces: dict[NamespaceId, Opened] = {}
+        self._arenas: dict[tuple[int, str], int] = {}
+        self._watchers: dict[int, Callable[[EventBatch], None]] = {}
+        self._summing = ThreadPoolExecutor(1, "kvcache-sum")
+
+    # --- namespaces and arenas ------------------------------------------------------------------
+
+    def open(self, namespace: Namespace, spec: BlockSpec) -> tuple[Opened, str]:
+        """Remember a namespace; idempotent. Returns it with a verdict in plain words.
+
+        RAISES BadInput when there are too many, or when one block exceeds the tier."""
+        opened = Opened(namespace.namespace_id(), namespace, spec)
+        known = opened.namespace_id in self._namespaces
+        if not known:
+            self._check_room(spec)
+        verdict = self._verdict(opened)
+        self._namespaces.setdefault(opened.namespace_id, opened)
+        return self._namespaces[opened.namespace_id], verdict
+
+    def namespace(self, namespace_id: bytes, tenant: str) -> Opened:
+        """RAISES BadInput in the same words for one that is missing and one that is another's."""
+        opened = self._namespaces.get(NamespaceId(namespace_id))
+        if opened is None or opened.tenant != tenant:
+            raise BadInput(
+                "unknown_namespace",
+                f"no namespace {namespace_id.hex() or '(empty)'} was opened here",
+                "the node restarted, or it was never opened with this credential",
+                "send Open first; the clients in kvcache.client do so by themselves",
+            )
+        return opened
+
+    def tenant_of(self, namespace_id: bytes) -> str:
+        return self._namespaces[NamespaceId(namespace_id)].tenant
+
+    def arena(self, uid: int, tenant: str) -> int:
+        """The memory of one trust domain, made at its first use."""
+        arena = self._arenas.get((uid, tenant))
+        if arena is None:
+            arena = self._space.add_arena()
+            made = self.host.add_arena(f"{uid}-{tenant}")
+            assert made == arena
+            self._arenas[uid, tenant] = arena
+        return arena
+
+    def keys(self, opened: Opened, prefix: bytes, count_max: int) -> list[StorageKey]:
+        """RAISES BadInput for a malformed or too long prefix."""
+        blocks = split_hashes(prefix)
+        if len(blocks) > count_max:
+            raise BadInput(
+                "too_large",
+                f"a prefix of {len(blocks)} blocks",
+                f"the limit of this call is {count_max}",
+                "ask in several calls; the clients in kvcache.client do so by themselves",
+            )
+        return [storage_key(opened.namespace_id, block) for block in blocks]
+
+    def _check_room(self, spec: BlockSpec) -> None:
+        if len(self._namespaces) >= self.config.namespaces_max:
+            raise BadInput(
+                "too_large",
+                f"{len(self._namespaces)} namespaces are open",
+                "namespaces_max is reached",
+                "raise namespaces_max, or restart the node to forget old ones",
+            )
+        if spec.block_bytes > self.config.capacity_bytes:
+            raise BadInput(
+                "too_small",
+                f"the host tier has {self.config.capacity_bytes} bytes",
+                f"one block of this namespace has {spec.block_bytes}",
+                "start the node with a larger --capacity",
+            )
+
+    def _verdict(self, opened: Opened) -> str:
+        if opened.namespace_id in self._namespaces:
+            return VERDICT_MATCHES
+        near: list[list[str]] = [
+            opened.namespace.differences(other.namespace)
+            for other in self._namespaces.values()
+            if other.tenant == opened.tenant and other.namespace.model == opened.namespace.model
+        ]
+        if not near:
+            return VERDICT_FIRST
+        nearest: list[str] = min(near, key=len)
+        return "stored blocks of this model do not fit: " + "; ".join(nearest)
+
+    # --- changes --------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """After every call of the ledger: tell the tier and the watchers what it changed."""
+        moves = self._space.take_moves()
+        if moves:
+            self.host.apply(moves)
+        changes = self.ledger.take_changes()
+        if changes:
+            for change in changes:
+                self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
+            self.counters["events"] += 1
+            batch = self._publisher.publish(changes)
+            for watcher in list(self._watchers.values()):
+                watcher(batch)
+
+    def watch(self, owner: int, watcher: Callable[[EventBatch], None]) -> Iterable[EventBatch]:
+        """From now on ``watcher`` gets every batch; the batches returned say what is here already."""
+        self._watchers[owner] = watcher
+        return self._publisher.snapshot()
+
+    def unwatch(self, owner: int) -> None:
+        self._watchers.pop(owner, None)
+
+    def expire(self) -> None:
+        """Called by the node's timer."""
+        self.ledger.expire(self.clock.now_ns())
+        self.settle()
+
+    # --- bytes ----------------------------------------------------------------------------------
+
+    def checksums(self, opened: Opened, keys: Sequence[StorageKey], sums: Sequence[bytes]) -> list[bytes]:
+        spec = opened.spec
+        return [
+            block_checksum(key, spec.block_bytes, spec.chunk_bytes, part)
+            for key, part in zip(keys, sums, strict=True)
+        ]
+
+    async def slot_sums(self, opened: Opened, slots: Sequence[Slot]) -> list[bytes]:
+        """The chunk sums of what lies in these slots just now. Runs in a thread."""
+        views = [self.host.view(slot, opened.spec.block_bytes) for slot in slots]
+        loop = asyncio.get_running_loop()
+        joined = await loop.run_in_executor(self._summing, sum_chunks, views, opened.spec.chunk_bytes)
+        step = len(joined) // len(views) if views else 1
+        return [joined[at : at + step] for at in range(0, len(joined), step)]
+
+    async def examine(self, opened: Opened, lease: Lease, positions: Sequence[int]) -> int:
+        """A reader found these blocks wrong: look for ourselves, and quarantine those that are.
+
+        Returns how many were. A reader whose own memory is bad so takes nothing from others."""
+        found = await self.slot_sums(opened, [lease.slots[at] for at in positions])
+        bad = 0
+        until_ns = self.clock.now_ns() + self.config.quarantine_ms * NS_PER_MS
+        for at, sums in zip(positions, found, strict=True):
+            expected = lease.checksums[at]
+            if self.checksums(opened, [lease.keys[at]], [sums]) == [expected]:
+                self.counters["reader_disagreed_blocks"] += 1
+            elif self.ledger.quarantine(lease.keys[at], lease.generations[at], until_ns):
+                self.counters["rejected_blocks:checksum"] += 1
+                bad += 1
+        self.settle()
+        return bad
+
+    # --- the operator's view --------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        """The numbers of ``metrics.STATS``, and no others."""
+        held = self.ledger.stats()
+        return {
+            **{name: float(value) for name, value in self.counters.items()},
+            **{name: held.get(name, 0.0) for name in HELD_STATS},
+            **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
+            "used_bytes:host": self._space.capacity_bytes - held["free_bytes"],
+            "capacity_bytes:host": float(self._space.capacity_bytes),
+            "namespaces": float(len(self._namespaces)),
+            "arenas": float(len(self._arenas)),
+            "watchers": float(len(self._watchers)),
+            "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
+        }
+
+    def check(self) -> None:
+        """Assert every invariant of what this node holds."""
+        self.ledger.check()
+        self._space.check()
+
+    def close(self) -> None:
+        self._summing.shutdown(wait=True, cancel_futures=True)
+        self.host.close()

@@ -1,0 +1,80 @@
+"""Who is at the other end of a connection: tenant and roles from the credential, never from a message."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import struct
+from dataclasses import dataclass
+
+from kvcache.credentials import Credential, Credentials
+from kvcache.errors import NotAllowed
+
+ROLES_INSIDE = frozenset({"router", "operator"})
+
+_UCRED = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What the kernel says of the process at the other end. ``pid`` 0 and ``uid`` -1: unknown (TCP)."""
+
+    pid: int
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One connection's rights. ``owner`` names the connection to the ledger. ``inside`` marks the
+    node's own HTTP process, which sees the events of all tenants."""
+
+    owner: int
+    tenant: str
+    roles: frozenset[str]
+    arena: int
+    mapped: bool
+    peer: Peer
+    inside: bool = False
+
+    def require(self, *roles: str) -> None:
+        """RAISES NotAllowed unless the credential has one of ``roles``."""
+        if not self.roles.intersection(roles):
+            raise NotAllowed(
+                "not_allowed",
+                "this credential may not do that",
+                f"it needs the role {' or '.join(roles)}",
+                "ask the operator for a credential with that role",
+            )
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The process at the other end of a unix socket; unknown for others."""
+    if connection.family != socket.AF_UNIX:
+        return Peer(0, -1)
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _gid = _UCRED.unpack(raw)
+    return Peer(pid, uid)
+
+
+def credential_for(
+    credentials: Credentials, token: str, peer: Peer, *, loopback: bool, inside_token: str
+) -> tuple[Credential, bool]:
+    """The credential a Hello proves, and whether it is the node's own HTTP process.
+
+    A token wins over the uid. RAISES NotAllowed, in the same words whatever was wrong."""
+    if token:
+        if hmac.compare_digest(token.encode(), inside_token.encode()):
+            return Credential("", ROLES_INSIDE), True
+        found = credentials.by_token(token)
+    elif peer.uid >= 0:
+        found = credentials.by_uid(peer.uid)
+    else:
+        found = credentials.anonymous if loopback else None
+    if found is None:
+        raise NotAllowed(
+            "not_allowed",
+            "no credential fits this connection",
+            "the token is unknown, or none was sent and the user is not listed",
+            "set KVCACHE_TOKEN, or add this user to the node's credentials file",
+        )
+    return found, False

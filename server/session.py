@@ -1,0 +1,276 @@
+"""One connection after its handshake: bytes in, frames out. Knows framing and order, decides nothing.
+
+    frame arrives -> Responder.answer -> a Reply at once, or an Answer still to be waited for
+    body, payload                        (meanwhile nothing more is read from this connection)
+
+Replies leave in the order of their requests. A Write's payload goes from the socket straight into the
+slots that the Responder names, a Read's payload straight out of them: the interpreter never loops over
+block bytes. A peer that does not read its replies is not read from either, so its memory here is bounded
+by one receive buffer and one reply; a watcher that lags by more than ``WATCH_BYTES_MAX`` is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcache import wire
+from kvcache.errors import KVCacheError
+
+log = logging.getLogger("kvcache.server")
+
+RECEIVE_BYTES = 64 << 10
+STEP_BYTES = 256 << 10
+WATCH_BYTES_MAX = 16 << 20
+DISCARD_BYTES = 64 << 10
+TEXT_CHARS_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A reply with a payload: these views, in order."""
+
+    message: wire.Reply
+    payload: Sequence[memoryview]
+
+
+Answer = wire.Reply | Outgoing
+
+
+class Responder(Protocol):
+    """What a session asks: the handlers, bound to this connection's identity."""
+
+    def answer(self, call: int, request: wire.Request) -> Answer | Awaitable[Answer]:
+        """RAISES KVCacheError when the request is refused."""
+
+    def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
+        """Where a Write's payload goes. RAISES KVCacheError when it may not be written."""
+
+    def refused(self, error: KVCacheError) -> None:
+        """A request was refused with this error."""
+
+    def lagged(self) -> None:
+        """The peer did not take its events fast enough and was disconnected."""
+
+    def ended(self) -> None:
+        """The connection is gone."""
+
+
+class Session(asyncio.BufferedProtocol):
+    """The asyncio side of one connection. Created after Hello was answered."""
+
+    def __init__(self, responder: Responder, ended: Callable[[], None]) -> None:
+        self._responder = responder
+        self._ended = ended
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._have = 0
+        self._incoming: _Incoming | None = None
+        self._busy: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    # --- called by the event loop ---------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._writable.set()
+        if self._busy is not None:
+            self._busy.cancel()
+        self._responder.ended()
+        self._ended()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+        self._regulate()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+        self._regulate()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._incoming is not None:
+            return self._incoming.room()
+        return memoryview(self._buffer)[self._have :]
+
+    def buffer_updated(self, count: int) -> None:
+        if self._incoming is not None:
+            self._incoming.filled(count)
+        else:
+            self._have += count
+        self._advance()
+
+    # --- frames ---------------------------------------------------------------------------------
+
+    def push(self, message: wire.EventBatch, call: int) -> None:
+        """One event batch to a watcher; a watcher that lags too far is disconnected and must ask anew."""
+        if self._transport is None:
+            return
+        if self._transport.get_write_buffer_size() > WATCH_BYTES_MAX:
+            self._responder.lagged()
+            log.warning("a watcher lags by over %d bytes; it is disconnected", WATCH_BYTES_MAX)
+            self._transport.abort()
+            return
+        self._transport.write(wire.encode(call, message))
+
+    def _advance(self) -> None:
+        """Take whole frames off the buffer until one must be waited for."""
+        try:
+            while self._transport is not None and self._busy is None:
+                if self._incoming is not None:
+                    if not self._incoming.complete:
+                        break
+                    finished, self._incoming = self._incoming, None
+                    self._dispatch(finished.call, finished.request, finished.error)
+                elif not self._take_frame():
+                    break
+        except KVCacheError as error:
+            # The stream cannot be trusted from here on: say why, then close.
+            if self._transport is not None:
+                self._transport.write(wire.encode(0, self._failure(error)))
+                self._transport.close()
+        self._regulate()
+
+    def _take_frame(self) -> bool:
+        if self._have < wire.HEADER.size:
+            return False
+        header = wire.decode_header(memoryview(self._buffer)[: wire.HEADER.size])
+        end = wire.HEADER.size + header.body_bytes
+        if self._have < end:
+            if end > len(self._buffer):
+                grown = bytearray(end)  # A new one: the event loop still holds a view of the old.
+                grown[: self._have] = memoryview(self._buffer)[: self._have]
+                self._buffer = grown
+            return False
+        call, request = wire.decode_request(bytes(memoryview(self._buffer)[wire.HEADER.size : end]))
+        if header.payload_bytes == 0 and not isinstance(request, wire.Write):
+            self._consume(end)
+            self._dispatch(call, request, None)
+            return True
+        self._incoming = self._expect(call, request, header.payload_bytes)
+        early = min(self._have - end, header.payload_bytes)
+        self._incoming.take(memoryview(self._buffer)[end : end + early])
+        self._consume(end + early)
+        return True
+
+    def _expect(self, call: int, request: wire.Request, payload_bytes: int) -> _Incoming:
+        try:
+            if not isinstance(request, wire.Write):
+                raise KVCacheError("bad_message", "a payload where none belongs", "only Write carries one")
+            room = self._responder.destination(request, payload_bytes)
+            return _Incoming(call, request, payload_bytes, room, None)
+        except KVCacheError as error:
+            return _Incoming(call, request, payload_bytes, [], error)
+
+    def _consume(self, count: int) -> None:
+        rest = self._have - count
+        self._buffer[:rest] = self._buffer[count : self._have]
+        self._have = rest
+        if len(self._buffer) > RECEIVE_BYTES and rest <= RECEIVE_BYTES:
+            self._buffer = self._buffer[:RECEIVE_BYTES]
+
+    def _dispatch(self, call: int, request: wire.Request, error: KVCacheError | None) -> None:
+        try:
+            if error is not None:
+                raise error
+            answer = self._responder.answer(call, request)
+        except KVCacheError as refused:
+            answer = self._failure(refused)
+        if isinstance(answer, wire.Message):
+            self._write(wire.encode(call, answer))
+        else:
+            self._busy = asyncio.get_running_loop().create_task(self._finish(call, answer))
+
+    async def _finish(self, call: int, answer: Outgoing | Awaitable[Answer]) -> None:
+        try:
+            done = answer if isinstance(answer, Outgoing) else await answer
+        except KVCacheError as refused:
+            done = self._failure(refused)
+        if isinstance(done, Outgoing):
+            await self._stream(call, done)
+        else:
+            self._write(wire.encode(call, done))
+        self._busy = None
+        self._advance()
+
+    async def _stream(self, call: int, outgoing: Outgoing) -> None:
+        total = sum(len(view) for view in outgoing.payload)
+        self._write(wire.encode(call, outgoing.message, total))
+        for view in outgoing.payload:
+            for start in range(0, len(view), STEP_BYTES):
+                await self._writable.wait()
+                self._write(view[start : start + STEP_BYTES])
+
+    def _failure(self, error: KVCacheError) -> wire.Failure:
+        self._responder.refused(error)
+        return failure(error)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _regulate(self) -> None:
+        """Read only while there is nothing to wait for and the peer takes its replies."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._busy is None and self._writable.is_set():
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+
+class _Incoming:
+    """A payload on its way into its destination, or into nothing when it was refused."""
+
+    def __init__(
+        self,
+        call: int,
+        request: wire.Request,
+        payload_bytes: int,
+        room: list[memoryview],
+        error: KVCacheError | None,
+    ) -> None:
+        assert error is not None or sum(len(view) for view in room) == payload_bytes
+        self.call = call
+        self.request = request
+        self.error = error
+        self._left = payload_bytes
+        self._room = room
+        self._discard = memoryview(bytearray(DISCARD_BYTES if error is not None else 0))
+
+    @property
+    def complete(self) -> bool:
+        return self._left == 0
+
+    def room(self) -> memoryview:
+        if self.error is not None:
+            return self._discard[: self._left]
+        return self._room[0]
+
+    def filled(self, count: int) -> None:
+        self._left -= count
+        if self.error is None:
+            self._room[0] = self._room[0][count:]
+            if not self._room[0]:
+                self._room.pop(0)
+
+    def take(self, early: memoryview) -> None:
+        """What had already arrived together with the body: at most one receive buffer."""
+        while early:
+            room = self.room()
+            count = min(len(room), len(early))
+            room[:count] = early[:count]
+            self.filled(count)
+            early = early[count:]
+
+
+def failure(error: KVCacheError) -> wire.Failure:
+    texts = (text[:TEXT_CHARS_MAX] for text in (error.what, error.why, error.todo))
+    return wire.Failure(error.code, *texts)

@@ -1,0 +1,119 @@
+"""The host tier's memory: sealed, private to a trust domain, populated once, given back."""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcache.block import Slot
+from kvcache.errors import BadInput
+from kvcache.tiers.host import SEALS, HostTier, memory_available_bytes
+from kvcache.tiers.space import Space, slot_arena
+
+UNIT = 1 << 20
+CAPACITY = 8 * UNIT
+
+
+@pytest.fixture
+def host() -> Iterator[HostTier]:
+    tier = HostTier(CAPACITY, UNIT)
+    tier.add_arena("one")
+    yield tier
+    tier.close()
+
+
+def resident_bytes(descriptor: int) -> int:
+    return os.fstat(descriptor).st_blocks * 512
+
+
+def test_the_descriptor_is_sealed_and_private(host: HostTier) -> None:
+    descriptor = host.descriptor(0)
+    assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS
+    assert os.fstat(descriptor).st_mode & 0o777 == 0o600
+    assert os.fstat(descriptor).st_size == CAPACITY
+    for size in (0, CAPACITY // 2, CAPACITY * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_what_one_mapping_writes_another_sees(host: HostTier) -> None:
+    space = Space(CAPACITY, UNIT)
+    slot = space.allocate(space.add_arena(), 4096)
+    assert slot is not None
+    host.view(slot, 4096)[:5] = b"block"
+    with mmap.mmap(host.descriptor(0), CAPACITY) as other:
+        assert other[:5] == b"block"
+        other[5:7] = b"!!"
+    assert bytes(host.view(slot, 4096)[:7]) == b"block!!"
+
+
+def test_arenas_are_apart() -> None:
+    host = HostTier(CAPACITY, UNIT)
+    space = Space(CAPACITY, UNIT)
+    slots = []
+    for name in ("one", "two"):
+        assert host.add_arena(name) == space.add_arena()
+    for arena in (0, 1):
+        slot = space.allocate(arena, 4096)
+        assert slot is not None
+        assert slot_arena(slot) == arena
+        host.view(slot, 4096)[:] = bytes([arena + 1]) * 4096
+        slots.append(slot)
+    assert [host.view(slot, 4096)[0] for slot in slots] == [1, 2]
+    host.close()
+
+
+def test_populate_takes_the_memory_now(host: HostTier) -> None:
+    assert resident_bytes(host.descriptor(0)) == 0
+    host.populate(0)
+    assert resident_bytes(host.descriptor(0)) == CAPACITY
+
+
+def test_what_one_arena_gave_back_another_gets() -> None:
+    host, space = HostTier(CAPACITY, UNIT), Space(CAPACITY, UNIT)
+    for name in ("one", "two"):
+        assert host.add_arena(name) == space.add_arena()
+
+    def fill(arena: int) -> list[Slot]:
+        slots = []
+        while (slot := space.allocate(arena, UNIT)) is not None:
+            host.apply(space.take_moves())
+            host.view(slot, UNIT)[:] = b"x" * UNIT
+            slots.append(slot)
+        return slots
+
+    for slot in fill(0):
+        space.free(slot)
+    host.apply(space.take_moves())
+    assert resident_bytes(host.descriptor(0)) == CAPACITY, "kept: the next writer need not pay for pages"
+    kept = fill(1)[:3]
+    assert resident_bytes(host.descriptor(0)) == 0
+    assert resident_bytes(host.descriptor(1)) == CAPACITY
+    assert host.resident_units() == CAPACITY // UNIT
+    assert all(bytes(host.view(slot, UNIT)) == b"x" * UNIT for slot in kept)
+    host.close()
+
+
+def test_the_map_does_not_reach_forked_children(host: HostTier) -> None:
+    maps = Path("/proc/self/smaps").read_text()
+    flags = maps.partition("kvcache-one")[2].partition("VmFlags:")[2].splitlines()[0].split()
+    assert "dc" in flags, "do not copy on fork"
+
+
+def test_close_twice() -> None:
+    host = HostTier(CAPACITY, UNIT)
+    host.add_arena("one")
+    host.close()
+    host.close()
+
+
+def test_memory_that_is_not_there_is_refused() -> None:
+    host = HostTier(1 << 62, UNIT)
+    with pytest.raises(BadInput, match="lower --capacity"):
+        host.add_arena("huge")
+    assert memory_available_bytes() > 0

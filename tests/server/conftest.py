@@ -1,0 +1,75 @@
+"""A node inside this process, on a thread of its own, with every setting small."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from kvcache.config import NodeConfig
+from kvcache.server.node import Node
+
+Result = TypeVar("Result")
+START_S = 30
+
+
+class EmbeddedNode:
+    """The node and the loop that runs it. ``run`` does something on that loop, as the node would."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self.node = self.run(_started(config))
+        except BaseException:
+            self._stop()
+            raise
+
+    def run(self, work: Coroutine[None, None, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        async def work() -> Result:
+            return function()
+
+        return self.run(work())
+
+    def close(self) -> None:
+        self.call(self.node.core.check)
+        self.run(self.node.close())
+        self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(START_S)
+        self._loop.close()
+
+
+async def _started(config: NodeConfig) -> Node:
+    node = Node(config)
+    await node.start()
+    return node
+
+
+Serve = Callable[..., EmbeddedNode]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start nodes with the given settings; each is checked and closed at the end."""
+    nodes: list[EmbeddedNode] = []
+
+    def start(**settings: object) -> EmbeddedNode:
+        defaults = {"socket": str(tmp_path / "node.sock"), "http": "none", "capacity": "8MiB"}
+        node = EmbeddedNode(NodeConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+        nodes.append(node)
+        return node
+
+    yield start
+    for node in nodes:
+        node.close()
