@@ -31,15 +31,13 @@ class Publisher:
         for change in changes:
             self._follow(change)
         self._seq += 1
-        return self._batch([_event(change.kind, change.keys, change.parent) for change in changes], False)
+        return self._batch([event for change in changes for event in _events(change)], False)
 
     def snapshot(self) -> Iterator[EventBatch]:
         """Everything that is stored now, parents before children, in batches; at least one."""
         events: list[BlockEvent] = []
-        count = 0
-        for key, parent in self._parents.items():
+        for count, (key, parent) in enumerate(self._parents.items(), 1):
             events.append(_event("stored", (key,), parent))
-            count += 1
             if count % SNAPSHOT_BLOCKS_MAX == 0:
                 yield self._batch(events, True)
                 events = []
@@ -56,6 +54,14 @@ class Publisher:
 
     def _batch(self, events: list[BlockEvent], snapshot: bool) -> EventBatch:
         return EventBatch(self._source, self._incarnation, self._seq, snapshot, events)
+
+
+def _events(change: Change) -> list[BlockEvent]:
+    """One event a namespace: what is stored is one path, but what goes at once may be of several."""
+    spaces: dict[bytes, list[StorageKey]] = {}
+    for key in change.keys:
+        spaces.setdefault(key[:HASH_BYTES], []).append(key)
+    return [_event(change.kind, keys, change.parent) for keys in spaces.values()]
 
 
 def _event(kind: str, keys: Sequence[StorageKey], parent: StorageKey | None) -> BlockEvent:
