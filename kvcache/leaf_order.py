@@ -33,6 +33,10 @@ class LeafOrder:
     def __len__(self) -> int:
         return len(self._stamps)
 
+    def entry_count(self) -> int:
+        """Entries in the heap, stale ones included."""
+        return len(self._heap)
+
     def stamp(self, blocks: Iterable[int], stamp: int) -> None:
         """Track these blocks, or move them, to this stamp."""
         children = self._tree.children
