@@ -1,0 +1,163 @@
+"""Bugs put in on purpose: each must turn a named test red, or that test proves nothing.
+
+Each plant replaces one passage of what ships, in a copy of the tree, and runs the tests that are to
+catch it there. A control run shows that they pass in the copy as it is. ``python -m
+tests.test_planted_bugs`` prints the list.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("kvcache", "server", "client", "eviction", "tests", "pyproject.toml")
+RUN_S = 110
+FAILED = 1  # pytest's status for "tests ran, and some failed"; an import error is 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """``good`` occurs once in ``file`` and is replaced by ``bad``; ``caught_by`` must then fail."""
+
+    name: str
+    file: str
+    good: str
+    bad: str
+    caught_by: str
+
+
+NODE = "tests/server/test_node.py"
+
+PLANTS = (
+    Plant(
+        "publish before the bytes are written",
+        "server/handlers.py",
+        "        if missing:\n",
+        "        if False:\n",
+        f"{NODE}::TestBytesOverTheSocket::test_commit_before_every_block_was_written",
+    ),
+    Plant(
+        "publish at reserve",
+        "server/handlers.py",
+        "        if reservation.reservation_id:\n",
+        "        if reservation.reservation_id:\n"
+        "            zero = [bytes(16)] * len(reservation.keys)\n"
+        "            core.ledger.commit(reservation.reservation_id, self._identity.owner, zero, zero)\n",
+        f"{NODE}::TestTheMap::test_bytes_go_through_the_map_only",
+    ),
+    Plant(
+        "what came over the wire is not summed",
+        "server/handlers.py",
+        "        if arrived != list(sums):\n",
+        "        if False:\n",
+        f"{NODE}::TestBytesOverTheSocket::test_bytes_that_changed_on_the_way_are_not_published",
+    ),
+    Plant(
+        "lease not released on disconnect",
+        "kvcache/ledger.py",
+        "        self._leases.disconnect(owner)\n",
+        "",
+        f"{NODE}::TestTheMap::test_a_connection_without_a_map_frees_at_once",
+    ),
+    Plant(
+        "slots of a vanished writer used again at once",
+        "kvcache/ledger.py",
+        "        if writes_ended:\n",
+        "        if True:\n",
+        f"{NODE}::TestTheMap::test_slots_of_a_closed_connection_wait_for_its_process",
+    ),
+    Plant(
+        "a reader's word is taken without looking",
+        "server/core.py",
+        "if self.checksums(opened, [lease.keys[at]], [sums]) == [expected]:",
+        "if False:",
+        f"{NODE}::TestTheMap::test_a_failed_block_is_looked_at_and_quarantined",
+    ),
+    Plant(
+        "the slab can be cut short",
+        "kvcache/tiers/host.py",
+        "            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)\n",
+        "",
+        f"{NODE}::TestTheMap::test_it_cannot_be_cut_short",
+    ),
+    Plant(
+        "the tenant is taken from the message",
+        "server/handlers.py",
+        '        if fields.get("tenant", "") not in ("", self._identity.tenant):\n',
+        "        if False:\n",
+        f"{NODE}::TestNamespaces::test_another_tenants_name_is_refused",
+    ),
+    Plant(
+        "a wide bind without a token",
+        "server/node.py",
+        "    if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:\n",
+        "    if False:\n",
+        f"{NODE}::TestStarting::test_a_wide_bind_without_a_token",
+    ),
+    Plant(
+        "a second node takes over the socket",
+        "server/node.py",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            pass\n",
+        f"{NODE}::TestStarting::test_two_nodes_on_one_socket",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree, once; each plant is put in and taken out of it."""
+    root = tmp_path_factory.mktemp("planted")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, root / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(source, root / name)
+    return root
+
+
+def run(root: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=RUN_S)
+
+
+@pytest.mark.slow
+def test_without_a_plant_all_is_green(copy: Path) -> None:
+    done = run(copy, *sorted({plant.caught_by for plant in PLANTS}))
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_copy_tests_itself(copy: Path) -> None:
+    command = [sys.executable, "-B", "-c", "import kvcache; print(kvcache.__file__)"]
+    done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True)
+    assert Path(done.stdout.decode().strip()).is_relative_to(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name.replace(" ", "-"))
+def test_it_is_caught(copy: Path, plant: Plant) -> None:
+    path = copy / plant.file
+    healthy = path.read_text()
+    assert healthy.count(plant.good) == 1, f"{plant.file} no longer has the passage once: {plant.good!r}"
+    path.write_text(healthy.replace(plant.good, plant.bad))
+    try:
+        done = run(copy, plant.caught_by)
+    finally:
+        path.write_text(healthy)
+    assert done.returncode == FAILED, f"not caught:\n{done.stdout[-3000:]}"
+
+
+if __name__ == "__main__":
+    for each in PLANTS:
+        sys.stdout.write(f"{each.name}: {each.file}, caught by {each.caught_by}\n")
