@@ -26,8 +26,9 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from math import isqrt
 from typing import NewType
 
 from kvcache.errors import BadInput
@@ -40,8 +41,10 @@ Slot = NewType("Slot", int)
 HASH_BYTES = 16
 KEY_BYTES = 32
 CHUNK_BYTES_MAX = 65_536
+CHUNK_COUNT_MAX = 65_536
 BLOCK_BYTES_MAX = 1 << 30
 TOKEN_BYTES = 4
+TENANT_KEY_BYTES = 32
 
 _PERSON = b"kvcache.prefix.1"
 
@@ -58,6 +61,8 @@ class BlockSpec:
     plane_count: int
     head_count: int
     head_bytes: int
+    chunk_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes a chunk: the largest whole number of heads that fits, else the largest equal part of a head."""
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "plane_count", "head_count", "head_bytes"):
@@ -70,6 +75,14 @@ class BlockSpec:
                 f"the limit is {BLOCK_BYTES_MAX} bytes",
                 "use fewer tokens a block",
             )
+        object.__setattr__(self, "chunk_bytes", _chunk_bytes(self.head_count, self.head_bytes))
+        if self.chunk_count > CHUNK_COUNT_MAX:
+            raise BadInput(
+                "bad_block",
+                f"a block of {self.block_bytes} bytes in {self.chunk_count} chunks",
+                f"the limit is {CHUNK_COUNT_MAX} chunks: many small planes, or a size that divides badly",
+                "describe the block with fewer, larger planes, or heads of a rounder size",
+            )
 
     @property
     def plane_bytes(self) -> int:
@@ -80,25 +93,17 @@ class BlockSpec:
         return self.plane_count * self.plane_bytes
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes a chunk: the largest whole number of heads that fits, else an equal part of a head."""
-        if self.head_bytes > CHUNK_BYTES_MAX:
-            parts = -(-self.head_bytes // CHUNK_BYTES_MAX)
-            while self.head_bytes % parts:
-                parts += 1
-            return self.head_bytes // parts
-        heads = min(self.head_count, CHUNK_BYTES_MAX // self.head_bytes)
-        while self.head_count % heads:
-            heads -= 1
-        return heads * self.head_bytes
-
-    @property
     def chunk_count(self) -> int:
         return self.block_bytes // self.chunk_bytes
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
-    """Token ids as little-endian u32, the form that is hashed. RAISES BadInput for ids outside u32."""
+    """Token ids as little-endian u32, the form that is hashed. RAISES BadInput for ids outside u32.
+
+    Bytes are refused: whether they are ids or packed already, only the caller can know.
+    """
+    if isinstance(tokens, (bytes, bytearray)) or getattr(tokens, "itemsize", TOKEN_BYTES) == 1:
+        raise BadInput("bad_prefix", "token ids given as bytes", "ids are integers", "pass a list of ids")
     try:
         packed = array("I", tokens)
     except (OverflowError, TypeError) as error:
@@ -121,11 +126,19 @@ def chain(
     ``root`` is where the chain starts: a namespace's root, or the hash of the block before the
     first token. ``tokens`` are ids, or already packed by ``pack_tokens``. ``extra[i]`` binds what
     else block i depends on (a multimodal digest, a salt), already encoded by ``extra_keys``; fewer
-    entries than blocks mean none for the rest. A trailing partial block has no name.
+    entries than blocks mean none for the rest. A trailing partial block has no name. RAISES BadInput.
     """
     if block_tokens < 1:
         raise BadInput("bad_block", f"block_tokens is {block_tokens}", "a block cannot be empty")
+    if len(root) != HASH_BYTES or len(key) != TENANT_KEY_BYTES:
+        raise BadInput(
+            "bad_prefix",
+            f"a root of {len(root)} bytes and a tenant key of {len(key)} bytes",
+            f"they are {HASH_BYTES} and {TENANT_KEY_BYTES} bytes, so that no two chains are named alike",
+        )
     packed = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
+    if len(packed) % TOKEN_BYTES:
+        raise BadInput("bad_prefix", f"{len(packed)} bytes of tokens", f"a token is {TOKEN_BYTES} bytes")
     step = block_tokens * TOKEN_BYTES
     hashes: list[BlockHash] = []
     parent: bytes = root
@@ -142,11 +155,15 @@ def extra_keys(parts: Sequence[tuple[str, bytes]]) -> bytes:
     """Tagged, length-prefixed encoding of what a block depends on besides its tokens.
 
     ``parts`` are (tag, value) in the order given, for instance ("mm", digest) or ("salt", salt).
-    No two different lists encode alike, and the empty list encodes as nothing.
+    No two different lists encode alike, and the empty list encodes as nothing. RAISES BadInput for a
+    tag that is no valid text.
     """
     encoded = bytearray()
     for tag, value in parts:
-        tag_bytes = tag.encode()
+        try:
+            tag_bytes = tag.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput("bad_prefix", "the tag of an extra key is no valid text", str(error)) from error
         encoded += len(tag_bytes).to_bytes(4, "little") + tag_bytes
         encoded += len(value).to_bytes(4, "little") + value
     return bytes(encoded)
@@ -158,7 +175,9 @@ def routing_hint(block: BlockHash) -> int:
 
 
 def storage_key(namespace: NamespaceId, block: BlockHash) -> StorageKey:
-    return StorageKey(namespace + block)
+    key = namespace + block
+    assert len(key) == KEY_BYTES
+    return StorageKey(key)
 
 
 def split_hashes(joined: bytes) -> list[BlockHash]:
@@ -171,3 +190,15 @@ def split_hashes(joined: bytes) -> list[BlockHash]:
             "send whole hashes, joined without separators",
         )
     return [BlockHash(joined[at : at + HASH_BYTES]) for at in range(0, len(joined), HASH_BYTES)]
+
+
+def _chunk_bytes(head_count: int, head_bytes: int) -> int:
+    if head_bytes > CHUNK_BYTES_MAX:
+        return _divisor(head_bytes, CHUNK_BYTES_MAX)
+    return head_bytes * _divisor(head_count, CHUNK_BYTES_MAX // head_bytes)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    small = (low for low in range(1, isqrt(number) + 1) if number % low == 0)
+    return max(divisor for low in small for divisor in (low, number // low) if divisor <= most)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgpack
 import msgspec
@@ -34,6 +34,12 @@ PAYLOAD_BYTES_MAX = 1 << 30
 PREFIX_BLOCKS_MAX = 65_536
 BATCH_BLOCKS_MAX = 1_024
 TEXT_CHARS_MAX = 4_096
+# No message holds more: [call, message] and two lists; a message and one map a list entry.
+LISTS_MAX = 3
+MAPS_MAX = PREFIX_BLOCKS_MAX + 2
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+OrNone = Annotated[int, msgspec.Meta(ge=-1)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -43,55 +49,59 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 # --- requests -----------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
     ``writes_ended`` acknowledges that this process has no copy in flight from any connection it had
     before, so that slots reserved through those can be used again.
     """
 
-    version: int
+    version: Unsigned
     token: str = ""
     map: bool = False
     client: str = ""
     writes_ended: bool = False
 
+    def __repr__(self) -> str:
+        """Without the token, which must not reach a log."""
+        return f"Hello(version={self.version}, map={self.map}, client={self.client!r})"
 
-class Open(Message, tag="open"):
+
+class Open(Message, frozen=True, tag="open"):
     """Name a namespace by all its fields (``namespace.Namespace`` as a map). Idempotent."""
 
     namespace: dict[str, str | int]
-    plane_count: int
-    head_count: int
-    head_bytes: int
+    plane_count: Unsigned
+    head_count: Unsigned
+    head_bytes: Unsigned
     expect: bytes = b""
 
 
-class Match(Message, tag="match"):
+class Match(Message, frozen=True, tag="match"):
     """How many leading blocks of ``prefix`` are held? Takes no lease, changes nothing."""
 
     namespace: bytes
     prefix: bytes
 
 
-class TakeLease(Message, tag="lease"):
+class TakeLease(Message, frozen=True, tag="lease"):
     """Hold the leading blocks of ``prefix``. With ``request``, the same lease for all who ask for it
     under this tenant, namespace and prefix, until each has released it."""
 
     namespace: bytes
     prefix: bytes
     request: str = ""
-    duration_ms: int = 30_000
+    duration_ms: Unsigned = 30_000
 
 
-class Release(Message, tag="release"):
+class Release(Message, frozen=True, tag="release"):
     """The reader is done. ``failed`` lists positions in the lease whose bytes failed their check."""
 
-    lease: int
-    failed: list[int] = []
+    lease: Unsigned
+    failed: list[Unsigned] = []
 
 
-class Reserve(Message, tag="reserve"):
+class Reserve(Message, frozen=True, tag="reserve"):
     """Room for the blocks of ``prefix`` that are not held yet, behind ``parent`` (empty: the root).
 
     ``hint``, ``priority``, ``session`` and ``gap_ms`` are for the eviction policy
@@ -102,138 +112,143 @@ class Reserve(Message, tag="reserve"):
     prefix: bytes
     hint: str = "unknown"
     priority: int = 50
-    session: int = -1
-    gap_ms: int = -1
+    session: OrNone = -1
+    gap_ms: OrNone = -1
 
 
-class Commit(Message, tag="commit"):
+class Commit(Message, frozen=True, tag="commit"):
     """Publish: every reserved block has been written. ``sums`` are all chunk sums, in order."""
 
-    reservation: int
+    reservation: Unsigned
     sums: bytes
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, frozen=True, tag="abort"):
     """The blocks will not be written after all, and no copy into them is in flight."""
 
-    reservation: int
+    reservation: Unsigned
 
 
-class Read(Message, tag="read"):
+class Read(Message, frozen=True, tag="read"):
     """Send me the bytes of ``count`` blocks of the lease from position ``start``: the reply has a payload."""
 
-    lease: int
-    start: int
-    count: int
+    lease: Unsigned
+    start: Unsigned
+    count: Unsigned
 
 
-class Write(Message, tag="write"):
+class Write(Message, frozen=True, tag="write"):
     """The payload holds ``count`` whole blocks of the reservation from position ``start``."""
 
-    reservation: int
-    start: int
-    count: int
+    reservation: Unsigned
+    start: Unsigned
+    count: Unsigned
 
 
-class Pin(Message, tag="pin"):
+class Pin(Message, frozen=True, tag="pin"):
     """Keep these blocks until unpinned (role operator)."""
 
     namespace: bytes
     prefix: bytes
 
 
-class Unpin(Message, tag="unpin"):
+class Unpin(Message, frozen=True, tag="unpin"):
     namespace: bytes
     prefix: bytes
 
 
-class Stats(Message, tag="stats"):
+class Stats(Message, frozen=True, tag="stats"):
     """Counters and sizes of the node, as a map of plain numbers."""
 
 
-class Watch(Message, tag="watch"):
+class Watch(Message, frozen=True, tag="watch"):
     """Send the current content as events, then every event as it happens (roles router, operator)."""
 
 
 # --- replies ------------------------------------------------------------------------------------
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello. With a map, the slab's descriptor comes as ancillary data of this frame."""
 
-    version: int
+    version: Unsigned
     node: str
-    incarnation: int
+    incarnation: Unsigned
     tenant: str
     roles: list[str]
     tenant_key: bytes
-    slab_bytes: int
+    slab_bytes: Unsigned
+
+    def __repr__(self) -> str:
+        """Without the tenant's key, which must not reach a log."""
+        return f"Welcome(node={self.node!r}, incarnation={self.incarnation}, tenant={self.tenant!r})"
 
 
-class Opened(Message, tag="opened"):
+class Opened(Message, frozen=True, tag="opened"):
     """``verdict`` says in plain words whether stored blocks fit, and if not which field differs."""
 
     namespace: bytes
-    block_bytes: int
-    chunk_bytes: int
+    block_bytes: Unsigned
+    chunk_bytes: Unsigned
     verdict: str
 
 
-class Matched(Message, tag="matched"):
-    count: int
+class Matched(Message, frozen=True, tag="matched"):
+    count: Unsigned
 
 
-class Leased(Message, tag="leased"):
+class Leased(Message, frozen=True, tag="leased"):
     """``lease`` is 0 when ``count`` is 0. ``offsets`` are byte offsets in the mapped slab (empty for
-    connections without one). ``checksums`` joins 16 bytes a block. ``expires_ns`` is on
-    CLOCK_MONOTONIC of the node's host; ``remaining_ms`` is the same for another host."""
+    connections without one), -1 for a block that lies elsewhere and must be Read. ``checksums`` joins
+    16 bytes a block. ``expires_ns`` is on CLOCK_MONOTONIC of the node's host; ``remaining_ms`` is the
+    same for another host."""
 
-    lease: int
-    count: int
-    offsets: list[int]
-    generations: list[int]
+    lease: Unsigned
+    count: Unsigned
+    offsets: list[OrNone]
+    generations: list[Unsigned]
     checksums: bytes
-    expires_ns: int
-    remaining_ms: int
+    expires_ns: Unsigned
+    remaining_ms: Unsigned
 
 
-class Released(Message, tag="released"):
+class Released(Message, frozen=True, tag="released"):
     """``intact``: the lease still held its slots until now, so no byte can have changed under it."""
 
     intact: bool
 
 
-class Reserved(Message, tag="reserved"):
+class Reserved(Message, frozen=True, tag="reserved"):
     """Blocks ``start`` to ``start + count`` of the prefix are to be written; those before are held.
     ``reservation`` is 0 when ``count`` is 0; ``reason`` then says why (held, busy, full)."""
 
-    reservation: int
-    start: int
-    count: int
-    offsets: list[int]
-    generations: list[int]
+    reservation: Unsigned
+    start: Unsigned
+    count: Unsigned
+    offsets: list[OrNone]
+    generations: list[Unsigned]
     reason: str = ""
 
 
-class Committed(Message, tag="committed"):
-    count: int
+class Committed(Message, frozen=True, tag="committed"):
+    count: Unsigned
 
 
-class Done(Message, tag="done"):
+class Done(Message, frozen=True, tag="done"):
     """Done, nothing to say."""
 
 
-class Blocks(Message, tag="blocks"):
+class Blocks(Message, frozen=True, tag="blocks"):
     """Answer to Read. The payload holds ``count`` whole blocks."""
 
-    count: int
+    count: Unsigned
 
 
-class StatsReply(Message, tag="stats_reply"):
+class StatsReply(Message, frozen=True, tag="stats_reply"):
     values: dict[str, float]
 
 
-class BlockEvent(Message, tag="block_event"):
+class BlockEvent(Message, frozen=True, tag="block_event"):
     """One change: ``kind`` is stored, removed or cleared. ``hashes`` are joined; ``parent`` (stored only)
     is the hash before the first, empty for the root. ``tier`` is hbm, host or nvme."""
 
@@ -244,18 +259,18 @@ class BlockEvent(Message, tag="block_event"):
     hashes: bytes = b""
 
 
-class EventBatch(Message, tag="event_batch"):
+class EventBatch(Message, frozen=True, tag="event_batch"):
     """Events of one source, in order. ``seq`` grows by one a batch; ``snapshot`` marks the batches
     that describe what was there already."""
 
     source: str
-    incarnation: int
-    seq: int
+    incarnation: Unsigned
+    seq: Unsigned
     snapshot: bool
     events: list[BlockEvent]
 
 
-class Failure(Message, tag="failure"):
+class Failure(Message, frozen=True, tag="failure"):
     """The request was refused. Nothing stored was changed by it."""
 
     code: str
@@ -264,36 +279,12 @@ class Failure(Message, tag="failure"):
     todo: str = ""
 
 
-Request = (
-    Hello
-    | Open
-    | Match
-    | TakeLease
-    | Release
-    | Reserve
-    | Commit
-    | Abort
-    | Read
-    | Write
-    | Pin
-    | Unpin
-    | Stats
-    | Watch
-)
-Reply = (
-    Welcome
-    | Opened
-    | Matched
-    | Leased
-    | Released
-    | Reserved
-    | Committed
-    | Done
-    | Blocks
-    | StatsReply
-    | EventBatch
-    | Failure
-)
+_Asking = Hello | Open | Match | TakeLease | Release | Read | Stats | Watch
+_Changing = Reserve | Commit | Abort | Write | Pin | Unpin
+Request = _Asking | _Changing
+
+_Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
+Reply = _Answer | EventBatch | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,19 +294,28 @@ class FrameHeader:
 
 
 def encode(call: int, message: Message, payload_bytes: int = 0) -> bytes:
-    """Header and body of one frame. The payload, if any, is written after it by the caller."""
-    body = msgpack.packb([call, msgspec.to_builtins(message, builtin_types=(bytes,))], use_bin_type=True)
+    """Header and body of one frame. The payload, if any, is written after it by the caller.
+
+    RAISES BadInput for text that is not valid Unicode, numbers over 64 bits, and what is too large.
+    """
+    try:
+        body = msgpack.packb([call, msgspec.to_builtins(message, builtin_types=(bytes,))], use_bin_type=True)
+    except (ValueError, OverflowError) as error:
+        what = f"a {type(message).__name__} that cannot be sent"
+        raise BadInput("bad_message", what, _printable(error)) from error
     assert isinstance(body, bytes)
-    assert len(body) <= BODY_BYTES_MAX, f"{type(message).__name__} of {len(body)} bytes"
-    assert payload_bytes <= PAYLOAD_BYTES_MAX
+    _check_sizes(len(body), payload_bytes)
     return HEADER.pack(MAGIC, PROTOCOL_VERSION, 0, len(body), payload_bytes) + body
 
 
 def decode_header(data: bytes | bytearray | memoryview) -> FrameHeader:
-    """REQUIRES: ``HEADER.size`` bytes. RAISES BadInput when they are not a header of this protocol."""
+    """RAISES BadInput when these are not the ``HEADER.size`` bytes of a header of this protocol."""
+    if len(data) != HEADER.size:
+        raise BadInput("bad_frame", f"a header of {len(data)} bytes", f"headers are {HEADER.size} bytes")
     magic, version, zero, body_bytes, payload_bytes = HEADER.unpack(data)
     if magic != MAGIC or zero != 0:
-        raise BadInput("bad_frame", f"a frame starts with {bytes(data[:4])!r}", f"frames start with {MAGIC!r}")
+        start = bytes(data[:4])
+        raise BadInput("bad_frame", f"a frame starts with {start!r}", f"frames start with {MAGIC!r}")
     if version != PROTOCOL_VERSION:
         raise BadInput(
             "bad_version",
@@ -323,6 +323,11 @@ def decode_header(data: bytes | bytearray | memoryview) -> FrameHeader:
             f"this side speaks version {PROTOCOL_VERSION}",
             "run the same release of kvcache on both sides",
         )
+    _check_sizes(body_bytes, payload_bytes)
+    return FrameHeader(body_bytes, payload_bytes)
+
+
+def _check_sizes(body_bytes: int, payload_bytes: int) -> None:
     if body_bytes > BODY_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
         raise BadInput(
             "too_large",
@@ -330,10 +335,26 @@ def decode_header(data: bytes | bytearray | memoryview) -> FrameHeader:
             f"the limits are {BODY_BYTES_MAX} + {PAYLOAD_BYTES_MAX} bytes",
             "send fewer blocks a call",
         )
-    return FrameHeader(body_bytes, payload_bytes)
 
 
 _Decoded = TypeVar("_Decoded")
+_Container = TypeVar("_Container")
+
+
+class _Limit:
+    """Counts containers while a body is decoded, so that a body of nothing but brackets ends early."""
+
+    __slots__ = ("_left", "_what")
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what = what
+        self._left = most
+
+    def __call__(self, container: _Container) -> _Container:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"it holds too many {self._what}")
+        return container
 
 
 def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decoded]:
@@ -342,10 +363,12 @@ def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decod
             body,
             raw=False,
             strict_map_key=True,
+            list_hook=_Limit("lists", LISTS_MAX),
+            object_hook=_Limit("maps", MAPS_MAX),
             max_str_len=TEXT_CHARS_MAX,
             max_bin_len=BODY_BYTES_MAX,
-            max_array_len=PREFIX_BLOCKS_MAX,
-            max_map_len=TEXT_CHARS_MAX,
+            max_array_len=min(len(body), PREFIX_BLOCKS_MAX),
+            max_map_len=min(len(body), TEXT_CHARS_MAX),
             max_ext_len=0,
         )
         if not isinstance(plain, list) or len(plain) != 2 or type(plain[0]) is not int:
@@ -353,7 +376,13 @@ def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decod
         return plain[0], msgspec.convert(plain[1], kind, builtin_types=(bytes,))
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         # msgspec.ValidationError and msgpack's size errors are ValueErrors.
-        raise BadInput("bad_message", "a body that is no known message", str(error)[:200]) from error
+        raise BadInput("bad_message", "a body that is no known message", _printable(error)) from error
+
+
+def _printable(error: Exception) -> str:
+    """The peer's text may be inside: one short line of it, never a control character."""
+    text = str(error)[:200] or type(error).__name__
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
