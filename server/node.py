@@ -250,7 +250,6 @@ class Node:
         session = Session(handlers, lambda: self._ended(identity))
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_accepted_socket(lambda: session, connection)
-        assert isinstance(transport, asyncio.Transport)
         if not transport.is_closing():
             self._sessions[owner] = transport
             self.core.counters["connections_opened"] += 1

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvcache import wire
 from kvcache.errors import KVCacheError
@@ -76,8 +76,7 @@ class Session(asyncio.BufferedProtocol):
     # --- called by the event loop ---------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name.
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

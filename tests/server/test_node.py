@@ -264,7 +264,7 @@ class TestTheMap:
     def test_slots_of_a_closed_connection_wait_for_its_process(self, node: EmbeddedNode) -> None:
         """This process lives, so only its own word frees what it may still be writing into."""
         blocks = 8 * (1 << 20) // SIZE
-        names = [bytes([number % 251, number // 251]) * 8 for number in range(1, blocks + 1)]
+        names = [bytes([number % 251, number // 251, 255, 255]) * 4 for number in range(1, blocks + 1)]
         with connected(node.node.address, map=True) as first:
             namespace = opened(first)
             assert reserve(first, namespace, names).count == blocks
