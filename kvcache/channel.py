@@ -20,7 +20,7 @@ import os
 import select
 import socket
 from collections.abc import AsyncIterator, Sequence
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from kvcache.address import Address, connected_socket, parse
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock, SystemClock
@@ -347,8 +347,7 @@ class AsyncChannel(asyncio.BufferedProtocol):
     # asyncio.BufferedProtocol: called by the transport only.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end("disconnected", str(exc) if exc else "the node closed the connection")
