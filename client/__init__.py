@@ -1,3 +1,53 @@
-"""The engine's and the router's side: stores to load from and save to, and the connectors."""
+"""The engine's and the router's side: stores to load from and save to, and the connectors.
+
+``connect`` and ``connect_blocking`` give a store over the node at an address; the store connects when it
+is first used, survives the node's restarts, and keeps out of the way while the node is gone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcache.client.store import BlockingStore, BlockStore
 
 assert __name__ == "kvcache.client", "import kvcache.client, not client"
+
+TIMEOUT_MS = 1_000
+
+
+def connect(
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+    mapped: bool = True,
+    name: str = "",
+) -> BlockStore:
+    """An async store over the node at ``address`` (none: ``address.default_address``).
+
+    ``token`` none: ``$KVCACHE_TOKEN``, which may be unset. Blocks go through shared memory where the
+    address is a unix socket and ``mapped`` is true, else over the wire. ``timeout_ms`` bounds each call.
+    RAISES BadInput for an address that is none; a node that is not there is no error.
+    """
+    from kvcache.client.async_store import AsyncNodeStore
+    from kvcache.client.link import options_for
+    from kvcache.clock import SystemClock
+
+    return AsyncNodeStore(options_for(address, token, timeout_ms, mapped, name), SystemClock())
+
+
+def connect_blocking(
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+    mapped: bool = True,
+    name: str = "",
+) -> BlockingStore:
+    """As ``connect``, for threads: any of them may call, copies run side by side."""
+    from kvcache.client.blocking_store import BlockingNodeStore
+    from kvcache.client.link import options_for
+    from kvcache.clock import SystemClock
+
+    return BlockingNodeStore(options_for(address, token, timeout_ms, mapped, name), SystemClock())

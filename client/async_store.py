@@ -1,0 +1,254 @@
+"""The asyncio driver: a ``BlockStore`` over one node, for the tasks of one event loop.
+
+Calls of many tasks share one connection; copies run in a small pool of threads, so the loop never waits
+for bytes. A cancelled operation first lets its running step end (a copy by itself, a call by its
+deadline), then cleans up, then is cancelled: nobody's buffer is written after that.
+
+Invariants: no operation runs on an earlier connection when a new one is made, so no copy of ours is in
+flight when Hello says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from kvcache.block import BlockHash, BlockSpec, NamespaceId
+from kvcache.channel import AsyncChannel
+from kvcache.client import operations
+from kvcache.client.link import RECONNECT_WAIT_NS, Link, Options, Outage, Tally, away, client_name
+from kvcache.client.local import Slab
+from kvcache.client.operations import Context
+from kvcache.client.steps import Answer, Call, Operation, Step
+from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
+from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
+from kvcache.errors import KVCacheError
+from kvcache.namespace import Namespace
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+COPY_THREADS = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    channel: AsyncChannel
+    link: Link
+
+
+class AsyncNodeStore:
+    """See ``store.BlockStore``. For one event loop; connects when first needed."""
+
+    def __init__(self, options: Options, clock: Clock) -> None:
+        self._options = options
+        self._clock = clock
+        self._name = client_name(options.name, os.getpid())
+        self._tally = Tally()
+        self._copying = ThreadPoolExecutor(COPY_THREADS, "kvcache-copy")
+        self._handles: dict[NamespaceId, Handle] = {}
+        self._attached: _Attached | None = None
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._connecting: asyncio.Task[None] | None = None
+        self._connections = 0
+        self._outage = Outage()
+        self._refusal: KVCacheError | None = None
+        self._closed = False
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return self._tally.copy()
+
+    async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
+        attached = await self._enter(self._options.timeout_ms * NS_PER_MS, patient=True)
+        if attached is None:
+            raise self._refusal or away(self._options.address)
+        try:
+            operation = operations.open_namespace(self._context(attached), namespace, spec)
+            handle = await self._drive(attached, operation)
+            if self._attached is not attached:
+                raise away(self._options.address)
+            self._handles[handle.namespace_id] = handle
+            attached.link.opened |= {handle.namespace_id}
+        finally:
+            self._leave(attached)
+        return handle
+
+    async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
+        return await self._run(lambda context: operations.match(context, handle, prefix), 0)
+
+    async def lease(
+        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+    ) -> Lease:
+        nothing = Lease(handle, (), (), 0)
+        return await self._run(lambda c: operations.lease(c, handle, prefix, request, duration_ms), nothing)
+
+    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
+        everything = frozenset(range(start, start + len(into)))
+        failed = await self._run(lambda context: operations.load(context, lease, into, start), None)
+        if failed is None:
+            self._tally.add("failed_blocks:unavailable", len(everything))
+        return everything if failed is None else failed
+
+    async def save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int:
+        held = await self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints), None)
+        if held is None:
+            self._tally.add("unsaved_blocks:unavailable", len(prefix))
+        return held or 0
+
+    async def release(self, lease: Lease) -> None:
+        if lease.grants:
+            await self._run(lambda context: operations.release(context, lease), None)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            _hang_up(attached)
+        await self._idle.wait()  # What ran finds its calls failed; its copies end by themselves.
+        self._copying.shutdown()
+
+    # --- driving ----------------------------------------------------------------------------------
+
+    async def _run(self, operation: Callable[[Context], Operation[T]], missed: T) -> T:
+        attached = await self._enter(RECONNECT_WAIT_NS, patient=False)
+        if attached is None:
+            self._tally.add("missed_calls:away")
+            return missed
+        try:
+            return await self._drive(attached, operation(self._context(attached)))
+        finally:
+            self._leave(attached)
+
+    def _context(self, attached: _Attached) -> Context:
+        return Context(attached.link, self._tally, self._clock)
+
+    async def _drive(self, attached: _Attached, operation: Operation[T]) -> T:
+        """Run to the end, the clean-up after a cancellation included."""
+        cancelled: asyncio.CancelledError | None = None
+        told = False
+        try:
+            step = next(operation)
+            while True:
+                running = asyncio.ensure_future(self._perform(attached, step))
+                cancelled = await _ended(running) or cancelled
+                failure = running.exception()
+                if isinstance(failure, KVCacheError):
+                    step = operation.throw(failure)
+                else:
+                    step = operation.send(running.result())
+                if cancelled is not None and not told:
+                    told = True
+                    step = operation.throw(cancelled)
+        except StopIteration as done:
+            if cancelled is not None:
+                raise cancelled from None
+            return done.value  # type: ignore[no-any-return]  # StopIteration is not generic
+        except (KVCacheError, asyncio.CancelledError):
+            raise
+        except BaseException:
+            attached.link.broken = "interrupted"
+            raise
+
+    async def _perform(self, attached: _Attached, step: Step) -> Answer:
+        if not isinstance(step, Call):
+            return await asyncio.get_running_loop().run_in_executor(self._copying, step.run)
+        deadline_ns = self._options.deadline_ns(self._clock.now_ns(), step)
+        reply = await attached.channel.call(step.request, deadline_ns, step.payload, step.into)
+        self._outage.answered()
+        return reply
+
+    # --- connection -------------------------------------------------------------------------------
+
+    async def _enter(self, wait_ns: int, *, patient: bool) -> _Attached | None:
+        """The connection to work on until ``_leave``; None while there is none. A patient caller waits
+        for a connection that another has begun to make."""
+        begun = self._begin_connecting()
+        if self._connecting is not None and (begun or patient):
+            await asyncio.wait([self._connecting], timeout=wait_ns / NS_PER_S)
+        if self._attached is not None:
+            self._running += 1
+            self._idle.clear()
+        return self._attached
+
+    def _leave(self, attached: _Attached) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+        ended = attached.channel.ended_by or attached.link.broken
+        if ended and self._attached is attached:
+            self._attached = None
+            self._outage.failed(self._clock.now_ns())
+            self._tally.add(f"ended:{ended}")
+            _hang_up(attached)
+
+    def _begin_connecting(self) -> bool:
+        if self._attached is not None or self._closed or self._connecting is not None or self._running:
+            return False
+        if not self._outage.may_try(self._clock.now_ns()):
+            return False
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        return True
+
+    async def _connect(self) -> None:
+        try:
+            self._attached, self._refusal = await self._attach(), None
+            self._tally.add("connects")
+        except KVCacheError as error:
+            self._refusal = error
+            self._outage.failed(self._clock.now_ns())
+            self._tally.add("refused_connects")
+        finally:
+            self._connecting = None
+
+    async def _attach(self) -> _Attached:
+        """RAISES BadInput, NotAllowed, Unavailable."""
+        again = self._connections > 0
+        self._connections += 1
+        deadline_ns = self._options.deadline_ns(self._clock.now_ns())
+        hello = self._options.hello(self._name, again)
+        channel = await AsyncChannel.connect(self._options.address, hello, deadline_ns, self._clock)
+        with contextlib.ExitStack() as undo:
+            undo.callback(channel.close)
+            slab = Slab.of(channel.slab_fd, channel.welcome)
+            attached = _Attached(channel, Link(self._connections, channel.welcome, slab))
+            undo.callback(attached.link.close)
+            operation = operations.reopen(self._context(attached), list(self._handles.values()))
+            attached.link.opened = await self._drive(attached, operation)
+            undo.pop_all()
+        return attached
+
+
+async def _ended(running: asyncio.Future[Answer]) -> asyncio.CancelledError | None:
+    """Wait until it has ended, even when cancelled meanwhile. Returns the cancellation, to be raised."""
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
+
+
+def _hang_up(attached: _Attached) -> None:
+    attached.channel.close()
+    attached.link.close()

@@ -1,0 +1,160 @@
+"""One connection as operations see it, and the decision when to try the next.
+
+    up --a call missed, the node gone, a reply without sense--> down --back-off over, asked for--> trying
+     ^                                                           ^                                   |
+     +---------------------------- connected --------------------|-----------------------------------+
+                                                                 +------------- refused, silent -----+
+
+While down every call misses at once. A lease belongs to the link it was taken on; all of a link's
+leases and reservations end with it, at the node too. The back-off starts over only after a call was
+answered: a node that is stopped still accepts connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvcache.address import UnixAddress, default_address, parse
+from kvcache.block import NamespaceId
+from kvcache.client.local import Slab
+from kvcache.client.steps import Call
+from kvcache.client.store import Lease
+from kvcache.clock import NS_PER_MS
+from kvcache.errors import BadInput, Unavailable
+from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
+
+BACKOFF_NS_MIN = 50 * NS_PER_MS
+BACKOFF_NS_MAX = 2_000 * NS_PER_MS
+RECONNECT_WAIT_NS = 20 * NS_PER_MS
+NS_PER_PAYLOAD_BYTE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a store behaves. ``timeout_ms`` bounds each call to the node, with 10 ns more a byte that
+    crosses the wire in it; ``mapped`` false keeps to the wire even where the slab could be mapped."""
+
+    address: str
+    token: str = field(default="", repr=False)
+    timeout_ms: int = 1_000
+    mapped: bool = True
+    name: str = ""
+
+    def deadline_ns(self, now_ns: int, call: Call | None = None) -> int:
+        extra_ns = call.payload_bytes * NS_PER_PAYLOAD_BYTE if call else 0
+        return now_ns + self.timeout_ms * NS_PER_MS + extra_ns
+
+    def hello(self, client: str, again: bool) -> Hello:
+        """``again``: this store had a connection before, and no copy over its map runs any more."""
+        wants_map = self.mapped and isinstance(parse(self.address), UnixAddress)
+        return Hello(PROTOCOL_VERSION, self.token, wants_map, client, writes_ended=again)
+
+
+class Link:
+    """What holds while one connection lasts. Any thread of the store may use it."""
+
+    def __init__(self, number: int, welcome: Welcome, slab: Slab | None) -> None:
+        self.number = number
+        self.welcome = welcome
+        self.slab = slab
+        self.opened: frozenset[NamespaceId] = frozenset()
+        self.broken = ""  # Set by an operation: why nothing the node says can be relied on.
+        self._lock = threading.Lock()
+        self._holders: Counter[int] = Counter()  # lease id -> how many Lease values name it
+        self._wrong: dict[int, set[int]] = {}  # lease id -> positions whose bytes failed their check
+
+    def hold(self, lease_id: int) -> None:
+        with self._lock:
+            self._holders[lease_id] += 1
+
+    def blame(self, lease_id: int, positions: Sequence[int]) -> None:
+        with self._lock:
+            self._wrong.setdefault(lease_id, set()).update(positions)
+
+    def let_go(self, lease_id: int) -> list[int] | None:
+        """The positions to report when the last holder lets go, None while others hold on (or none did)."""
+        with self._lock:
+            self._holders[lease_id] -= 1
+            if self._holders[lease_id] > 0:
+                return None
+            known = self._holders.pop(lease_id) == 0
+            wrong = self._wrong.pop(lease_id, set())
+        return sorted(wrong) if known else None
+
+    def owns(self, lease: Lease) -> bool:
+        return self.number == lease.connection
+
+    def close(self) -> None:
+        if self.slab is not None:
+            self.slab.close()
+
+
+class Outage:
+    """When to try to connect again. Takes the time, keeps no clock."""
+
+    def __init__(self) -> None:
+        self._delay_ns = BACKOFF_NS_MIN
+        self._retry_ns = 0
+
+    def may_try(self, now_ns: int) -> bool:
+        return now_ns >= self._retry_ns
+
+    def failed(self, now_ns: int) -> None:
+        """The connection ended, or could not be made."""
+        self._retry_ns = now_ns + self._delay_ns
+        self._delay_ns = min(self._delay_ns * 2, BACKOFF_NS_MAX)
+
+    def answered(self) -> None:
+        """The node answered a call."""
+        self._delay_ns = BACKOFF_NS_MIN
+
+
+class Tally:
+    """The counters of one store, for all its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, count: int = 1) -> None:
+        if count:
+            with self._lock:
+                self._counts[name] += count
+
+    def copy(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+
+def client_name(name: str, pid: int) -> str:
+    """What one store calls itself at the node: for an operator to read, and unlike any other store."""
+    if not name:
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+    return f"{name or 'client'}-{pid}-{secrets.token_hex(4)}"
+
+
+def away(address: str) -> Unavailable:
+    return Unavailable(
+        "unavailable",
+        f"there is no connection to the node at {address}",
+        "it is gone, or was when last tried",
+        "start it with kvcache serve, or try again later",
+    )
+
+
+def options_for(address: str | None, token: str | None, timeout_ms: int, mapped: bool, name: str) -> Options:
+    """RAISES BadInput for an address that is none, or a timeout that ends before it begins."""
+    if timeout_ms < 1:
+        raise BadInput("bad_config", f"a timeout of {timeout_ms} ms", "no node answers so fast")
+    chosen = str(parse(address)) if address else default_address()
+    return Options(
+        chosen, os.environ.get("KVCACHE_TOKEN", "") if token is None else token, timeout_ms, mapped, name
+    )

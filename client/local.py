@@ -1,0 +1,120 @@
+"""The mapped path: the node's slab in our address space, and copies between it and the caller's buffers.
+
+A descriptor is mapped only when nobody can shrink the memory behind it any more: otherwise whoever did
+would kill this process with SIGBUS. The map is not inherited by forked children, and it goes when the
+connection does, or with the last copy that still runs over it: each copy holds views of its own.
+
+The sum: the copy is the limit. Around it Python spends about 0.5 us a piece for views and 2 us a block
+for its checksum: for 16 blocks of 2 MiB 50 us, against 2 to 4 ms for the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+
+from kvcache.client.steps import BadReply, Operation, work
+from kvcache.errors import BadInput, Unavailable
+from kvcache.sums import copy_and_sum
+from kvcache.wire import Welcome
+
+
+class Slab:
+    """A map of the node's memory. ``close`` may be called while copies run."""
+
+    def __init__(self, descriptor: int, slab_bytes: int) -> None:
+        """The descriptor stays the caller's. RAISES BadInput when it is not safe to map."""
+        _check_sealed(descriptor, slab_bytes)
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, slab_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise _unsafe(f"it cannot be mapped: {error}") from error
+        self._map.madvise(mmap.MADV_DONTFORK)
+        self._view: memoryview | None = memoryview(self._map)
+
+    @classmethod
+    def of(cls, descriptor: int | None, welcome: Welcome) -> Slab | None:
+        """The map that came with a Welcome, None when none did. RAISES BadInput."""
+        return None if descriptor is None else cls(descriptor, welcome.slab_bytes)
+
+    def pieces(
+        self, offsets: Sequence[int], shapes: Sequence[Sequence[memoryview]], block_bytes: int
+    ) -> list[memoryview]:
+        """The slots at ``offsets``, cut like the pieces of the blocks that go in or out.
+
+        RAISES Unavailable when closed, BadReply when a slot is not within the slab.
+        """
+        view = self._view
+        if view is None:
+            raise Unavailable("unavailable", "the slab is not mapped any more", "the connection ended")
+        cut: list[memoryview] = []
+        last = len(view) - block_bytes
+        for offset, shape in zip(offsets, shapes, strict=True):
+            if not 0 <= offset <= last:
+                raise BadReply(f"a slot at {offset} in a slab of {len(view)} bytes")
+            if len(shape) == 1:
+                cut.append(view[offset : offset + block_bytes])
+                continue
+            for piece in shape:
+                end = offset + len(piece)
+                cut.append(view[offset:end])
+                offset = end
+        return cut
+
+    def close(self) -> None:
+        """Unmap now, or as soon as the last copy has ended. May be called twice."""
+        self._view = None
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            with contextlib.suppress(BufferError):  # A copy holds views: the map goes with the last of them.
+                mapped.close()
+
+
+def load(
+    slab: Slab,
+    offsets: Sequence[int],
+    into: Sequence[Sequence[memoryview]],
+    block_bytes: int,
+    chunk_bytes: int,
+) -> Operation[bytes]:
+    """Copy the slots out. Returns the sums of what was copied. RAISES Unavailable."""
+    sources = slab.pieces(offsets, into, block_bytes)
+    targets = [piece for block in into for piece in block]
+    return (yield from work(lambda: copy_and_sum(sources, targets, chunk_bytes)))
+
+
+def save(
+    slab: Slab,
+    offsets: Sequence[int],
+    blocks: Sequence[Sequence[memoryview]],
+    block_bytes: int,
+    chunk_bytes: int,
+) -> Operation[bytes]:
+    """Copy into the slots. Returns the sums of what was written. RAISES Unavailable."""
+    targets = slab.pieces(offsets, blocks, block_bytes)
+    sources = [piece for block in blocks for piece in block]
+    return (yield from work(lambda: copy_and_sum(sources, targets, chunk_bytes)))
+
+
+def _check_sealed(descriptor: int, slab_bytes: int) -> None:
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise _unsafe("it is no memory that can be sealed") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise _unsafe("it is not sealed against shrinking")
+    size = os.fstat(descriptor).st_size
+    if slab_bytes <= 0 or size < slab_bytes:
+        raise _unsafe(f"it has {size} bytes where {slab_bytes} were announced")
+
+
+def _unsafe(why: str) -> BadInput:
+    return BadInput(
+        "unsafe_slab",
+        "the shared memory that the node offers is refused",
+        why,
+        "run the same release of kvcache on both sides, or use a tcp:// address",
+    )

@@ -1,0 +1,398 @@
+"""The one logic of the client: what each operation asks of the node and checks, whoever drives it.
+
+Generators over ``steps``. What the world does wrong ends in less and a counter; what the caller did
+wrong is raised as BadInput before anything is sent. Two rules keep bytes right:
+
+* load:  lease -> copy -> sums of what arrived in the caller's memory -> checksum of the key that was
+         asked for -> the lease had not expired when the copy ended. Anything else is a failed block.
+* save:  reserve -> copy and sum -> commit. Whatever happens between ends in abort, after the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, NamespaceId, storage_key
+from kvcache.client import local, remote
+from kvcache.client.checks import batches, check_lease, check_reply, check_save, flat_blocks, joined_hashes
+from kvcache.client.link import Link, Tally
+from kvcache.client.steps import BadReply, Operation, ask
+from kvcache.client.store import Grant, Handle, Lease, SaveHints
+from kvcache.clock import NS_PER_MS, Clock
+from kvcache.errors import BadInput, KVCacheError, Unavailable
+from kvcache.namespace import Namespace
+from kvcache.sums import SUM_BYTES, block_checksum
+from kvcache.wire import (
+    BATCH_BLOCKS_MAX,
+    PREFIX_BLOCKS_MAX,
+    Abort,
+    Commit,
+    Committed,
+    Done,
+    Leased,
+    Match,
+    Matched,
+    Open,
+    Opened,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    TakeLease,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CHECKSUM_BYTES: Final = 16
+COMMIT_SUMS_BYTES_MAX: Final = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every operation works with: the link it runs on, the counters, the clock."""
+
+    link: Link
+    tally: Tally
+    clock: Clock
+
+
+def open_namespace(context: Context, namespace: Namespace, spec: BlockSpec) -> Operation[Handle]:
+    """RAISES BadInput, NotAllowed, Unavailable."""
+    welcome = context.link.welcome
+    mine = replace(namespace, tenant=namespace.tenant or welcome.tenant)
+    reply = yield from ask(Opened, Open(mine.to_map(), spec.plane_count, spec.head_count, spec.head_bytes))
+    handle = Handle(
+        mine, spec, mine.namespace_id(), mine.root(welcome.tenant_key), welcome.tenant_key, reply.verdict
+    )
+    sizes = (reply.block_bytes, reply.chunk_bytes)
+    if reply.namespace != handle.namespace_id or sizes != (spec.block_bytes, spec.chunk_bytes):
+        raise BadInput(
+            "namespace_differs",
+            f"the node calls this namespace {reply.namespace.hex()}, with blocks of {sizes}",
+            f"here it is {handle.namespace_id.hex()}, with {(spec.block_bytes, spec.chunk_bytes)}",
+            "run the same release of kvcache on both sides",
+        )
+    return handle
+
+
+def reopen(context: Context, handles: Sequence[Handle]) -> Operation[frozenset[NamespaceId]]:
+    """Open again what was open on the connection before. Returns those that mean the same as before."""
+    same: set[NamespaceId] = set()
+    for handle in handles:
+        try:
+            now = yield from open_namespace(context, handle.namespace, handle.spec)
+        except Unavailable:
+            raise
+        except KVCacheError:
+            continue
+        if (now.namespace_id, now.tenant_key) == (handle.namespace_id, handle.tenant_key):
+            same.add(handle.namespace_id)
+    return frozenset(same)
+
+
+def match(context: Context, handle: Handle, prefix: Sequence[BlockHash]) -> Operation[int]:
+    joined = joined_hashes(prefix)[: PREFIX_BLOCKS_MAX * HASH_BYTES]
+    if not joined or not _is_open(context, handle):
+        return 0
+    try:
+        reply = yield from ask(Matched, Match(handle.namespace_id, joined))
+        check_reply(reply.count * HASH_BYTES <= len(joined), "it matched more blocks than were asked for")
+    except (Unavailable, BadInput) as error:
+        _missed(context, error)
+        return 0
+    context.tally.add("matched_blocks", reply.count)
+    return reply.count
+
+
+def lease(
+    context: Context, handle: Handle, prefix: Sequence[BlockHash], request: str, duration_ms: int
+) -> Operation[Lease]:
+    check_lease(request, duration_ms)
+    joined_hashes(prefix)
+    grants: list[Grant] = []
+    held = 0
+    try:
+        for batch in batches(prefix, BATCH_BLOCKS_MAX) if _is_open(context, handle) else ():
+            grant = yield from _grant(context, handle, held, batch, request, duration_ms)
+            if grant.count:
+                grants.append(grant)
+                context.link.hold(grant.lease_id)
+            held += grant.count
+            if grant.count < len(batch):
+                break
+    except BadInput as error:
+        _missed(context, error)
+    except Unavailable as error:
+        _missed(context, error)
+        held, grants = 0, []  # They went with the connection.
+    except BaseException:
+        yield from _release_grants(context, grants)
+        raise
+    context.tally.add("leased_blocks", held)
+    return Lease(handle, tuple(prefix[:held]), tuple(grants), context.link.number)
+
+
+def release(context: Context, held: Lease) -> Operation[None]:
+    if context.link.owns(held):
+        yield from _release_grants(context, held.grants)
+
+
+def load(
+    context: Context, held: Lease, into: Sequence[Sequence[Buffer]], start: int
+) -> Operation[frozenset[int]]:
+    blocks = flat_blocks(into, held.handle.spec, writable=True)
+    end = start + len(blocks)
+    if start < 0 or end > held.count:
+        raise BadInput(
+            "bad_lease",
+            f"blocks {start} to {end} of a lease of {held.count}",
+            "they are not in it",
+            "load within the lease",
+        )
+    failed: set[int] = set()
+    for grant in held.grants:
+        first, last = max(start, grant.start), min(end, grant.start + grant.count)
+        if first < last:
+            part = blocks[first - start : last - start]
+            failed |= yield from _load_grant(context, held, grant, first, part)
+    loaded = len(blocks) - len(failed)
+    context.tally.add("loaded_blocks", loaded)
+    context.tally.add("loaded_bytes", loaded * held.handle.spec.block_bytes)
+    return frozenset(failed)
+
+
+def save(
+    context: Context,
+    handle: Handle,
+    prefix: Sequence[BlockHash],
+    blocks: Sequence[Sequence[Buffer]],
+    parent: bytes,
+    hints: SaveHints,
+) -> Operation[int]:
+    views = flat_blocks(blocks, handle.spec, writable=False)
+    joined_hashes(prefix)
+    check_save(prefix, views, parent)
+    if not _is_open(context, handle):
+        context.tally.add("unsaved_blocks:unavailable", len(prefix))
+        return 0
+    held = 0
+    most = min(BATCH_BLOCKS_MAX, COMMIT_SUMS_BYTES_MAX // (handle.spec.chunk_count * SUM_BYTES))
+    for batch in batches(prefix, most):
+        part = views[held : held + len(batch)]
+        count, reason = yield from _save_batch(context, handle, batch, part, parent, hints)
+        held += count
+        if count < len(batch):
+            context.tally.add(f"unsaved_blocks:{reason}", len(prefix) - held)
+            break
+        parent = batch[-1]
+    return held
+
+
+# --- lease and release --------------------------------------------------------------------------------
+
+
+def _grant(
+    context: Context,
+    handle: Handle,
+    start: int,
+    batch: Sequence[BlockHash],
+    request: str,
+    duration_ms: int,
+) -> Operation[Grant]:
+    sent_ns = context.clock.now_ns()
+    reply = yield from ask(Leased, TakeLease(handle.namespace_id, b"".join(batch), request, duration_ms))
+    count = reply.count
+    check_reply(count <= len(batch), "it leased more blocks than were asked for")
+    check_reply(len(reply.checksums) == count * CHECKSUM_BYTES, "not one checksum a block")
+    check_reply(len(reply.offsets) in (0, count), "not one offset a block")
+    check_reply(bool(reply.lease) == bool(count), "a lease without blocks, or blocks without a lease")
+    # Counted from when we asked, on our own clock: never later than the node means it.
+    expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
+    return Grant(reply.lease, start, count, tuple(reply.offsets), reply.checksums, expires_ns)
+
+
+def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None]:
+    for grant in grants:
+        wrong = context.link.let_go(grant.lease_id)
+        if wrong is None:
+            continue
+        try:
+            reply = yield from ask(Released, Release(grant.lease_id, wrong))
+        except Unavailable as error:
+            _missed(context, error)
+            return  # It ended with the connection.
+        except BadInput:
+            context.tally.add("lost_leases")
+            continue
+        if not reply.intact:
+            context.tally.add("lost_leases")
+
+
+# --- load ---------------------------------------------------------------------------------------------
+
+
+def _load_grant(
+    context: Context, held: Lease, grant: Grant, first: int, blocks: Sequence[Sequence[memoryview]]
+) -> Operation[set[int]]:
+    """Blocks ``first`` and on of the lease, all of this grant. Returns the positions that failed."""
+    positions = list(range(first, first + len(blocks)))
+    if not context.link.owns(held):
+        context.tally.add("failed_blocks:lease_lost", len(blocks))
+        return set(positions)
+    failed: set[int] = set()
+    for offset_known, run in groupby(positions, lambda at: _offset(context, grant, at) >= 0):
+        part = list(run)
+        targets = blocks[part[0] - first : part[-1] + 1 - first]
+        failed |= yield from _load_run(context, held, grant, part, targets, offset_known)
+    return failed
+
+
+def _offset(context: Context, grant: Grant, position: int) -> int:
+    mapped = context.link.slab is not None and grant.offsets
+    return grant.offsets[position - grant.start] if mapped else -1
+
+
+def _load_run(
+    context: Context,
+    held: Lease,
+    grant: Grant,
+    positions: Sequence[int],
+    into: Sequence[Sequence[memoryview]],
+    mapped: bool,
+) -> Operation[set[int]]:
+    """Consecutive blocks that lie all in the map, or all elsewhere. Returns the positions that failed."""
+    spec, slab = held.handle.spec, context.link.slab
+    first, everything = positions[0] - grant.start, set(positions)
+    try:
+        if mapped and slab is not None:
+            offsets = grant.offsets[first : first + len(positions)]
+            sums = yield from local.load(slab, offsets, into, spec.block_bytes, spec.chunk_bytes)
+        else:
+            sums = yield from remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
+    except Unavailable as error:
+        _missed(context, error)
+        context.tally.add("failed_blocks:unavailable", len(positions))
+        return everything
+    except BadInput as error:
+        if mapped:
+            raise  # Not the node's word: these buffers cannot be copied into.
+        reason = "lease_lost" if error.code == "bad_lease" else "refused"
+        context.tally.add(f"failed_blocks:{reason}", len(positions))
+        return everything
+    if context.clock.now_ns() >= grant.expires_ns:
+        context.tally.add("failed_blocks:expired", len(positions))
+        return everything
+    return _wrong(context, held, grant, positions, sums)
+
+
+def _wrong(context: Context, held: Lease, grant: Grant, positions: Sequence[int], sums: bytes) -> set[int]:
+    """The positions whose bytes are not those of the block that was asked for."""
+    handle, spec = held.handle, held.handle.spec
+    block_bytes, chunk_bytes = spec.block_bytes, spec.chunk_bytes
+    step = spec.chunk_count * SUM_BYTES
+    wrong: list[int] = []
+    for index, position in enumerate(positions):
+        at = (position - grant.start) * CHECKSUM_BYTES
+        key = storage_key(handle.namespace_id, held.prefix[position])
+        found = block_checksum(key, block_bytes, chunk_bytes, sums[index * step : (index + 1) * step])
+        if found != grant.checksums[at : at + CHECKSUM_BYTES]:
+            wrong.append(position)
+    if wrong:
+        context.tally.add("failed_blocks:checksum", len(wrong))
+        context.link.blame(grant.lease_id, [position - grant.start for position in wrong])
+    return set(wrong)
+
+
+# --- save ---------------------------------------------------------------------------------------------
+
+
+def _save_batch(
+    context: Context,
+    handle: Handle,
+    batch: Sequence[BlockHash],
+    blocks: Sequence[Sequence[memoryview]],
+    parent: bytes,
+    hints: SaveHints,
+) -> Operation[tuple[int, str]]:
+    """How many leading blocks of the batch are held now, and if not all, why."""
+    request = Reserve(
+        handle.namespace_id,
+        parent,
+        b"".join(batch),
+        hints.hint,
+        hints.priority,
+        hints.session,
+        hints.gap_ms,
+    )
+    try:
+        reserved = yield from ask(Reserved, request)
+        end = reserved.start + reserved.count
+        check_reply(end <= len(batch), "it reserved more blocks than were asked for")
+        check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
+        check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
+    except (Unavailable, BadInput) as error:
+        _missed(context, error)
+        return 0, _unsaved_by(error)
+    if reserved.count:
+        reason = yield from _fill(context, handle, reserved, blocks[reserved.start : end])
+        if reason:
+            return reserved.start, reason
+        context.tally.add("saved_blocks", reserved.count)
+        context.tally.add("saved_bytes", reserved.count * handle.spec.block_bytes)
+    return end, reserved.reason if reserved.reason in ("busy", "full") else "full"
+
+
+def _fill(
+    context: Context, handle: Handle, reserved: Reserved, blocks: Sequence[Sequence[memoryview]]
+) -> Operation[str]:
+    """Write and commit, or abort. Returns why not, empty when committed."""
+    spec, slab = handle.spec, context.link.slab
+    mapped = slab is not None and bool(reserved.offsets) and min(reserved.offsets) >= 0
+    try:
+        if mapped and slab is not None:
+            sums = yield from local.save(slab, reserved.offsets, blocks, spec.block_bytes, spec.chunk_bytes)
+        else:
+            sums = yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes)
+        done = yield from ask(Committed, Commit(reserved.reservation, sums))
+        check_reply(done.count == reserved.count, "it committed another number of blocks")
+    except Unavailable as error:
+        _missed(context, error)
+        return "unavailable"  # The node aborts what the connection had reserved.
+    except BadInput:
+        yield from _abort(reserved.reservation)
+        return "refused"
+    except BaseException:
+        yield from _abort(reserved.reservation)
+        raise
+    return ""
+
+
+def _abort(reservation: int) -> Operation[None]:
+    try:
+        yield from ask(Done, Abort(reservation))
+    except KVCacheError:
+        return  # Ended already, or with the connection.
+
+
+def _unsaved_by(error: KVCacheError) -> str:
+    if isinstance(error, Unavailable):
+        return "unavailable"
+    return "parent" if error.code == "bad_prefix" else "refused"
+
+
+def _is_open(context: Context, handle: Handle) -> bool:
+    known = handle.namespace_id in context.link.opened
+    if not known:
+        context.tally.add("missed_calls:not_open")
+    return known
+
+
+def _missed(context: Context, error: KVCacheError) -> None:
+    if isinstance(error, BadReply):
+        context.link.broken = "bad_reply"
+    elif isinstance(error, BadInput):
+        context.tally.add("missed_calls:refused")

@@ -1,0 +1,198 @@
+"""What an engine asks of a store, in two forms: ``BlockStore`` (async) and ``BlockingStore``.
+
+    open -> Handle        match -> count        lease -> Lease -> load ... -> release        save -> count
+
+The store being down, full, slow or cut off is never an error here: the answer is less (no blocks, all
+positions failed), at once or by the deadline, and ``counters`` says why. Only what the caller did wrong
+is raised. What ``load`` did not report as failed is in the caller's buffers and verified: in the
+caller's memory, against the checksum of the key that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from kvcache.block import BlockHash, BlockSpec, NamespaceId, chain
+from kvcache.namespace import Namespace
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+LEASE_MS: Final = 30_000
+
+# Every counter of a store. Those after the colon of one name are its reasons.
+COUNTERS: Final[Mapping[str, str]] = {
+    "matched_blocks": "blocks that match found",
+    "leased_blocks": "blocks that were leased",
+    "loaded_blocks": "blocks loaded and verified",
+    "loaded_bytes": "their bytes",
+    "saved_blocks": "blocks written and committed",
+    "saved_bytes": "their bytes",
+    "connects": "connections made",
+    "lost_leases": "leases that had ended before they were released",
+    "failed_blocks:checksum": "the bytes were not those of the block asked for",
+    "failed_blocks:expired": "the lease ended before the copy did",
+    "failed_blocks:lease_lost": "the lease went with its connection, or the node knows it no more",
+    "failed_blocks:unavailable": "the node was gone, or went in the middle",
+    "failed_blocks:refused": "the node refused to send them",
+    "unsaved_blocks:full": "the node had no room",
+    "unsaved_blocks:busy": "somebody else is writing the same blocks",
+    "unsaved_blocks:parent": "the block before the first is not held any more",
+    "unsaved_blocks:unavailable": "the node was gone, or went in the middle",
+    "unsaved_blocks:refused": "the node did not take them",
+    "missed_calls:away": "there was no connection, and it was not yet time to try again",
+    "missed_calls:busy": "another thread of this store had the connection until the deadline",
+    "missed_calls:refused": "the node refused what should have been in order",
+    "missed_calls:not_open": "after a reconnect the node did not take the namespace",
+    "ended:deadline": "connections given up because a call missed its deadline",
+    "ended:disconnected": "connections that the node ended",
+    "ended:bad_frame": "connections given up because the node's frames were none",
+    "ended:bad_reply": "connections given up because a reply made no sense",
+    "ended:interrupted": "connections given up because a call was interrupted",
+    "refused_connects": "connections that failed, or that the node refused",
+}
+
+# Why blocks of a lease could not be had.
+FAILED_BY: Final = frozenset(name for name in COUNTERS if name.startswith("failed_blocks:"))
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A namespace that is open at the node. Good for the life of its store, over reconnects too."""
+
+    namespace: Namespace
+    spec: BlockSpec
+    namespace_id: NamespaceId
+    root: BlockHash
+    tenant_key: bytes = field(repr=False)
+    verdict: str = ""
+    """In plain words, whether stored blocks fit, and if not which field differs."""
+
+    def hashes(self, tokens: Sequence[int] | bytes, extra: Sequence[bytes] = ()) -> list[BlockHash]:
+        """The names of the full blocks of ``tokens`` (``block.chain``). RAISES BadInput."""
+        return chain(self.root, self.tenant_key, tokens, self.spec.block_tokens, extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the node granted in one call: ``count`` blocks from position ``start`` of the lease.
+
+    ``offsets`` are where they lie in the map, empty without one, -1 for a block to be read over the
+    wire. ``expires_ns`` is on this process's clock, and never later than what the node means.
+    """
+
+    lease_id: int
+    start: int
+    count: int
+    offsets: Sequence[int]
+    checksums: bytes
+    expires_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A right to read the blocks of ``prefix``, good on the connection it was taken on, until it expires."""
+
+    handle: Handle
+    prefix: tuple[BlockHash, ...]
+    grants: tuple[Grant, ...]
+    connection: int
+
+    @property
+    def count(self) -> int:
+        return len(self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveHints:
+    """For the node's eviction policy (``policy.RequestContext``): why these blocks were made."""
+
+    hint: str = "unknown"
+    priority: int = 50
+    session: int = -1
+    gap_ms: int = -1
+
+
+NO_HINTS: Final = SaveHints()
+
+
+class BlockStore(Protocol):
+    """For one event loop. A cancelled call ends when its running step has: no copy runs on after it."""
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """A copy of the counters, by the names of ``COUNTERS``; those at zero may be missing."""
+
+    async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
+        """Idempotent. RAISES BadInput, NotAllowed, and Unavailable: without a node there is no name."""
+
+    async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
+        """How many leading blocks are held. Holds nothing."""
+
+    async def lease(
+        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+    ) -> Lease:
+        """Hold the leading blocks; ``count`` may be 0, which need not be released. With ``request``, all
+        who name it share the same blocks until each has released them. RAISES BadInput."""
+
+    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
+        """Fill ``into[i]`` (the pieces of one block, in order) with block ``start + i`` of the lease.
+
+        Returns the positions in the lease that could not be had: what their buffers hold is undefined.
+        RAISES BadInput when ``into`` is not the shape of blocks of the lease.
+        """
+
+    async def save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int:
+        """Save ``blocks[i]`` (its pieces, in order) as ``prefix[i]``, behind ``parent`` (empty: the first
+        block). Returns how many leading blocks of ``prefix`` are held now. RAISES BadInput.
+
+        REQUIRES: the bytes do not change meanwhile. A block that breaks this is refused by its readers.
+        """
+
+    async def release(self, lease: Lease) -> None:
+        """The reader is done, and says which blocks were wrong. May be called twice."""
+
+    async def close(self) -> None:
+        """Leases end, the map goes when no copy uses it any more. May be called twice."""
+
+
+class BlockingStore(Protocol):
+    """The same for threads, as many as there are: calls take turns on one connection, copies do not.
+
+    Not across ``fork``: the child has neither the connection nor the map.
+    """
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    def open(self, namespace: Namespace, spec: BlockSpec) -> Handle: ...
+
+    def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int: ...
+
+    def lease(
+        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+    ) -> Lease: ...
+
+    def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]: ...
+
+    def save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int: ...
+
+    def release(self, lease: Lease) -> None: ...
+
+    def close(self) -> None: ...
