@@ -38,7 +38,10 @@ ROLES = ("reader", "writer", "router", "operator")
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 TOKEN_CHARS_MIN = 16
+TOKEN_CHARS_MAX = 512
 MASTER_KEY_BYTES_MIN = 32
+FILE_BYTES_MAX = 1 << 20
+TOKEN_PATTERN = re.compile(rf"[!-~]{{{TOKEN_CHARS_MIN},{TOKEN_CHARS_MAX}}}")
 
 _DEFAULT_MASTER_KEY = b"kvcache: one user, one tenant, nobody to keep apart"
 _PERSON = b"kvcache.tenant.1"
@@ -102,10 +105,16 @@ class Credentials:
                 raise _bad(f"credential {number} repeats the token or uid of another")
             if entry.uid is not None:
                 users[entry.uid] = credential
-            elif len(entry.token) < TOKEN_CHARS_MIN:
-                raise _bad(f"the token of credential {number} is shorter than {TOKEN_CHARS_MIN} characters")
+            elif not TOKEN_PATTERN.fullmatch(entry.token):
+                raise _bad(
+                    f"the token of credential {number} is not {TOKEN_CHARS_MIN} to {TOKEN_CHARS_MAX} "
+                    "visible ASCII characters",
+                    "make one with: openssl rand -hex 32",
+                )
             else:
                 tokens[entry.token] = credential
+        if not parsed.credential:
+            raise _bad(f"{path} lists no credential: nobody could use this node")
         return cls(tokens, users, None, _master_key(parsed, Path(path)))
 
     @property
@@ -141,27 +150,41 @@ class Credentials:
 
 
 def _parse(path: Path) -> _File:
-    _check_private(path)
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), _File)
+        return msgspec.convert(tomllib.loads(_read_private(path).decode()), _File)
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `(.*?)`", str(error))
         near = difflib.get_close_matches(unknown[1], _NAMES, 1) if unknown else []
-        raise _bad(f"{path}: {error}", f"did you mean {near[0]!r}?" if near else "") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _bad(f"{path}: {error}", f"did you mean {near[0]!r}?" if near else _TODO) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise _bad(f"{path} cannot be read: {error}") from error
 
 
 _NAMES = sorted({*_File.__struct_fields__, *_Entry.__struct_fields__})
 
 
-def _check_private(path: Path) -> None:
+def _read_private(path: Path) -> bytes:
+    """The content of a file that nobody but us (and root) can read or write.
+
+    What is checked is the file that was opened, not whatever bears its name a moment later.
+    """
     try:
-        mode = path.stat().st_mode
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A FIFO must not hang us.
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _bad(f"{path} is not a regular file")
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                mode = stat.S_IMODE(status.st_mode)
+                raise _bad(f"others can read or write {path} (mode {mode:o})", f"run: chmod 600 {path}")
+            if status.st_uid not in (os.geteuid(), 0):
+                raise _bad(f"{path} belongs to user {status.st_uid}", f"run: chown {os.geteuid()} {path}")
+            content = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise _bad(f"{path} cannot be read: {error}") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise _bad(f"others can read {path} (mode {mode & 0o777:o})", f"run: chmod 600 {path}")
+    if len(content) > FILE_BYTES_MAX:
+        raise _bad(f"{path} is over {FILE_BYTES_MAX} bytes")
+    return content
 
 
 def _credential(number: int, entry: _Entry) -> Credential:
@@ -181,11 +204,10 @@ def _master_key(parsed: _File, path: Path) -> bytes:
     try:
         if parsed.master_key_file:
             file = path.parent / parsed.master_key_file
-            _check_private(file)
-            key = file.read_bytes()
+            key = _read_private(file)
         else:
             key = bytes.fromhex(parsed.master_key)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise _bad(f"the master key cannot be read: {error}", _TODO_KEY) from error
     if len(key) < MASTER_KEY_BYTES_MIN:
         raise _bad(f"the master key has {len(key)} bytes, under {MASTER_KEY_BYTES_MIN}", _TODO_KEY)
@@ -199,5 +221,8 @@ def _digest(token: str) -> bytes:
     return blake2b(token.encode(errors="surrogatepass"), digest_size=32).digest()
 
 
-def _bad(what: str, todo: str = "see kvcache/credentials.py for what the file holds") -> BadInput:
+_TODO = "see kvcache/credentials.py for what the file holds"
+
+
+def _bad(what: str, todo: str = _TODO) -> BadInput:
     return BadInput("bad_credentials", what, "the credentials file is used whole or not at all", todo)

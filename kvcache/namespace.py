@@ -2,7 +2,8 @@
 
 Two writers share blocks only when every field here is equal; anything unknown or different is a miss,
 or, where the caller said what it expects, a refusal that names the field. Fields are identity only, no
-tuning figures. Identity of the tenant comes from the credential: the node fills it in.
+tuning figures: the data-parallel rank is not among them, because replicas compute the same KV. The
+tenant comes from the credential: the node fills it in.
 
     namespace id  BLAKE2b-128 of all fields: what storage keys begin with
     root          keyed BLAKE2b-128 of model, weights, epoch, adapter and block length: where the chain
@@ -91,8 +92,12 @@ class Namespace:
         return NamespaceId(blake2b(encoded, digest_size=HASH_BYTES, person=_PERSON_ID).digest())
 
     def root(self, tenant_key: bytes) -> BlockHash:
-        """Where the chain of prefix hashes starts. REQUIRES: ``tenant_key`` is the credential's."""
-        assert len(tenant_key) == TENANT_KEY_BYTES
+        """Where the chain of prefix hashes starts, under the credential's key. RAISES BadInput (bad_prefix)
+        for a key of another length: an empty one would name blocks in the open."""
+        if len(tenant_key) != TENANT_KEY_BYTES:
+            raise BadInput(
+                "bad_prefix", f"a tenant key of {len(tenant_key)} bytes", f"it has {TENANT_KEY_BYTES} bytes"
+            )
         encoded = _encode((name, getattr(self, name)) for name in _ROOT_FIELDS)
         digest = blake2b(encoded, digest_size=HASH_BYTES, key=tenant_key, person=_PERSON_ROOT)
         return BlockHash(digest.digest())
@@ -129,10 +134,20 @@ class Namespace:
         """What differs, self being the caller's and ``other`` the stored one."""
         mine, stored = self.to_map(), other.to_map()
         return [
-            f"{name}: stored {stored[name]}, yours {mine[name]}"
+            f"{name}: stored {_shown(stored[name])}, yours {_shown(mine[name])}"
             for name in mine
             if mine[name] != stored[name]
         ]
+
+    def check_shape(self, spec: BlockSpec) -> None:
+        """RAISES BadInput (namespace_differs) when blocks of ``spec`` are not of this namespace."""
+        if (spec.block_tokens, shape_of(spec)) != (self.block_tokens, self.shape):
+            raise BadInput(
+                "namespace_differs",
+                f"blocks of {spec.block_tokens} tokens and shape {shape_of(spec)}",
+                f"the namespace says block_tokens {self.block_tokens} and shape {self.shape}",
+                "write the field shape with kvcache.namespace.shape_of",
+            )
 
     def check_same(self, other: Namespace) -> None:
         """RAISES BadInput (namespace_differs) that names the fields stored differently in ``other``."""
@@ -151,6 +166,10 @@ def shape_of(spec: BlockSpec) -> str:
     return f"{spec.plane_count}x{spec.head_count}x{spec.head_bytes}"
 
 
+def _shown(value: str | int) -> str:
+    return "(empty)" if value == "" else str(value)
+
+
 def _encode(values: Iterable[tuple[str, str | int]]) -> bytes:
     encoded = bytearray()
     for name, value in values:
@@ -163,9 +182,9 @@ def _encode(values: Iterable[tuple[str, str | int]]) -> bytes:
 def _check_value(name: str, value: object) -> None:
     wanted = int if name in _NUMBERS else str
     if type(value) is not wanted:
-        raise _bad(name, f"is {value!r}", f"it is a {wanted.__name__}")
+        raise _bad(name, f"is of type {type(value).__name__}", f"it is of type {wanted.__name__}")
     if isinstance(value, int) and not 0 <= value <= NUMBER_MAX:
-        raise _bad(name, f"is {value}", f"it is between 0 and {NUMBER_MAX}")
+        raise _bad(name, "is out of range", f"it is between 0 and {NUMBER_MAX}")
     if isinstance(value, str) and (len(value) > TEXT_CHARS_MAX or not value.isprintable()):
         raise _bad(name, f"is {value[:80]!r}", f"it is at most {TEXT_CHARS_MAX} printable characters")
 

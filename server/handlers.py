@@ -100,6 +100,7 @@ class Connection:
             head_count=request.head_count,
             head_bytes=request.head_bytes,
         )
+        namespace.check_shape(spec)
         if request.expect:
             self._core.namespace(request.expect, self._identity.tenant).namespace.check_same(namespace)
         opened, verdict = self._core.open(namespace, spec)

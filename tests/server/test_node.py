@@ -326,8 +326,13 @@ class TestNamespaces:
         refused("too_large", wired, wire.TakeLease(namespace, bytes(16 * (wire.BATCH_BLOCKS_MAX + 1))))
 
     def test_a_block_larger_than_the_tier(self, wired: BlockingChannel) -> None:
-        namespace = example()
+        namespace = example(shape="64x64x65536")
         assert "--capacity" in refused("too_small", wired, wire.Open(namespace.to_map(), 64, 64, 65_536))
+
+    def test_a_shape_that_the_namespace_does_not_name(self, wired: BlockingChannel) -> None:
+        text = refused("namespace_differs", wired, wire.Open(example().to_map(), 8, 1, 4096))
+        assert "8x1x4096" in text
+        assert "4x2x4096" in text
 
     def test_another_tenants_name_is_refused(self, wired: BlockingChannel) -> None:
         fields = {**example().to_map(), "tenant": "somebody-else"}
