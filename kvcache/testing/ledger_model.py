@@ -1,0 +1,337 @@
+"""A ledger with everybody who uses it, as a model that knows nothing of the ledger but its answers.
+
+The model has memory: a byte array an arena. Writers write whatever they like into their slots, at any
+time until they have said that they stopped, or have ended; the vanished ones go on writing. The right
+bytes of a block are its generation. What must hold: a release that says "intact" means that every
+byte read under the lease was right; what readers are told by changes is what match finds; memory is
+used only where the space granted it, and within the capacity.
+
+Each method is one deed of one user and asserts what its answer must be. Play them in any order, with
+``check`` after each and ``end`` at the end. ``which`` picks one of the open writes, leases or blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvcache.block import Slot, StorageKey
+from kvcache.errors import BadInput
+from kvcache.ledger import Lease, Ledger, Reservation
+from kvcache.policy import EvictionPolicy, RequestContext
+from kvcache.tiers.space import Space, slot_arena, slot_offset
+
+UNIT_BYTES = 256
+UNIT_COUNT = 6
+CAPACITY_BYTES = UNIT_COUNT * UNIT_BYTES
+SIZES = {"m": (0, 64), "n": (0, 192), "o": (1, 64), "p": (1, 448)}  # namespace -> arena, block bytes
+OWNERS = ("ann", "bob", "cat")
+
+
+Item = TypeVar("Item")
+
+
+def pick(items: Sequence[Item], which: int) -> Item:
+    return items[which % len(items)]
+
+
+def refused(code: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except BadInput as error:
+        assert error.code == code
+    else:
+        raise AssertionError(f"nobody refused with {code}")
+
+
+def chain(namespace: str, steps: str) -> list[StorageKey]:
+    return [StorageKey(f"{namespace}:{steps[: end + 1]}".encode()) for end in range(len(steps))]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    owner: str
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    owner: str
+    reservation: Reservation
+
+
+class LedgerModel:
+    """A ledger, everybody who uses it, and the memory they share."""
+
+    def __init__(self, policy: type[EvictionPolicy], *, trusted: bool) -> None:
+        """``trusted``: the policy must never be replaced."""
+        self.trusted = trusted
+        self.space = Space(CAPACITY_BYTES, UNIT_BYTES)
+        self.ledger = Ledger(self.space, policy)
+        self.memory = [bytearray(CAPACITY_BYTES) for _ in range(2)]
+        self.granted = [[False] * UNIT_COUNT for _ in range(2)]
+        assert [self.space.add_arena() for _ in range(2)] == [0, 1]
+        self.now_ns = 1
+        self.found: dict[StorageKey, StorageKey | None] = {}  # what readers were told of, and its parent
+        self.generation: dict[StorageKey, int] = {}
+        self.last_generation = 0
+        self.pinned: set[StorageKey] = set()
+        self.readers: list[Reader] = []
+        self.writers: list[Writer] = []
+        self.vanished: list[Writer] = []
+        self.quarantined: list[tuple[int, Slot, int]] = []
+
+    # --- the model's memory ---------------------------------------------------------------------
+
+    def place(self, slot: Slot, length: int) -> tuple[bytearray, slice]:
+        offset = slot_offset(slot)
+        units = range(offset // UNIT_BYTES, (offset + length - 1) // UNIT_BYTES + 1)
+        assert all(self.granted[slot_arena(slot)][unit] for unit in units), "outside what was granted"
+        return self.memory[slot_arena(slot)], slice(offset, offset + length)
+
+    def fill(self, slot: Slot, length: int, value: int) -> None:
+        memory, where = self.place(slot, length)
+        memory[where] = value.to_bytes(8, "little") * (length // 8)
+
+    def is_filled(self, slot: Slot, length: int, value: int) -> bool:
+        memory, where = self.place(slot, length)
+        return memory[where] == value.to_bytes(8, "little") * (length // 8)
+
+    def settle(self) -> None:
+        """What the node does after every call."""
+        for move in self.space.take_moves():
+            for unit in range(move.offset // UNIT_BYTES, (move.offset + move.length) // UNIT_BYTES):
+                assert self.granted[move.arena][unit] != move.gained
+                self.granted[move.arena][unit] = move.gained
+            if not move.gained:
+                self.memory[move.arena][move.offset : move.offset + move.length] = bytes(move.length)
+            assert sum(map(sum, self.granted)) <= UNIT_COUNT
+        for change in self.ledger.take_changes():
+            if change.kind == "removed":
+                for key in change.keys:
+                    del self.found[key]
+                    if change.reason != "quarantined":
+                        assert key not in self.pinned
+                    self.pinned.discard(key)
+                continue
+            before = change.parent
+            for key in change.keys:
+                assert key not in self.found
+                self.found[key] = before
+                before = key
+
+    def context(self) -> RequestContext:
+        return RequestContext(now_ns=self.now_ns)
+
+    # --- writers --------------------------------------------------------------------------------
+
+    def reserve(self, owner: str, namespace: str, steps: str, cut: int) -> None:
+        keys = chain(namespace, steps)
+        cut = min(cut, len(keys) - 1)
+        parent = keys[cut - 1] if cut else None
+        arena, block_bytes = SIZES[namespace]
+        try:
+            made = self.ledger.reserve(arena, parent, keys[cut:], block_bytes, owner, self.context())
+        except BadInput as refused:
+            assert refused.code == "bad_prefix"
+            assert parent is not None
+            assert parent not in self.found
+            return
+        finally:
+            self.settle()
+        if made.keys:
+            assert not any(w.owner != owner and parent in w.reservation.keys for w in self.writers)
+        at = cut + made.start
+        assert made.keys == tuple(keys[at : at + len(made.keys)])
+        assert bool(made.reservation_id) == bool(made.keys)
+        assert bool(made.reason) == (at + len(made.keys) < len(keys) or not made.keys)
+        assert not self.found.keys() & set(made.keys)
+        for slot, generation in zip(made.slots, made.generations, strict=True):
+            assert generation > self.last_generation
+            self.last_generation = generation
+            assert slot_arena(slot) == arena
+            for until_ns, dirty, length in self.quarantined:
+                apart = (
+                    slot_offset(slot) >= slot_offset(dirty) + length
+                    or slot_offset(dirty) >= slot_offset(slot) + block_bytes
+                )
+                assert apart or slot_arena(dirty) != arena or until_ns <= self.now_ns
+            self.fill(slot, block_bytes, -generation & 0xFFFF)  # Half written.
+        if made.reservation_id:
+            self.writers.append(Writer(owner, made))
+        if made.reason == "full":
+            self.nothing_of_this_class_could_go(arena, block_bytes, keys[at + len(made.keys) - 1 :: -1])
+
+    def nothing_of_this_class_could_go(
+        self, arena: int, block_bytes: int, standing: list[StorageKey]
+    ) -> None:
+        holdings = self.ledger._holdings
+        for block in holdings.tree.linked():
+            if holdings.tree.is_evictable(block) and holdings.tree.key[block] not in standing:
+                assert not self.space.same_class(holdings.holding[block].slot, arena, block_bytes)
+
+    def commit(self, which: int) -> None:
+        self.publish(pick(self.writers, which))
+
+    def save(self, owner: str, namespace: str, steps: str, fork: bool) -> None:
+        """Reserve and commit: so that there is something to read, lose and evict."""
+        before = len(self.writers)
+        self.reserve(owner, namespace, steps, 0)
+        for writer in self.writers[before:]:
+            self.publish(writer)
+        if fork:
+            self.save(owner, namespace, steps[: len(steps) // 2] + "b", False)
+
+    def publish(self, writer: Writer) -> None:
+        made = writer.reservation
+        assert self.ledger.reserved(made.reservation_id, writer.owner) == made
+        for slot, generation in zip(made.slots, made.generations, strict=True):
+            self.fill(slot, made.block_bytes, generation)
+        refused("bad_block", lambda: self.ledger.commit(made.reservation_id, writer.owner, [], []))
+        sums = [bytes([generation % 256]) for generation in made.generations]
+        assert self.ledger.commit(made.reservation_id, writer.owner, sums, sums) == len(made.keys)
+        self.settle()
+        self.writers.remove(writer)
+        self.generation.update(zip(made.keys, made.generations, strict=True))
+        self.is_over(writer)
+
+    def abort(self, which: int) -> None:
+        writer = pick(self.writers, which)
+        self.ledger.abort(writer.reservation.reservation_id, writer.owner)
+        self.settle()
+        self.writers.remove(writer)
+        self.is_over(writer)
+
+    def is_over(self, writer: Writer) -> None:
+        number = writer.reservation.reservation_id
+        refused("bad_reservation", lambda: self.ledger.commit(number, writer.owner, [], []))
+        refused("bad_reservation", lambda: self.ledger.abort(number, writer.owner))
+        refused("bad_reservation", lambda: self.ledger.reserved(number, writer.owner))
+
+    def scribble(self, which: int) -> None:
+        """A writer, perhaps one that vanished long ago, writes into a slot it was given."""
+        made = pick(self.writers + self.vanished, which).reservation
+        self.fill(pick(made.slots, which), made.block_bytes, 0xBAD)
+
+    # --- readers --------------------------------------------------------------------------------
+
+    def match(self, namespace: str, steps: str) -> None:
+        keys = chain(namespace, steps)
+        assert self.ledger.match(keys) == self.leading(keys)
+
+    def leading(self, keys: list[StorageKey]) -> int:
+        return next((at for at, key in enumerate(keys) if key not in self.found), len(keys))
+
+    def lease(self, owner: str, namespace: str, steps: str, length_ns: int, request: str) -> None:
+        keys = chain(namespace, steps)
+        lease = self.ledger.lease(keys, owner, self.now_ns + length_ns, self.context(), request)
+        if request and any(reader.lease.lease_id == lease.lease_id for reader in self.readers):
+            self.readers = [r for r in self.readers if (r.owner, r.lease.lease_id) != (owner, lease.lease_id)]
+        else:
+            assert len(lease.keys) == self.leading(keys)
+        if lease.lease_id:
+            assert lease.expires_ns >= self.now_ns + length_ns
+            assert lease.keys == tuple(keys[: len(lease.keys)])
+            self.readers.append(Reader(owner, lease))
+            self.read(lease)
+
+    def read(self, lease: Lease) -> None:
+        for slot, generation in zip(lease.slots, lease.generations, strict=True):
+            assert self.is_filled(slot, lease.block_bytes, generation), "wrong bytes under a lease"
+
+    def release(self, which: int) -> None:
+        reader = pick(self.readers, which)
+        self.readers.remove(reader)
+        intact = self.ledger.release(reader.lease.lease_id, reader.owner, self.now_ns)
+        if intact:
+            self.read(reader.lease)
+        assert intact or reader.lease.expires_ns <= self.now_ns
+        number = reader.lease.lease_id
+        refused("bad_lease", lambda: self.ledger.release(number, reader.owner, self.now_ns))
+
+    def live_leases_read_right(self) -> None:
+        for reader in self.readers:
+            try:
+                lease = self.ledger.leased(reader.lease.lease_id, reader.owner)
+            except BadInput:
+                assert reader.lease.expires_ns <= self.now_ns
+            else:
+                assert lease.slots == reader.lease.slots
+                self.read(lease)
+
+    # --- everything else ------------------------------------------------------------------------
+
+    def time_passes(self, step_ns: int) -> None:
+        self.now_ns += step_ns
+        self.ledger.expire(self.now_ns)
+        self.settle()
+        self.quarantined = [entry for entry in self.quarantined if entry[0] > self.now_ns]
+
+    def disconnect(self, owner: str, writes_ended: bool) -> None:
+        self.ledger.disconnect(owner, writes_ended)
+        self.settle()
+        self.readers = [reader for reader in self.readers if reader.owner != owner]
+        theirs = [writer for writer in self.writers if writer.owner == owner]
+        self.writers = [writer for writer in self.writers if writer.owner != owner]
+        if not writes_ended:
+            self.vanished += theirs
+        else:
+            self.vanished = [writer for writer in self.vanished if writer.owner != owner]
+        for writer in theirs:
+            self.is_over(writer)
+
+    def writes_ended(self, owner: str) -> None:
+        self.ledger.writes_ended(owner)
+        self.settle()
+        self.vanished = [writer for writer in self.vanished if writer.owner != owner]
+
+    def pin(self, namespace: str, steps: str) -> None:
+        keys = chain(namespace, steps)
+        count = self.ledger.pin(keys)
+        assert count == self.leading(keys)
+        self.pinned.update(keys[:count])
+
+    def unpin(self, namespace: str, steps: str) -> None:
+        keys = chain(namespace, steps)
+        assert self.ledger.unpin(keys) >= len(self.pinned & set(keys))
+        self.pinned -= set(keys)
+
+    def quarantine(self, which: int, length_ns: int, stale: bool) -> None:
+        key = pick(sorted(self.found), which)
+        lease = self.ledger.lease([key], "dog", self.now_ns + 1, self.context())
+        self.ledger.release(lease.lease_id, "dog", self.now_ns)
+        assert lease.generations == (self.generation[key],)
+        until_ns = self.now_ns + length_ns
+        done = self.ledger.quarantine(key, lease.generations[0] - stale, until_ns)
+        assert done == (not stale)
+        self.settle()
+        assert (key in self.found) == stale
+        if done:
+            self.quarantined.append((until_ns, lease.slots[0], lease.block_bytes))
+
+    def check(self) -> None:
+        """What must hold after every deed."""
+        self.live_leases_read_right()
+        self.ledger.check()
+        for key, before in self.found.items():
+            assert before is None or before in self.found
+            assert self.ledger.chunk_sums(key) == bytes([self.generation[key] % 256])
+        assert not self.trusted or self.ledger.policy_fault == ""
+
+    def end(self) -> None:
+        """When all have gone and time has passed, every byte can be had again."""
+        for owner in (*OWNERS, "dog"):
+            self.ledger.disconnect(owner, writes_ended=True)
+        for keys in [[key] for key in self.found]:
+            self.ledger.unpin(keys)
+        self.ledger.expire(self.now_ns + 1_000)
+        holdings = self.ledger._holdings
+        holdings.unpin([block for block in holdings.tree.linked() if holdings.holding[block].pinned])
+        for namespace, (arena, block_bytes) in SIZES.items():
+            keys = chain(namespace, "c" * 40)
+            made = self.ledger.reserve(arena, None, keys, block_bytes, "eve", self.context())
+            empty = Space(CAPACITY_BYTES, UNIT_BYTES)
+            assert len(made.keys) == len(empty.allocate_many(empty.add_arena(), block_bytes, 40))
+            self.ledger.abort(made.reservation_id, "eve")
+            self.ledger.check()
