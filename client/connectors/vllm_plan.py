@@ -1,0 +1,135 @@
+"""What the scheduler half of the vLLM connector tells the worker half, and what both ask of the engine.
+
+No vLLM import: the two halves are driven by these values and by the small protocols below, so that
+tests drive them without an engine. Everything that crosses processes is a frozen dataclass of plain
+values (vLLM pickles it). Hashes travel joined (``block.split_hashes``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Fill the pages ``block_ids`` with the blocks from position ``start`` of ``prefix``.
+
+    ``prefix`` is exactly what the scheduler leased as ``lease_name``: the same name and prefix give the
+    worker the same lease."""
+
+    request: str
+    lease_name: str
+    prefix: bytes
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Save the pages ``block_ids`` as ``hashes``, which stand at position ``start`` behind ``parent``
+    (empty: the root). Valid once the forward pass of the step that carries it has ended."""
+
+    request: str
+    parent: bytes
+    hashes: bytes
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One engine step.
+
+    ``abandoned`` are loads that cannot be done, reported as failed. ``preempted`` lose their pages in
+    this step. ``freeing`` have ended and wait for their saves; ``forgotten`` have ended and wait for nothing.
+    """
+
+    loads: tuple[LoadJob, ...] = ()
+    saves: tuple[SaveJob, ...] = ()
+    abandoned: tuple[LoadJob, ...] = ()
+    preempted: tuple[str, ...] = ()
+    freeing: tuple[str, ...] = ()
+    forgotten: tuple[str, ...] = ()
+
+
+class Placeholder(Protocol):
+    """Where a multimodal item stands in the prompt."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+class Feature(Protocol):
+    """A multimodal item: its content hash and its place."""
+
+    @property
+    def identifier(self) -> str: ...
+    @property
+    def mm_position(self) -> Placeholder: ...
+
+
+class Adapter(Protocol):
+    """The LoRA adapter of a request."""
+
+    @property
+    def lora_name(self) -> str: ...
+    @property
+    def lora_path(self) -> str: ...
+    @property
+    def load_inplace(self) -> bool: ...
+
+
+class EngineRequest(Protocol):
+    """What is read of ``vllm.v1.request.Request``."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def all_token_ids(self) -> Sequence[int]: ...
+    @property
+    def cache_salt(self) -> str | None: ...
+    @property
+    def lora_request(self) -> Adapter | None: ...
+    @property
+    def mm_features(self) -> Sequence[Feature]: ...
+    @property
+    def prompt_embeds(self) -> object | None: ...
+    @property
+    def skip_reading_prefix_cache(self) -> bool: ...
+    @property
+    def resumable(self) -> bool: ...
+
+
+class Tally:
+    """Counters that two threads add to. ``take`` empties it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, amount: int = 1, reason: str = "") -> None:
+        if amount:
+            with self._lock:
+                self._counts[f"{name}:{reason}" if reason else name] += amount
+
+    def take(self) -> dict[str, int]:
+        with self._lock:
+            counts, self._counts = dict(self._counts), Counter()
+        return counts
+
+
+def merged(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """Both sets of counts, added."""
+    return dict(Counter(one) + Counter(other))

@@ -1,0 +1,77 @@
+"""What the connector counts, in vLLM's own metrics: ``vllm:kvcache_*`` on the engine's /metrics.
+
+Counts travel as a flat map, ``name`` or ``name:reason`` to a number, from workers and scheduler to
+the engine's front end, where each becomes a Prometheus counter with the label ``reason``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvcache.client.connectors.vllm_plan import merged
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric
+
+HELP: dict[str, str] = {
+    "lookups": "Prompts asked for at the store, by outcome.",
+    "hit_tokens": "Prompt tokens that the store promised, and the engine did not plan to compute.",
+    "loaded_blocks": "Blocks copied from the store into the engine's pages, verified.",
+    "loaded_bytes": "Bytes of those blocks.",
+    "load_us": "Microseconds spent loading.",
+    "failed_blocks": "Blocks that were promised and not had, so the engine computed them, by reason.",
+    "saved_blocks": "Blocks that the store holds after a save.",
+    "saved_bytes": "Bytes of those blocks.",
+    "save_us": "Microseconds spent saving.",
+    "unsaved_blocks": "Full blocks that were not saved, by reason.",
+    "store": "What the store's client counted in the workers, by its own names.",
+    "errors": "Exceptions caught at the border with the engine, by entry point.",
+}
+
+
+@dataclass
+class KVCacheStats(KVConnectorStats):
+    """Counts of one interval. ``data`` is ``{"counts": {name: number}}``."""
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> KVCacheStats:
+        return KVCacheStats({"counts": merged(self._counts(), other.data.get("counts", {}))})
+
+    def reduce(self) -> dict[str, int | float]:
+        return dict(sorted(self._counts().items()))
+
+    def is_empty(self) -> bool:
+        return not self._counts()
+
+    def _counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.data.get("counts", {})
+        return counts
+
+
+class KVCachePromMetrics(KVConnectorPromMetrics):
+    """One counter a name in ``HELP``."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: self._counter_cls(f"vllm:kvcache_{name}", text, labelnames=[*labelnames, "reason"])
+            for name, text in HELP.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for key, amount in transfer_stats_data.get("counts", {}).items():
+            name, _, reason = key.partition(":")
+            if counter := self._counters.get(name):
+                counter.labels(*self.per_engine_labelvalues[engine_idx], reason).inc(amount)

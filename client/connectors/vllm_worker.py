@@ -1,0 +1,271 @@
+"""The worker half of the vLLM connector: moves whole pages between engine and store, beside the engine.
+
+One thread does all of it, loads before saves; a save is done in batches of about ``BATCH_BYTES`` so
+that a load never waits for more than one. The engine's calls only queue jobs and collect results.
+
+Whose bytes when:
+
+* a page being loaded belongs to this side from the plan until its request is in ``take_received``;
+* a page being saved is only read here. The engine keeps it until the save is in ``take_saved`` (an ended
+  request: until it is in ``take_freed``); before it takes pages from a running request it calls
+  ``release_pages``, which returns when none of them is read any more.
+
+The sum: the copy is the client's native one (memory speed, GIL released); a page costs about 0.3 us of
+interpreter a layer, so 16 layers of 128 KiB (2 MiB) a block cost about 5 us against 200 us of copying.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Protocol
+
+from kvcache.block import HASH_BYTES, split_hashes
+from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.vllm_plan import LoadJob, SaveJob, StepPlan, Tally
+from kvcache.clock import NS_PER_S, Clock
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+BATCH_BYTES = 32 << 20
+SAVE_AGE_NS = 5 * NS_PER_S
+CLOSE_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Pages(Protocol):
+    """The engine's pages, by the engine's block id."""
+
+    def planes(self, block_id: int) -> Sequence[Buffer]:
+        """Writable views of one block's pages, one a layer, in the order of the model's layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _QueuedSave:
+    job: SaveJob
+    queued_ns: int
+    done: int = 0
+
+
+class WorkerSide:
+    """Called by the engine's worker from one thread; its own thread does the work.
+
+    The attachment is used by that thread only.
+    """
+
+    def __init__(self, attachment: Attachment, pages: Pages, clock: Clock, tally: Tally) -> None:
+        self._attachment = attachment
+        self._pages = pages
+        self._clock = clock
+        self._tally = tally
+        self._changed = Condition()
+        self._loads: deque[LoadJob] = deque()
+        self._saves: deque[_QueuedSave] = deque()
+        self._saving = ""
+        self._unsaved: Counter[str] = Counter()  # Saves of a request that have not ended.
+        self._gap: dict[str, int] = {}  # The first block of a request that could not be saved.
+        self._freeing: set[str] = set()
+        self._received: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._saved: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()  # The store client's counters, as far as they are in the tally.
+        self._closing = False
+        self._thread = Thread(target=self._run, name="kvcache-pages", daemon=True)
+        self._thread.start()
+
+    # --- the engine's side ------------------------------------------------------------------------
+
+    def start_loads(self, plan: StepPlan) -> None:
+        with self._changed:
+            self._loads.extend(plan.loads)
+            for job in plan.abandoned:
+                self._give_up(job, "abandoned")
+            self._changed.notify_all()
+
+    def start_saves(self, plan: StepPlan, computed: bool) -> None:
+        """After the forward pass. When it did not run to its end (not ``computed``) nothing is saved."""
+        now_ns = self._clock.now_ns()
+        with self._changed:
+            for job in plan.saves:
+                self._unsaved[job.request] += 1
+                if computed:
+                    self._saves.append(_QueuedSave(job, now_ns))
+                else:
+                    self._end_save(job, len(job.block_ids), job.start, "not_computed")
+            self._freeing.update(plan.freeing)
+            for request in plan.forgotten:
+                self._gap.pop(request, None)
+            self._changed.notify_all()
+
+    def release_pages(self, requests: Iterable[str]) -> None:
+        """On return no page of these requests is read any more; what was not saved yet is not."""
+        lost = frozenset(requests)
+        if not lost:
+            return
+        with self._changed:
+            kept: deque[_QueuedSave] = deque()
+            for queued in self._saves:
+                if queued.job.request in lost:
+                    self._end_queued(queued, "preempted")
+                else:
+                    kept.append(queued)
+            self._saves = kept
+            self._changed.wait_for(lambda: self._saving not in lost)
+
+    def take_received(self) -> tuple[set[str], set[int]]:
+        """(requests whose load has ended, pages that could not be filled), since the last call."""
+        with self._changed:
+            received, self._received = self._received, set()
+            bad, self._bad_blocks = self._bad_blocks, set()
+        return received, bad
+
+    def take_saved(self) -> dict[str, int]:
+        """How many saves of which request have ended since the last call, well or not."""
+        with self._changed:
+            saved, self._saved = dict(self._saved), Counter()
+        return saved
+
+    def take_freed(self) -> set[str]:
+        """Ended requests of which no page is needed any more. Each is reported once."""
+        with self._changed:
+            freed = {request for request in self._freeing if not self._unsaved[request]}
+            self._freeing -= freed
+            for request in freed:
+                self._gap.pop(request, None)
+                del self._unsaved[request]
+        return freed
+
+    def close(self) -> None:
+        """Finish what is queued, for at most ``CLOSE_S``. May be called twice."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            _log.warning("kvcache: closed with saves unfinished after %.0f s", CLOSE_S)
+
+    # --- its own thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._loads or self._saves or self._closing)
+                load = self._loads.popleft() if self._loads else None
+                queued = self._saves.popleft() if load is None and self._saves else None
+                self._saving = queued.job.request if queued is not None else ""
+            if load is not None:
+                self._do_load(load)
+            elif queued is not None:
+                self._do_save(queued)
+            else:
+                break
+            self._tell()
+        self._attachment.close()
+
+    def _tell(self) -> None:
+        counters = Counter(self._attachment.counters())
+        for name, news in (counters - self._told).items():
+            self._tally.add("store", news, name)
+        self._told = counters
+
+    def _do_load(self, job: LoadJob) -> None:
+        try:
+            bad = self._load(job)
+        except Exception:  # Border with the engine: what was not loaded is computed.
+            _log.exception("kvcache: a load failed")
+            self._tally.add("errors", reason="load")
+            self._tally.add("failed_blocks", len(job.block_ids), "error")
+            bad = set(job.block_ids)
+        with self._changed:
+            self._bad_blocks |= bad
+            self._received.add(job.request)
+
+    def _load(self, job: LoadJob) -> set[int]:
+        """The pages that could not be filled."""
+        began_ns = self._clock.now_ns()
+        handles = self._attachment.handles()
+        if not handles:
+            self._tally.add("failed_blocks", len(job.block_ids), "unavailable")
+            return set(job.block_ids)
+        store = self._attachment.store
+        lease = store.lease(handles[0], split_hashes(job.prefix), job.lease_name)
+        asked = len(job.block_ids)
+        count = min(max(lease.count - job.start, 0), asked)
+        failed: set[int] = set()
+        if count:
+            into = [self._pages.planes(block_id) for block_id in job.block_ids[:count]]
+            failed = {position - job.start for position in store.load(lease, into, job.start)}
+        if lease.count:
+            store.release(lease)
+        self._tally.add("failed_blocks", asked - count, "lease_lost")
+        self._tally.add("failed_blocks", len(failed), "not_read")
+        self._tally.add("loaded_blocks", count - len(failed))
+        self._tally.add("loaded_bytes", (count - len(failed)) * self._attachment.spec.block_bytes)
+        self._tally.add("load_us", (self._clock.now_ns() - began_ns) // 1000)
+        return {job.block_ids[position] for position in failed.union(range(count, asked))}
+
+    def _do_save(self, queued: _QueuedSave) -> None:
+        held, reason = 0, "error"
+        try:
+            held, reason = self._save(queued)
+        except Exception:  # Border with the engine: what was not saved is computed again some day.
+            _log.exception("kvcache: a save failed")
+            self._tally.add("errors", reason="save")
+        job, done = queued.job, queued.done + held
+        with self._changed:
+            if reason:
+                self._end_save(job, len(job.block_ids) - done, job.start + done, reason)
+            elif done == len(job.block_ids):
+                self._end_save(job, 0, 0, "")
+            else:
+                self._saves.appendleft(replace(queued, done=done))
+            self._saving = ""
+            self._changed.notify_all()
+
+    def _save(self, queued: _QueuedSave) -> tuple[int, str]:
+        """Save one batch: (blocks held of it, why not all, if so)."""
+        job, began_ns = queued.job, self._clock.now_ns()
+        if self._gap.get(job.request, job.start) < job.start:
+            return 0, "parent_not_saved"
+        if began_ns - queued.queued_ns > SAVE_AGE_NS:
+            return 0, "too_late"
+        handles = self._attachment.handles()
+        if not handles:
+            return 0, "unavailable"
+        store = self._attachment.store
+        limit = max(1, BATCH_BYTES // self._attachment.spec.block_bytes)
+        pages = job.block_ids[queued.done : queued.done + limit]
+        at = queued.done * HASH_BYTES
+        parent = job.hashes[at - HASH_BYTES : at] if queued.done else job.parent
+        prefix = split_hashes(job.hashes[at : at + len(pages) * HASH_BYTES])
+        blocks = [self._pages.planes(block_id) for block_id in pages]
+        held = store.save(handles[0], prefix, blocks, parent)
+        self._tally.add("saved_blocks", held)
+        self._tally.add("saved_bytes", held * self._attachment.spec.block_bytes)
+        self._tally.add("save_us", (self._clock.now_ns() - began_ns) // 1000)
+        return held, "" if held == len(pages) else "not_taken"
+
+    # --- under the lock ---------------------------------------------------------------------------
+
+    def _give_up(self, job: LoadJob, reason: str) -> None:
+        self._tally.add("failed_blocks", len(job.block_ids), reason)
+        self._bad_blocks.update(job.block_ids)
+        self._received.add(job.request)
+
+    def _end_queued(self, queued: _QueuedSave, reason: str) -> None:
+        missing = len(queued.job.block_ids) - queued.done
+        self._end_save(queued.job, missing, queued.job.start + queued.done, reason)
+
+    def _end_save(self, job: SaveJob, missing: int, gap: int, reason: str) -> None:
+        if missing:
+            self._tally.add("unsaved_blocks", missing, reason)
+            self._gap[job.request] = min(gap, self._gap.get(job.request, gap))
+        else:
+            self._gap.pop(job.request, None)
+        self._unsaved[job.request] -= 1
+        self._saved[job.request] += 1
