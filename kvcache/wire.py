@@ -260,14 +260,18 @@ class BlockEvent(Message, frozen=True, tag="block_event"):
 
 
 class EventBatch(Message, frozen=True, tag="event_batch"):
-    """Events of one source, in order. ``seq`` grows by one a batch; ``snapshot`` marks the batches
-    that describe what was there already."""
+    """Events of one source; ``seq`` grows by one a batch. ``snapshot`` marks what was there already,
+    at that ``seq``; ``left`` batches of it follow. ``namespaces`` are told, by all their fields, before
+    their first event. ``digests``: what each tier holds afterwards (``events.Digest``), if all is told."""
 
     source: str
     incarnation: Unsigned
     seq: Unsigned
     snapshot: bool
     events: list[BlockEvent]
+    left: Unsigned = 0
+    namespaces: list[dict[str, str | int]] = []
+    digests: dict[str, bytes] = {}
 
 
 class Failure(Message, frozen=True, tag="failure"):

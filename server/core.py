@@ -88,6 +88,8 @@ class Core:
         if not known:
             self._check_room(spec)
         verdict = self._verdict(opened)
+        if not known:
+            self._publisher.announce(namespace)
         self._namespaces.setdefault(opened.namespace_id, opened)
         return self._namespaces[opened.namespace_id], verdict
 
@@ -168,10 +170,10 @@ class Core:
         if changes:
             for change in changes:
                 self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
-            self.counters["events"] += 1
-            batch = self._publisher.publish(changes)
-            for watcher in list(self._watchers.values()):
-                watcher(batch)
+            for batch in self._publisher.publish(changes):
+                self.counters["events"] += 1
+                for watcher in list(self._watchers.values()):
+                    watcher(batch)
 
     def watch(self, owner: int, watcher: Callable[[EventBatch], None]) -> Iterable[EventBatch]:
         """From now on ``watcher`` gets every batch; the batches returned say what is here already."""
@@ -241,6 +243,7 @@ class Core:
         """Assert every invariant of what this node holds."""
         self.ledger.check()
         self._space.check()
+        self._publisher.check()
 
     def close(self) -> None:
         self._summing.shutdown(wait=True, cancel_futures=True)

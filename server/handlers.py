@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
+import msgspec
+
 from kvcache import wire
 from kvcache.block import BlockHash, BlockSpec, Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS
@@ -344,7 +346,7 @@ class Connection:
         """The batch as this tenant may see it. Empty ones stay: their numbers show that none was lost."""
         if self._identity.inside:
             return batch
-        mine = [
-            event for event in batch.events if self._core.tenant_of(event.namespace) == self._identity.tenant
-        ]
-        return wire.EventBatch(batch.source, batch.incarnation, batch.seq, batch.snapshot, mine)
+        tenant = self._identity.tenant
+        mine = [event for event in batch.events if self._core.tenant_of(event.namespace) == tenant]
+        names = [namespace for namespace in batch.namespaces if namespace["tenant"] == tenant]
+        return msgspec.structs.replace(batch, events=mine, namespaces=names, digests={})
