@@ -30,7 +30,6 @@ HELD_STATS = (
     "reservations",
     "limbo_blocks",
     "quarantined_blocks",
-    "pinned_blocks",
     "reclaimed_extents",
     "policy_faults",
 )
@@ -229,7 +228,7 @@ class Core:
         held = self.ledger.stats()
         return {
             **{name: float(value) for name, value in self.counters.items()},
-            **{name: held.get(name, 0.0) for name in HELD_STATS},
+            **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
             "used_bytes:host": self._space.capacity_bytes - held["free_bytes"],
             "capacity_bytes:host": float(self._space.capacity_bytes),

@@ -79,6 +79,7 @@ class Connection:
 
     def ended(self) -> None:
         """The connection is gone: give back what it held. Unmapped, the node wrote, and has stopped."""
+        self._core.counters["connections_closed"] += 1
         self._core.unwatch(self._identity.owner)
         self._core.ledger.disconnect(self._identity.owner, not self._identity.mapped)
         self._core.settle()

@@ -16,6 +16,7 @@ from kvcache.block import BlockSpec
 from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
+from kvcache.metrics import STATS, unknown_names
 from kvcache.namespace import Namespace
 from kvcache.sums import sum_chunks
 from tests.server.conftest import EmbeddedNode, Serve
@@ -435,3 +436,17 @@ class TestStarting:
     def test_an_unknown_policy(self, serve: Serve) -> None:
         with pytest.raises(KVCacheError, match="leaf-lru"):
             serve(policy="no-such-policy")
+
+
+def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(
+    node: EmbeddedNode, wired: BlockingChannel
+) -> None:
+    opened(wired)
+    with pytest.raises(BadInput):
+        wired.call(wire.Release(12345), deadline())
+    values = node.call(node.node.core.stats)
+    assert unknown_names(values) == []
+    assert values["requests:open"] == 1
+    assert values["refusals:bad_lease"] == 1
+    counted = {stat.name for stat in STATS if stat.kind == "gauge" and not stat.label}
+    assert counted <= set(values), "a gauge that nobody fills would always be 0"
