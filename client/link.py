@@ -74,6 +74,10 @@ class Link:
         with self._lock:
             self._holders[lease_id] += 1
 
+    def holds(self, lease_id: int) -> bool:
+        with self._lock:
+            return self._holders[lease_id] > 0
+
     def blame(self, lease_id: int, positions: Sequence[int]) -> None:
         with self._lock:
             self._wrong.setdefault(lease_id, set()).update(positions)

@@ -240,7 +240,7 @@ def _load_grant(
 ) -> Operation[set[int]]:
     """Blocks ``first`` and on of the lease, all of this grant. Returns the positions that failed."""
     positions = list(range(first, first + len(blocks)))
-    if not context.link.owns(held):
+    if not context.link.owns(held) or not context.link.holds(grant.lease_id):
         context.tally.add("failed_blocks:lease_lost", len(blocks))
         return set(positions)
     failed: set[int] = set()

@@ -34,7 +34,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "lost_leases": "leases that had ended before they were released",
     "failed_blocks:checksum": "the bytes were not those of the block asked for",
     "failed_blocks:expired": "the lease ended before the copy did",
-    "failed_blocks:lease_lost": "the lease went with its connection, or the node knows it no more",
+    "failed_blocks:lease_lost": "the lease was released, went with its connection, or is not known any more",
     "failed_blocks:unavailable": "the node was gone, or went in the middle",
     "failed_blocks:refused": "the node refused to send them",
     "unsaved_blocks:full": "the node had no room",
@@ -67,7 +67,7 @@ class Handle:
     namespace_id: NamespaceId
     root: BlockHash
     tenant_key: bytes = field(repr=False)
-    verdict: str = ""
+    verdict: str = field(default="", compare=False)
     """In plain words, whether stored blocks fit, and if not which field differs."""
 
     def hashes(self, tokens: Sequence[int] | bytes, extra: Sequence[bytes] = ()) -> list[BlockHash]:
