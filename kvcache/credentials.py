@@ -170,21 +170,26 @@ def _read_private(path: Path) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A FIFO must not hang us.
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise _bad(f"{path} is not a regular file")
-            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                mode = stat.S_IMODE(status.st_mode)
-                raise _bad(f"others can read or write {path} (mode {mode:o})", f"run: chmod 600 {path}")
-            if status.st_uid not in (os.geteuid(), 0):
-                raise _bad(f"{path} belongs to user {status.st_uid}", f"run: chown {os.geteuid()} {path}")
-            content = file.read(FILE_BYTES_MAX + 1)
+        try:
+            _check_private(path, os.fstat(descriptor))
+            content = os.read(descriptor, FILE_BYTES_MAX + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise _bad(f"{path} cannot be read: {error}") from error
     if len(content) > FILE_BYTES_MAX:
         raise _bad(f"{path} is over {FILE_BYTES_MAX} bytes")
     return content
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad(f"{path} is not a regular file")
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        mode = stat.S_IMODE(status.st_mode)
+        raise _bad(f"others can read or write {path} (mode {mode:o})", f"run: chmod 600 {path}")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise _bad(f"{path} belongs to user {status.st_uid}", f"run: chown {os.geteuid()} {path}")
 
 
 def _credential(number: int, entry: _Entry) -> Credential:
