@@ -178,6 +178,11 @@ class Ledger:
         self._open[reservation.reservation_id] = _Open(reservation, blocks, owner, context)
         return reservation
 
+    def make_room(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> None:
+        """Evict ahead, so that a later ``reserve`` of ``count`` such blocks need not."""
+        self._context = context
+        self._room.ahead(context, arena, block_bytes, count)
+
     def reserved(self, reservation_id: int, owner: Owner) -> Reservation:
         """RAISES BadInput (bad_reservation) when it is not open, or another's."""
         return self._find(reservation_id, owner).reservation

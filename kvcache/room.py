@@ -39,13 +39,22 @@ class Room:
 
     def slots(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> list[Slot]:
         """At most ``count`` slots; fewer when nothing more can go."""
-        allocate = self._holdings.space.allocate_many
+        space = self._holdings.space
+        if not space.fits(block_bytes):
+            return []
+        allocate = space.allocate_many
         slots = allocate(arena, block_bytes, count)
         if len(slots) < count and self._evict_orphans():
             slots += allocate(arena, block_bytes, count - len(slots))
         while len(slots) < count and self._evict(context, arena, block_bytes, count - len(slots)):
             slots += allocate(arena, block_bytes, count - len(slots))
         return slots
+
+    def ahead(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> None:
+        """Let go now what ``slots`` would have to let go before it could give ``count``. One step."""
+        missing = count - self._holdings.space.room(arena, block_bytes)
+        if missing > 0 and not self._evict_orphans():
+            self._evict(context, arena, block_bytes, missing)
 
     def _evict_orphans(self) -> bool:
         tree = self._holdings.tree
@@ -78,10 +87,10 @@ class Room:
         gone: dict[int, int] = {}
         seen: set[Slot] = set()
         for block in named:
-            if holdings.tree.children[block] != gone.get(block, 0):
-                continue  # One that continues it was passed over, so this is still no leaf.
             slot = holdings.holding[block].slot
             if holdings.space.same_class(slot, arena, block_bytes):
+                if holdings.tree.children[block] != gone.get(block, 0):
+                    continue  # One that continues it was passed over, so this is still no leaf.
                 going.append(block)
                 parent = holdings.tree.parent[block]
                 gone[parent] = gone.get(parent, 0) + 1

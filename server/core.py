@@ -20,6 +20,7 @@ from kvcache.errors import BadInput
 from kvcache.events import Publisher
 from kvcache.ledger import Lease, Ledger
 from kvcache.namespace import Namespace
+from kvcache.policy import RequestContext
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space
@@ -34,6 +35,7 @@ HELD_STATS = (
     "policy_faults",
 )
 HELD_STATS_OF_A_TIER = ("blocks", "block_bytes", "orphans")
+AHEAD_BLOCKS_MAX = 64
 VERDICT_MATCHES = "stored blocks of this namespace are found and used"
 VERDICT_FIRST = "nothing is stored for this model yet"
 
@@ -71,6 +73,7 @@ class Core:
         self.counters: Counter[str] = Counter()
         self._space = space
         self._publisher = publisher
+        self._telling = False
         self._namespaces: dict[NamespaceId, Opened] = {}
         self._arenas: dict[tuple[int, str], int] = {}
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
@@ -161,21 +164,40 @@ class Core:
     # --- changes --------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """After every call of the ledger: tell the tier and the watchers what it changed."""
+        """After every call of the ledger: memory moves now; followers are told once replies are out."""
         moves = self._space.take_moves()
         if moves:
             self.host.apply(moves)
+        if not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def make_room_later(self, arena: int, block_bytes: int, count: int) -> None:
+        """While this writer copies, evict what its next reservation would have to wait for."""
+        asyncio.get_running_loop().call_soon(
+            self._make_room, arena, block_bytes, min(count, AHEAD_BLOCKS_MAX)
+        )
+
+    def _make_room(self, arena: int, block_bytes: int, count: int) -> None:
+        context = RequestContext(now_ns=self.clock.now_ns())
+        self.ledger.make_room(context, arena, block_bytes, count)
+        self.settle()
+
+    def _tell(self) -> None:
+        self._telling = False
         changes = self.ledger.take_changes()
-        if changes:
-            for change in changes:
-                self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
-            for batch in self._publisher.publish(changes):
-                self.counters["events"] += 1
-                for watcher in list(self._watchers.values()):
-                    watcher(batch)
+        if not changes:
+            return
+        for change in changes:
+            self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
+        for batch in self._publisher.publish(changes):
+            self.counters["events"] += 1
+            for watcher in list(self._watchers.values()):
+                watcher(batch)
 
     def watch(self, owner: int, watcher: Callable[[EventBatch], None]) -> Iterable[EventBatch]:
         """From now on ``watcher`` gets every batch; the batches returned say what is here already."""
+        self._tell()
         self._watchers[owner] = watcher
         return self._publisher.snapshot()
 
@@ -240,6 +262,7 @@ class Core:
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
+        self._tell()
         self.ledger.check()
         self._space.check()
         self._publisher.check()

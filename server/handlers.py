@@ -214,6 +214,7 @@ class Connection:
         if reservation.reason in ("busy", "full"):
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:
+            core.make_room_later(self._identity.arena, opened.spec.block_bytes, len(reservation.keys))
             self._namespaces[-reservation.reservation_id] = opened
         return wire.Reserved(
             reservation=reservation.reservation_id,

@@ -174,6 +174,12 @@ class Space:
                 size.offer(extent)
         return slots
 
+    def room(self, arena: int, block_bytes: int) -> int:
+        """How many more such blocks could be allocated, if no run of units is broken up."""
+        size = self._class(arena, block_bytes)
+        inside = sum(len(extent.free) for extent in size.extents.values())
+        return inside + self._units_free // size.unit_count * size.slot_count
+
     def free(self, slot: Slot) -> None:
         """REQUIRES: allocated, and not freed since."""
         extent = self._extent(slot)
