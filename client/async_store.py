@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
 from kvcache.client import operations
-from kvcache.client.link import RECONNECT_WAIT_NS, Link, Options, Outage, Tally, away, client_name
+from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
 from kvcache.client.local import Slab
-from kvcache.client.operations import Context
+from kvcache.client.opening import open_namespace, reopen
 from kvcache.client.steps import Answer, Call, Operation, Step
 from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
@@ -73,7 +73,7 @@ class AsyncNodeStore:
         if attached is None:
             raise self._refusal or away(self._options.address)
         try:
-            operation = operations.open_namespace(self._context(attached), namespace, spec)
+            operation = open_namespace(self._context(attached), namespace, spec)
             handle = await self._drive(attached, operation)
             if self._attached is not attached:
                 raise away(self._options.address)
@@ -90,7 +90,9 @@ class AsyncNodeStore:
         self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
     ) -> Lease:
         nothing = Lease(handle, (), (), 0)
-        return await self._run(lambda c: operations.lease(c, handle, prefix, request, duration_ms), nothing)
+        return await self._run(
+            lambda c: operations.lease(c, handle, prefix, request, duration_ms), nothing, operations.release
+        )
 
     async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
         everything = frozenset(range(start, start + len(into)))
@@ -129,13 +131,25 @@ class AsyncNodeStore:
 
     # --- driving ----------------------------------------------------------------------------------
 
-    async def _run(self, operation: Callable[[Context], Operation[T]], missed: T) -> T:
+    async def _run(
+        self,
+        operation: Callable[[Context], Operation[T]],
+        missed: T,
+        undo: Callable[[Context, T], Operation[None]] | None = None,
+    ) -> T:
+        """``undo`` takes back a result that a cancelled caller will not see."""
         attached = await self._enter(RECONNECT_WAIT_NS, patient=False)
         if attached is None:
             self._tally.add("missed_calls:away")
             return missed
+        context = self._context(attached)
         try:
-            return await self._drive(attached, operation(self._context(attached)))
+            result, cancelled = await self._finished(attached, operation(context))
+            if cancelled is not None:
+                if undo is not None:
+                    await self._finished(attached, undo(context, result))
+                raise cancelled
+            return result
         finally:
             self._leave(attached)
 
@@ -143,7 +157,16 @@ class AsyncNodeStore:
         return Context(attached.link, self._tally, self._clock)
 
     async def _drive(self, attached: _Attached, operation: Operation[T]) -> T:
-        """Run to the end, the clean-up after a cancellation included."""
+        result, cancelled = await self._finished(attached, operation)
+        if cancelled is not None:
+            raise cancelled
+        return result
+
+    async def _finished(
+        self, attached: _Attached, operation: Operation[T]
+    ) -> tuple[T, asyncio.CancelledError | None]:
+        """Run to the end, the clean-up after a cancellation included. When the cancellation came during
+        the last step, its result is there, and still to be taken back."""
         cancelled: asyncio.CancelledError | None = None
         told = False
         try:
@@ -160,13 +183,12 @@ class AsyncNodeStore:
                     told = True
                     step = operation.throw(cancelled)
         except StopIteration as done:
-            if cancelled is not None:
-                raise cancelled from None
-            return done.value  # type: ignore[no-any-return]  # StopIteration is not generic
+            return done.value, cancelled
         except (KVCacheError, asyncio.CancelledError):
             raise
         except BaseException:
             attached.link.broken = "interrupted"
+            operation.close()
             raise
 
     async def _perform(self, attached: _Attached, step: Step) -> Answer:
@@ -232,7 +254,7 @@ class AsyncNodeStore:
             slab = Slab.of(channel.slab_fd, channel.welcome)
             attached = _Attached(channel, Link(self._connections, channel.welcome, slab))
             undo.callback(attached.link.close)
-            operation = operations.reopen(self._context(attached), list(self._handles.values()))
+            operation = reopen(self._context(attached), list(self._handles.values()))
             attached.link.opened = await self._drive(attached, operation)
             undo.pop_all()
         return attached

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import BlockingChannel
 from kvcache.client import operations
-from kvcache.client.link import RECONNECT_WAIT_NS, Link, Options, Outage, Tally, away, client_name
+from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
 from kvcache.client.local import Slab
-from kvcache.client.operations import Context
+from kvcache.client.opening import open_namespace, reopen
 from kvcache.client.steps import Answer, Call, Operation, Step
 from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
@@ -72,9 +72,7 @@ class BlockingNodeStore:
         if attached is None:
             raise self._refusal or away(self._options.address)
         try:
-            handle = self._drive(
-                attached, operations.open_namespace(self._context(attached), namespace, spec)
-            )
+            handle = self._drive(attached, open_namespace(self._context(attached), namespace, spec))
             with self._changed:
                 if self._attached is not attached:
                     raise away(self._options.address)
@@ -156,6 +154,7 @@ class BlockingNodeStore:
             raise
         except BaseException:
             attached.link.broken = "interrupted"
+            operation.close()
             raise
 
     def _perform(self, attached: _Attached, step: Step) -> Answer:
@@ -250,6 +249,6 @@ class BlockingNodeStore:
             slab = Slab.of(channel.slab_fd, channel.welcome)
             attached = _Attached(channel, Link(self._connections, channel.welcome, slab))
             undo.callback(attached.link.close)
-            attached.link.opened = self._drive(attached, operations.reopen(self._context(attached), handles))
+            attached.link.opened = self._drive(attached, reopen(self._context(attached), handles))
             undo.pop_all()
         return attached

@@ -26,7 +26,7 @@ from kvcache.block import NamespaceId
 from kvcache.client.local import Slab
 from kvcache.client.steps import Call
 from kvcache.client.store import Lease
-from kvcache.clock import NS_PER_MS
+from kvcache.clock import NS_PER_MS, Clock
 from kvcache.errors import BadInput, Unavailable
 from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
 
@@ -135,6 +135,15 @@ class Tally:
     def copy(self) -> dict[str, int]:
         with self._lock:
             return dict(self._counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every operation works with: the link it runs on, the counters, the clock."""
+
+    link: Link
+    tally: Tally
+    clock: Clock
 
 
 def client_name(name: str, pid: int) -> str:

@@ -11,19 +11,17 @@ wrong is raised as BadInput before anything is sent. Two rules keep bytes right:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, NamespaceId, storage_key
+from kvcache.block import HASH_BYTES, BlockHash, storage_key
 from kvcache.client import local, remote
 from kvcache.client.checks import batches, check_lease, check_reply, check_save, flat_blocks, joined_hashes
-from kvcache.client.link import Link, Tally
+from kvcache.client.link import Context
 from kvcache.client.steps import BadReply, Operation, ask
 from kvcache.client.store import Grant, Handle, Lease, SaveHints
-from kvcache.clock import NS_PER_MS, Clock
+from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, Unavailable
-from kvcache.namespace import Namespace
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.wire import (
     BATCH_BLOCKS_MAX,
@@ -35,8 +33,6 @@ from kvcache.wire import (
     Leased,
     Match,
     Matched,
-    Open,
-    Opened,
     Release,
     Released,
     Reserve,
@@ -49,49 +45,6 @@ if TYPE_CHECKING:
 
 CHECKSUM_BYTES: Final = 16
 COMMIT_SUMS_BYTES_MAX: Final = 2 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What every operation works with: the link it runs on, the counters, the clock."""
-
-    link: Link
-    tally: Tally
-    clock: Clock
-
-
-def open_namespace(context: Context, namespace: Namespace, spec: BlockSpec) -> Operation[Handle]:
-    """RAISES BadInput, NotAllowed, Unavailable."""
-    welcome = context.link.welcome
-    mine = replace(namespace, tenant=namespace.tenant or welcome.tenant)
-    reply = yield from ask(Opened, Open(mine.to_map(), spec.plane_count, spec.head_count, spec.head_bytes))
-    handle = Handle(
-        mine, spec, mine.namespace_id(), mine.root(welcome.tenant_key), welcome.tenant_key, reply.verdict
-    )
-    sizes = (reply.block_bytes, reply.chunk_bytes)
-    if reply.namespace != handle.namespace_id or sizes != (spec.block_bytes, spec.chunk_bytes):
-        raise BadInput(
-            "namespace_differs",
-            f"the node calls this namespace {reply.namespace.hex()}, with blocks of {sizes}",
-            f"here it is {handle.namespace_id.hex()}, with {(spec.block_bytes, spec.chunk_bytes)}",
-            "run the same release of kvcache on both sides",
-        )
-    return handle
-
-
-def reopen(context: Context, handles: Sequence[Handle]) -> Operation[frozenset[NamespaceId]]:
-    """Open again what was open on the connection before. Returns those that mean the same as before."""
-    same: set[NamespaceId] = set()
-    for handle in handles:
-        try:
-            now = yield from open_namespace(context, handle.namespace, handle.spec)
-        except Unavailable:
-            raise
-        except KVCacheError:
-            continue
-        if (now.namespace_id, now.tenant_key) == (handle.namespace_id, handle.tenant_key):
-            same.add(handle.namespace_id)
-    return frozenset(same)
 
 
 def match(context: Context, handle: Handle, prefix: Sequence[BlockHash]) -> Operation[int]:
@@ -129,6 +82,8 @@ def lease(
     except Unavailable as error:
         _missed(context, error)
         held, grants = 0, []  # They went with the connection.
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and with it all that it held.
     except BaseException:
         yield from _release_grants(context, grants)
         raise
@@ -365,6 +320,8 @@ def _fill(
     except BadInput:
         yield from _abort(reserved.reservation)
         return "refused"
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and the node aborts.
     except BaseException:
         yield from _abort(reserved.reservation)
         raise

@@ -1,0 +1,100 @@
+"""A real node with a proxy before it, and stores over it whose clock a test can move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvcache.client.blocking_store import BlockingNodeStore
+from kvcache.client.link import Options
+from kvcache.client.store import Handle
+from kvcache.clock import NS_PER_MS, NS_PER_S, SystemClock
+from kvcache.config import NodeConfig
+from kvcache.testing.stores import EXAMPLE, SPEC
+from tests.client.proxy import Proxy
+from tests.server.conftest import EmbeddedNode
+
+PATIENCE_S = 20
+TROUBLE = ("missed_calls:away", "ended:", "refused_connects")
+
+
+class MovableClock:
+    """The system's clock, moved ahead."""
+
+    def __init__(self) -> None:
+        self.ahead_ns = 0
+
+    def now_ns(self) -> int:
+        return SystemClock().now_ns() + self.ahead_ns
+
+    def advance_ms(self, milliseconds: int) -> None:
+        self.ahead_ns += milliseconds * NS_PER_MS
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Ask until it holds: what is asked is the only clock."""
+    end_ns = SystemClock().now_ns() + PATIENCE_S * NS_PER_S
+    while not holds():
+        assert SystemClock().now_ns() < end_ns, "it never came to hold"
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """``store`` reaches ``node`` through ``proxy``; ``clock`` is the store's."""
+
+    node: EmbeddedNode
+    proxy: Proxy
+    clock: MovableClock
+    store: BlockingNodeStore
+    handle: Handle
+
+    def stats(self) -> dict[str, float]:
+        return self.node.call(self.node.node.core.stats)
+
+    def recover(self) -> None:
+        """Past any back-off, until calls are answered again."""
+
+        def troubles() -> int:
+            counts = self.store.counters.items()
+            return sum(count for name, count in counts if name.startswith(TROUBLE))
+
+        def answered() -> bool:
+            self.clock.advance_ms(3_000)
+            before = troubles()
+            self.store.match(self.handle, self.handle.hashes(range(4)))
+            return troubles() == before
+
+        eventually(answered)
+
+
+TIMEOUT_MS = 2_000
+
+
+def options(address: str, mapped: bool, timeout_ms: int = TIMEOUT_MS) -> Options:
+    return Options(address, timeout_ms=timeout_ms, mapped=mapped)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[EmbeddedNode]:
+    settings = NodeConfig(socket=str(tmp_path / "node.sock"), http="none", capacity="4MiB")
+    made = EmbeddedNode(settings)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def proxy(node: EmbeddedNode, tmp_path: Path) -> Iterator[Proxy]:
+    made = Proxy(node.node.socket_path, tmp_path / "proxy.sock")
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["mapped", "wire"])
+def rig(request: pytest.FixtureRequest, node: EmbeddedNode, proxy: Proxy) -> Iterator[Rig]:
+    clock = MovableClock()
+    store = BlockingNodeStore(options(proxy.address, request.param == "mapped"), clock)
+    yield Rig(node, proxy, clock, store, store.open(EXAMPLE, SPEC))
+    store.close()
