@@ -1,0 +1,282 @@
+"""``kvcache demo``: one node, several clients, a trace, a kill. Needs no GPU and no engine.
+
+    demo ──starts──► node (kvcache serve) ◄──sockets, shared memory── clients (kvcache.demo_client) x n
+      └── prompts, one at a time (kvcache.demo_feed) ──────────────────►│
+      ◄── outcomes ─────────────────────────────────────────────────────┘
+
+Half way the node is killed with SIGKILL and started again; clients compute what they cannot load, and
+find the new node by themselves. Every byte loaded is compared with what its key says it must be.
+The tier is smaller than what the prompts need, so that blocks are evicted all the time.
+
+All processes end with this one: clients when their input does, the node when it is told to. Nothing is
+left behind but what was printed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import click
+
+from kvcache import demo_report
+from kvcache.channel import BlockingChannel
+from kvcache.clock import NS_PER_S, SystemClock
+from kvcache.config import parse_size
+from kvcache.demo_client import Setup
+from kvcache.demo_feed import Client, Feed
+from kvcache.demo_report import MODEL, Kill, Report, Totals
+from kvcache.errors import BadInput
+from kvcache.eviction.generate import Workload, generate
+from kvcache.eviction.trace import Trace, read_trace
+from kvcache.testing.processes import NodeProcess
+from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply
+
+CLIENTS = 3
+SECONDS = 20.0
+CAPACITY = "1GiB"
+BLOCKS_HELD = 4_096
+"""About as many blocks fit in the tier: their size follows from the capacity."""
+BLOCK_BYTES_MIN = 4_096
+GENERATED_REQUESTS = 40_000
+TICK_S = 0.1
+ASK_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to replay and for how long: until ``seconds`` have passed, ``request_count`` prompts are done
+    (0: no limit), or the trace ends."""
+
+    trace: Path | None = None
+    request_count: int = 0
+    seconds: float = SECONDS
+    seed: int = 1
+    capacity: str = CAPACITY
+    clients: int = CLIENTS
+
+
+class Teller:
+    """Says what happens: lines on standard output, and where a person watches, one line that changes."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty()
+        self._shown = False
+
+    def line(self, text: str) -> None:
+        self.clear()
+        if not self._quiet:
+            print(text, flush=True)
+
+    def progress(self, text: str) -> None:
+        if self._live:
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        """Take the changing line away."""
+        if self._shown:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+
+class Demo:
+    """One run. Use as a context manager: no process outlives it."""
+
+    def __init__(self, options: Options, tell: Teller) -> None:
+        """RAISES BadInput for a trace or a capacity that is none."""
+        self._options = options
+        self._tell = tell
+        self._trace = _trace(options)
+        self._capacity_bytes = parse_size(options.capacity, "capacity")
+        self._directory = tempfile.TemporaryDirectory(prefix="kvcache-demo-")
+        self._home = Path(self._directory.name)
+        self._setup = Setup(
+            address=f"unix://{self._home / 'node.sock'}",
+            block_tokens=self._trace.block_tokens,
+            block_bytes=block_bytes_for(self._trace.block_tokens, self._capacity_bytes),
+            seed=options.seed,
+        )
+        totals = Totals(self._trace.block_tokens, self._setup.block_bytes)
+        self._feed = Feed(self._trace, options.request_count or self._trace.request_count, totals)
+        self._node = self._new_node()
+        self._clients: list[Client] = []
+        self._started_ns = 0
+        self._kill: Kill | None = None
+        self._values: Counter[str] = Counter()
+        self._located: dict[str, object] = {}
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._feed.close()
+        for client in self._clients:
+            client.close()
+        self._node.close()
+        self._directory.cleanup()
+        self._tell.clear()
+
+    def run(self) -> Report:
+        """Replay, with the kill in the middle. RAISES Unavailable when the node or a client ends early."""
+        self._node.start()
+        self._tell.line(self._opening())
+        for number in range(self._options.clients):
+            self._clients.append(Client(self._setup, self._feed, self._home / f"client-{number}.log"))
+        self._started_ns = time.monotonic_ns()
+        for client in self._clients:
+            client.begin()
+        while any(client.running for client in self._clients):
+            time.sleep(TICK_S)
+            self._tick()
+        for client in self._clients:
+            client.check()
+        seconds = self._elapsed_s
+        self._count_node()
+        return Report(
+            source=self._source,
+            clients=self._options.clients,
+            capacity_bytes=self._capacity_bytes,
+            seconds=seconds,
+            totals=self._feed.totals,
+            kill=self._kill,
+            hit_again_s=self._feed.hit_again_s,
+            evicted_blocks=int(self._values["removed_blocks:evicted"]),
+            located=self._located,
+        )
+
+    # --- while it runs --------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        share = max(self._elapsed_s / self._options.seconds, self._feed.done_share)
+        self._tell.progress(demo_report.progress(share, self._feed.totals, f"{self._elapsed_s:4.1f} s"))
+        if share >= 1:
+            self._feed.close()
+        elif share >= 0.5 and self._kill is None:
+            self._kill_node()
+
+    def _kill_node(self) -> None:
+        """SIGKILL, then a new node on the same socket. The clients go on meanwhile."""
+        self._count_node()
+        killed_s, requests = self._elapsed_s, self._feed.totals.requests
+        self._happened(f"the node is killed (SIGKILL to process {self._node.pid})")
+        self._node.kill()
+        self._feed.watch_for_hit()
+        self._node = self._new_node()
+        self._node.start()
+        self._kill = Kill(killed_s, requests, self._elapsed_s - killed_s)
+        self._happened(f"a new node answers on the same socket, {self._node.http}")
+
+    def _locate(self) -> None: ...
+
+    def _count_node(self) -> None:
+        """Add the node's counters to those of the nodes before it."""
+        deadline_ns = SystemClock().now_ns() + ASK_S * NS_PER_S
+        hello = Hello(PROTOCOL_VERSION, client="kvcache demo")
+        channel = BlockingChannel.connect(self._setup.address, hello, deadline_ns)
+        try:
+            reply = channel.call(Stats(), deadline_ns)
+        finally:
+            channel.close()
+        assert isinstance(reply, StatsReply), reply
+        self._values.update({name: int(value) for name, value in reply.values.items()})
+
+    # --- words ----------------------------------------------------------------------------------
+
+    @property
+    def _elapsed_s(self) -> float:
+        return (time.monotonic_ns() - self._started_ns) / NS_PER_S
+
+    @property
+    def _source(self) -> str:
+        return self._options.trace.name if self._options.trace else f"generated (seed {self._options.seed})"
+
+    def _happened(self, text: str) -> None:
+        self._tell.line(f"  {self._elapsed_s:5.1f} s  {text}")
+
+    def _opening(self) -> str:
+        setup = self._setup
+        return "\n".join(
+            [
+                f"trace      {self._source}, in blocks of {setup.block_tokens} tokens",
+                f"node       {self._options.capacity} of host memory, process {self._node.pid}, "
+                f"{self._setup.address}",
+                f"HTTP       {self._node.http}  (/metrics, /v1/stats, /v1/locate; while this runs)",
+                f"clients    {self._options.clients} processes over shared memory",
+                f"blocks     {setup.block_bytes:,} bytes that follow from the key; one of {MODEL.name} "
+                f"has {setup.block_tokens * MODEL.kv_bytes_a_token:,}",
+                "",
+            ]
+        )
+
+    def _new_node(self) -> NodeProcess:
+        settings = {
+            "socket": self._setup.address.removeprefix("unix://"),
+            "http": "none",
+            "capacity": self._options.capacity,
+            "name": "demo",
+        }
+        return NodeProcess(settings, self._home / "node.log")
+
+
+def block_bytes_for(block_tokens: int, capacity_bytes: int) -> int:
+    """A power of two, so that the tier holds ``BLOCKS_HELD`` or so; never more than a real block has."""
+    wanted = min(capacity_bytes // BLOCKS_HELD, block_tokens * MODEL.kv_bytes_a_token)
+    return max(BLOCK_BYTES_MIN, 1 << max(wanted, 1).bit_length() - 1)
+
+
+def _trace(options: Options) -> Trace:
+    if options.trace is None:
+        count = options.request_count or GENERATED_REQUESTS
+        return generate(Workload(request_count=count, seed=options.seed))
+    trace = read_trace(options.trace)
+    if trace.request_count == 0:
+        raise BadInput("bad_trace", f"{options.trace} has no requests", "there is nothing to replay")
+    return trace
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+@click.command()
+@click.option("--trace", type=click.Path(path_type=Path), help="kvtrace-v1 .npz file (default: generated)")
+@click.option("--requests", type=click.IntRange(1), help="stop after so many prompts")
+@click.option(
+    "--seconds", type=click.FloatRange(1, 600), default=SECONDS, show_default=True, help="stop after"
+)
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, show_default=True, help="of trace and bytes"
+)
+@click.option("--capacity", default=CAPACITY, show_default=True, help="host memory of the node")
+@click.option("--clients", type=click.IntRange(1, 64), default=CLIENTS, show_default=True, help="processes")
+@click.option("--json", "as_json", is_flag=True, help="end with one JSON object, and print nothing else")
+def demo(
+    trace: Path | None,
+    requests: int | None,
+    seconds: float,
+    seed: int,
+    capacity: str,
+    clients: int,
+    as_json: bool,
+) -> None:
+    """One node, several clients, a trace, a kill and a restart; every byte compared.
+
+    Needs no GPU. Exit status 1 when a byte was wrong or nothing was found again."""
+    signal.signal(signal.SIGTERM, _stop)
+    options = Options(trace, requests or 0, seconds, seed, capacity, clients)
+    with Demo(options, Teller(quiet=as_json)) as run:
+        report = run.run()
+    click.echo(json.dumps(demo_report.as_json(report)) if as_json else demo_report.summary(report))
+    sys.exit(report.exit_status)
