@@ -83,7 +83,6 @@ class Ledger:
         self._limbo: dict[Owner, list[int]] = {}
         self._quarantine: list[tuple[int, int]] = []
         self._ids = count(1)
-        self._context = _TIMELESS
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -180,7 +179,6 @@ class Ledger:
 
     def make_room(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> None:
         """Evict ahead, so that a later ``reserve`` of ``count`` such blocks need not."""
-        self._context = context
         self._room.ahead(context, arena, block_bytes, count)
 
     def reserved(self, reservation_id: int, owner: Owner) -> Reservation:
@@ -380,7 +378,6 @@ class Ledger:
     ) -> list[Slot]:
         if not count:
             return []
-        self._context = context
         standing = [parent] if parent != NONE else []
         self._tree.hold(standing)
         try:
@@ -400,4 +397,4 @@ class Ledger:
         return opened
 
     def _gone(self, blocks: Sequence[int], reason: str) -> None:
-        self._guard.on_evicted(self._context, blocks, reason)
+        self._guard.on_evicted(_TIMELESS, blocks, reason)

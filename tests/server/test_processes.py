@@ -17,7 +17,7 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.errors import BadInput, Unavailable
 from kvcache.testing.processes import NodeProcess
-from tests.server.test_node import (
+from tests.server.talk import (
     HASHES,
     SIZE,
     connected,
@@ -39,7 +39,7 @@ NAMES = [bytes([number % 251, number // 251, 255, 255]) * 4 for number in range(
 # A client that takes every slot of the node, says so, and then waits to be killed or told to go on.
 WRITER = """
 import mmap, sys
-from tests.server.test_node import *
+from tests.server.talk import *
 from tests.server.test_processes import NAMES
 with connected(sys.argv[1], map=True) as channel:
     reserved = reserve(channel, opened(channel), NAMES)
