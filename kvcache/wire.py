@@ -378,7 +378,7 @@ def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decod
         if not isinstance(plain, list) or len(plain) != 2 or type(plain[0]) is not int:
             raise BadInput("bad_message", "a body that is not [call, message]", "see kvcache/wire.py")
         return plain[0], msgspec.convert(plain[1], kind, builtin_types=(bytes,))
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
         # msgspec.ValidationError and msgpack's size errors are ValueErrors.
         raise BadInput("bad_message", "a body that is no known message", _printable(error)) from error
 

@@ -102,6 +102,10 @@ def refused(decode: Decode, body: bytes) -> str:
     return str(caught.value)
 
 
+def counted(count: int) -> wire.StatsReply:
+    return wire.StatsReply({str(number): 0.0 for number in range(count)})
+
+
 def packed(*parts: object) -> bytes:
     body = msgpack.packb(list(parts), use_bin_type=True)
     assert isinstance(body, bytes)
@@ -321,8 +325,8 @@ class TestHostileBodies:
             b"\xdb\xff\xff\xff\xff",  # A text, then bytes, of 4 GiB.
             b"\xc6\xff\xff\xff\xff",
             b"\x92\x07\xdd\x00\x01\x00\x01" + b"\xc0" * 65_537,
-            b"\x92\x07\xd9\xff" + b"x" * 255,
-            b"\x92\x07\xda\x10\x01" + b"x" * 4_097,
+            b"\x92\x07\x81\x90\x01",  # A map with a list for a key, and with a number.
+            b"\x92\x07\x81\x01\x01",
             b"\xc7\x05\x01" + b"x" * 5,  # An extension type, and the one for times.
             b"\xd6\xff\0\0\0\0",
             b"\xc1",  # Never used by MessagePack.
@@ -339,6 +343,15 @@ class TestHostileBodies:
     def test_sizes_depth_and_types(self, body: bytes) -> None:
         refused(wire.decode_request, body)
         refused(wire.decode_reply, body)
+
+    def test_the_limits_on_texts_lists_and_maps(self) -> None:
+        for decode, fits, over in (
+            (wire.decode_request, wire.Hello(1, token="x" * 4_096), wire.Hello(1, token="x" * 4_097)),
+            (wire.decode_request, wire.Release(1, [0] * 65_536), wire.Release(1, [0] * 65_537)),
+            (wire.decode_reply, counted(4_096), counted(4_097)),
+        ):
+            assert decode(body_of(7, fits)) == (7, fits)
+            assert "exceeds" in refused(decode, body_of(7, over))
 
     @pytest.mark.parametrize("brackets", [b"\x90", b"\x80"])
     def test_a_body_of_brackets_costs_little(self, brackets: bytes) -> None:
