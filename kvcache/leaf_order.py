@@ -68,17 +68,13 @@ class LeafOrder:
         parents, children, holds = tree.parent, tree.children, tree.holds
         chosen: dict[int, None] = {}
         gone: dict[int, int] = {}  # parent -> how many of its children are chosen
-        risen: dict[int, int] = {}
         put_back: list[tuple[int, int]] = []
         while heap and len(chosen) < count:
             entry = heappop(heap)
             stamp, block = entry
-            if stamp != risen.get(block, stamps.get(block)) or block in chosen:
+            if stamp != stamps.get(block) or block in chosen or children[block] != gone.get(block, 0):
                 continue
-            if children[block] != gone.get(block, 0):
-                continue
-            if block not in risen:
-                put_back.append(entry)
+            put_back.append(entry)
             if holds[block]:
                 continue
             chosen[block] = None
@@ -87,10 +83,9 @@ class LeafOrder:
             if own is None:
                 continue
             gone[parent] = gone.get(parent, 0) + 1
-            risen_stamp = max(risen.get(parent, own), stamp) if self._rise else own
-            risen[parent] = risen_stamp
             if gone[parent] == children[parent]:
-                heappush(heap, (risen_stamp, parent))
+                # It need not rise here: it is next either way, as all that is left is younger.
+                heappush(heap, (own, parent))
         for entry in put_back:
             heappush(heap, entry)
         return list(chosen)

@@ -149,11 +149,12 @@ class LeaseBook:
 
     def check(self) -> None:
         """Assert every invariant but the holds', which the ledger counts."""
+        ends = set(self._ends)
         for lease_id, live in self._live.items():
             assert live.lease.lease_id == lease_id
             assert live.owners
             assert all(self._of[owner][lease_id] for owner in live.owners)
-            assert (live.lease.expires_ns, lease_id) in self._ends
+            assert (live.lease.expires_ns, lease_id) in ends
         for owner, mine in self._of.items():
             assert 0 < len(mine) <= LEASES_MAX
             assert all(owner in self._live[lease_id].owners for lease_id, is_live in mine.items() if is_live)

@@ -77,7 +77,9 @@ class Room:
             if self._take(named, arena, block_bytes, count):
                 return True
             if len(named) < ask or ask >= VICTIMS_MAX:
-                return self._reclaim_least(named, arena, block_bytes)
+                return self._reclaim_least(named, arena, block_bytes) or self._take_branch(
+                    named, arena, block_bytes
+                )
             ask = min(VICTIMS_MAX, ask * _ASK_FACTOR + _ASK_MORE)
 
     def _take(self, named: Sequence[int], arena: int, block_bytes: int, count: int) -> bool:
@@ -125,6 +127,19 @@ class Room:
             return False
         self._go(min(found, key=len))
         return True
+
+    def _take_branch(self, named: Sequence[int], arena: int, block_bytes: int) -> bool:
+        """Evict one block of the class with all that continues it, though that is of another class and
+        cannot be used now. (A tenant's trust domains continue one another's blocks, each in its arena.)"""
+        holdings = self._holdings
+        for block in named:
+            slot = holdings.holding[block].slot
+            if holdings.space.same_class(slot, arena, block_bytes):
+                closure = self._closure([slot], len(holdings.holding))
+                if closure:
+                    holdings.evict(closure, "evicted")
+                    return True
+        return False
 
     def _reclaim(self, lying: Sequence[Slot], limit: int) -> bool:
         closure = self._closure(lying, limit)

@@ -26,6 +26,7 @@ UNIT_BYTES = 256
 UNIT_COUNT = 6
 CAPACITY_BYTES = UNIT_COUNT * UNIT_BYTES
 SIZES = {"m": (0, 64), "n": (0, 192), "o": (1, 64), "p": (1, 448)}  # namespace -> arena, block bytes
+STRANGER = "cat"  # of the same tenant, but another trust domain: writes the same keys into the other arena
 OWNERS = ("ann", "bob", "cat")
 
 
@@ -118,6 +119,7 @@ class LedgerModel:
             before = change.parent
             for key in change.keys:
                 assert key not in self.found
+                assert before == (key[:-1] if len(key) > len("m:a") else None)
                 self.found[key] = before
                 before = key
 
@@ -131,6 +133,7 @@ class LedgerModel:
         cut = min(cut, len(keys) - 1)
         parent = keys[cut - 1] if cut else None
         arena, block_bytes = SIZES[namespace]
+        arena = 1 - arena if owner == STRANGER else arena
         try:
             made = self.ledger.reserve(arena, parent, keys[cut:], block_bytes, owner, self.context())
         except BadInput as refused:
@@ -168,8 +171,10 @@ class LedgerModel:
     ) -> None:
         holdings = self.ledger._holdings
         for block in holdings.tree.linked():
-            if holdings.tree.is_evictable(block) and holdings.tree.key[block] not in standing:
-                assert not self.space.same_class(holdings.holding[block].slot, arena, block_bytes)
+            if self.space.same_class(holdings.holding[block].slot, arena, block_bytes):
+                after = holdings.tree.subtree(block)
+                held = any(holdings.tree.holds[each] for each in after)
+                assert held or any(holdings.tree.key[each] in standing for each in after)
 
     def commit(self, which: int) -> None:
         self.publish(pick(self.writers, which))
