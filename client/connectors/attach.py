@@ -8,6 +8,7 @@ reported once a minute in one line and tried again; the engine computes everythi
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ class Attachment:
         self._handles: tuple[Handle, ...] = ()
         self._retry_ns = 0
         self._report_ns = 0
+        self._told: Counter[str] = Counter()
         self.spec = spec
 
     @property
@@ -51,9 +53,11 @@ class Attachment:
         assert self._store is not None
         return self._store
 
-    def counters(self) -> dict[str, int]:
-        """The store client's own counters; empty before the first connection."""
-        return dict(self._store.counters) if self._store is not None else {}
+    def news(self) -> dict[str, int]:
+        """What the store client has counted, by its own names, since the last call."""
+        counters = Counter(self._store.counters if self._store is not None else {})
+        grown, self._told = counters - self._told, counters
+        return dict(grown)
 
     def handles(self) -> tuple[Handle, ...]:
         """A handle a namespace, or none at all while the store cannot be used."""
@@ -71,6 +75,7 @@ class Attachment:
     def close(self) -> None:
         """May be called twice."""
         store, self._store, self._handles = self._store, None, ()
+        self._told.clear()
         if store is not None:
             store.close()
 

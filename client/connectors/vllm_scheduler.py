@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
+FAULTS = ("missed_calls:", "ended:", "refused_connects")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +244,20 @@ class SchedulerSide:
         held = min(lease.count for lease in leases)
         state.saved = held
         state.lookup = _Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
+        faults = self._faults()
         if held <= start:
             self._release(state)
-            self._tally.add("lookups", reason="miss")
+            self._tally.add("lookups", reason="unavailable" if faults else "miss")
             return
         self._tally.add("lookups", reason="hit")
         self._tally.add("hit_tokens", (held - start) * self._block_tokens)
+
+    def _faults(self) -> int:
+        """Hand on what the store's client counted; how many calls to the store went wrong."""
+        news = self._attachment.news()
+        for name, count in news.items():
+            self._tally.add("lookup_store", count, name)
+        return sum(count for name, count in news.items() if name.startswith(FAULTS))
 
     def _stale(self, lookup: _Lookup) -> bool:
         return self._clock.now_ns() - lookup.taken_ns > LEASE_RENEW_NS

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
+from kvcache.address import parse
 from kvcache.errors import BadInput
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All optional. RAISES BadInput (``from_extra_config``) for keys and types that are not these."""
+    """All optional. RAISES BadInput (``from_extra_config``) for keys and values that are not these."""
 
     address: str = ""
     """Where the node listens; empty: the default socket."""
@@ -47,7 +48,13 @@ class Settings:
                     f"{key} in kv_connector_extra_config is {value!r}",
                     f"it is a {known[key].__name__}",
                 )
-        return cls(**dict(extra))  # type: ignore[arg-type]  # each value's type was just compared
+        settings = cls(**dict(extra))  # type: ignore[arg-type]  # each value's type was just compared
+        if settings.address:
+            parse(settings.address)
+        for name in ("lookup_timeout_ms", "move_timeout_ms"):
+            if getattr(settings, name) < 1:
+                raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is at least 1")
+        return settings
 
     @property
     def token(self) -> str:

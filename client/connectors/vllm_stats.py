@@ -29,6 +29,7 @@ HELP: dict[str, str] = {
     "save_us": "Microseconds spent saving.",
     "unsaved_blocks": "Full blocks that were not saved, by reason.",
     "store": "What the store's client counted in the workers, by its own names.",
+    "lookup_store": "The same in the scheduler.",
     "errors": "Exceptions caught at the border with the engine, by entry point.",
 }
 

@@ -73,7 +73,6 @@ class WorkerSide:
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._saved: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()  # The store client's counters, as far as they are in the tally.
         self._closing = False
         self._thread = Thread(target=self._run, name="kvcache-pages", daemon=True)
         self._thread.start()
@@ -164,14 +163,9 @@ class WorkerSide:
                 self._do_save(queued)
             else:
                 break
-            self._tell()
+            for name, count in self._attachment.news().items():
+                self._tally.add("store", count, name)
         self._attachment.close()
-
-    def _tell(self) -> None:
-        counters = Counter(self._attachment.counters())
-        for name, news in (counters - self._told).items():
-            self._tally.add("store", news, name)
-        self._told = counters
 
     def _do_load(self, job: LoadJob) -> None:
         try:

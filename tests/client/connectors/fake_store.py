@@ -37,6 +37,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.blocks: dict[tuple[bytes, bytes], bytes] = {}
         self.counts: Counter[str] = Counter()
+        self.lease_count = 0
         self.away = False
         self.broken: set[bytes] = set()
         self.block_limit = 1 << 30
@@ -62,10 +63,11 @@ class FakeStore:
         self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = 30_000
     ) -> Lease:
         count = self.match(handle, prefix)
+        self.counts["missed_calls:away"] += self.away
         if not count:
             return Lease(handle, (), (), 1)
-        self.counts["leases"] += 1
-        number = self.counts["leases"]
+        self.lease_count += 1
+        number = self.lease_count
         self.leases[number] = request
         return Lease(handle, tuple(prefix[:count]), (Grant(number, 0, count, (), b"", 0),), 1)
 

@@ -118,6 +118,17 @@ class TestLookup:
         assert rig.side.lookup(FakeRequest("r", tokens(18)), 0) == (0, False)
         assert rig.tally.take() == {"lookups:unavailable": 1}
 
+    def test_a_store_that_goes_away_later_is_told_from_a_miss(self) -> None:
+        rig = Rig()
+        assert rig.side.lookup(FakeRequest("first", tokens(18)), 0) == (0, False)
+        rig.store.away = True
+        assert rig.side.lookup(FakeRequest("second", tokens(18)), 0) == (0, False)
+        assert rig.tally.take() == {
+            "lookups:miss": 1,
+            "lookups:unavailable": 1,
+            "lookup_store:missed_calls:away": 1,
+        }
+
     def test_a_slow_store_costs_a_step_no_more_than_its_budget(self) -> None:
         rig = Rig()
         slow, lease = FakeRequest("slow", tokens(18)), rig.store.lease
