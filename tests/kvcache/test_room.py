@@ -120,6 +120,20 @@ def test_if_there_is_no_other_way_a_whole_tree_goes() -> None:
     assert all(house.match(path) for path in "xyz")
 
 
+def test_a_branch_that_crosses_arenas_goes_when_its_extents_cannot() -> None:
+    """Arena 0: [a p q r], arena 1: [ab z]. All but a and ab are leased, and only a's slot is of use."""
+    house = House(2)
+    for path in "apqr":
+        house.save(path)
+    house.save("ab", arena=1)
+    house.save("z", arena=1)
+    for path in "pqrz":
+        house.ledger.lease(house.keys(path), "bob", 100, NOW)
+    assert house.save("n") == 1
+    assert house.match("a") == 0
+    assert all(house.match(path) for path in "pqrz")
+
+
 def test_no_class_starves_another_for_good() -> None:
     house = House(4)
     for step in range(40):

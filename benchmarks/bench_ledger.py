@@ -1,0 +1,142 @@
+"""What a decision costs: reserve, commit, lease, match and eviction in one process, no bytes moved.
+
+    python benchmarks/bench_ledger.py [--json] [--quick]
+
+The ledger is plain Python on the node's event loop, so each of these is time in which the node answers
+nobody. ``ratio`` is the budget over what was measured (higher is better, under 1 is too slow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where the project is not installed.
+
+from kvcache.block import KEY_BYTES, StorageKey
+from kvcache.eviction.registry import policy_class
+from kvcache.ledger import Ledger, Reservation
+from kvcache.policy import RequestContext
+from kvcache.tiers.space import Space
+
+BLOCK_BYTES = 2 << 20
+BLOCK_COUNT = 16_000
+BATCH = 16
+OWNER = 1
+CONTEXT = RequestContext(now_ns=1)
+FAR_NS = 1 << 60
+
+Result = TypeVar("Result")
+
+BUDGET_US = {
+    "reserve.16": 60.0,
+    "commit.16": 60.0,
+    "lease.16": 60.0,
+    "release.16": 60.0,
+    "reserve_full.16": 200.0,
+    "evict.4000_of_16000": 100_000.0,
+    "match.8000": 2_000.0,
+    "lease.8000": 10_000.0,
+}
+
+
+def keys(name: str, count: int) -> list[StorageKey]:
+    return [
+        StorageKey(blake2b(f"{name}/{at}".encode(), digest_size=KEY_BYTES).digest()) for at in range(count)
+    ]
+
+
+class Bench:
+    def __init__(self, policy: str, spent: dict[str, list[float]]) -> None:
+        space = Space(BLOCK_COUNT * BLOCK_BYTES, 128 * BLOCK_BYTES)
+        self.arena = space.add_arena()
+        self.ledger = Ledger(space, policy_class(policy))
+        self.spent = spent
+
+    def timed(self, name: str, call: Callable[[], Result]) -> Result:
+        start = time.perf_counter_ns()
+        result = call()
+        self.spent.setdefault(name, []).append((time.perf_counter_ns() - start) / 1_000)
+        return result
+
+    def reserve(self, path: list[StorageKey]) -> Reservation:
+        return self.ledger.reserve(self.arena, None, path, BLOCK_BYTES, OWNER, CONTEXT)
+
+    def commit(self, made: Reservation) -> None:
+        checksums, sums = [b"c" * 16] * len(made.keys), [b"s" * 256] * len(made.keys)
+        self.ledger.commit(made.reservation_id, OWNER, checksums, sums)
+        self.ledger.take_changes()
+
+    def fill(self) -> None:
+        """Save the tier full, in batches; then as much again, so that every batch evicts one."""
+        batches = BLOCK_COUNT // BATCH
+        for at in range(batches + batches // 2):
+            path = keys(str(at), BATCH)
+            made = self.timed(
+                "reserve.16" if at < batches else "reserve_full.16", partial(self.reserve, path)
+            )
+            assert len(made.keys) == BATCH
+            self.timed("commit.16", partial(self.commit, made))
+        for at in range(batches, batches + batches // 2):
+            path = keys(str(at), BATCH)
+            lease = self.timed("lease.16", partial(self.ledger.lease, path, OWNER, FAR_NS, CONTEXT))
+            assert len(lease.keys) == BATCH
+            self.timed("release.16", partial(self.ledger.release, lease.lease_id, OWNER, 2))
+
+    def long_prompts(self) -> None:
+        path = keys("evict", 4_000)
+        made = self.timed("evict.4000_of_16000", partial(self.reserve, path))
+        assert len(made.keys) == 4_000
+        self.commit(made)
+        path = keys("long", 8_000)
+        self.commit(self.reserve(path))
+        assert self.timed("match.8000", partial(self.ledger.match, path)) == 8_000
+        lease = self.timed("lease.8000", partial(self.ledger.lease, path, OWNER, FAR_NS, CONTEXT))
+        self.ledger.release(lease.lease_id, OWNER, 2)
+
+
+def results(policy: str, rounds: int) -> Iterator[dict[str, str | float | int]]:
+    spent: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        bench = Bench(policy, spent)
+        bench.fill()
+        bench.long_prompts()
+        assert bench.ledger.policy_fault == ""
+    for name, budget_us in BUDGET_US.items():
+        measured = spent[name]
+        yield {
+            "name": f"ledger.{policy}.{name}",
+            "value": round(median(measured), 1),
+            "unit": "us",
+            "ratio": round(budget_us / median(measured), 2),
+            "against": f"a budget of {budget_us:g} us",
+            "n": len(measured),
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--quick", action="store_true", help="one round instead of five")
+    parser.add_argument("--policy", action="append", help="a policy by name (may be repeated)")
+    given = parser.parse_args()
+    for policy in given.policy or ["leaf-lru", "fifo"]:
+        for result in results(policy, 1 if given.quick else 5):
+            if given.json:
+                print(json.dumps(result))
+            else:
+                print(f"{result['name']:<40} {result['value']:>10} us   {result['ratio']:>7} x budget")
+
+
+if __name__ == "__main__":
+    main()
