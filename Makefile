@@ -23,13 +23,13 @@ demo: .venv/.installed  ## a node, a trace, a kill and a restart; a minute, no G
 	$(RUN)/kvcache demo
 
 test: .venv/.dev  ## all tests but those of real engines
-	$(RUN)/pytest -m "not engine" --junit-xml=.reports/test.xml
+	$(RUN)/pytest -m "not engine" --ignore=tests/engines --junit-xml=.reports/test.xml
 
 check: .venv/.dev  ## the inner gate: format, lint, types, tidy, fast tests
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/pytest -q -m "not slow and not engine"
+	$(RUN)/pytest -q -m "not slow and not engine" --ignore=tests/engines
 
 format: .venv/.dev  ## what check would complain of, mended where a tool can
 	$(RUN)/ruff format .
@@ -40,7 +40,7 @@ test-engines: .venv-engines/.installed  ## the tests that run a real engine (vLL
 	$(RUN_ENGINES)/pytest -m engine --junit-xml=.reports/test-engines.xml tests/engines
 
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
-	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine" --timeout=3600
+	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine" --ignore=tests/engines --timeout=3600
 
 bench: .venv/.dev  ## every script in benchmarks/, the short form
 	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "make bench: no script in benchmarks/" >&2; exit 1; }
