@@ -112,6 +112,14 @@ class FakeStore:
         self.closed = True
 
 
+class HandClock:
+    def __init__(self) -> None:
+        self.ns = 1_000
+
+    def now_ns(self) -> int:
+        return self.ns
+
+
 class FakePages:
     """``count`` pages of two planes each, the engine's KV memory."""
 

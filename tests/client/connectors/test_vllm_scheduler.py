@@ -10,15 +10,15 @@ import pytest
 from kvcache.client.connectors.attach import Attachment
 from kvcache.client.connectors.vllm_plan import StepPlan, Tally
 from kvcache.client.connectors.vllm_scheduler import LEASE_RENEW_NS, STEP_BUDGET_NS, SchedulerSide
-from tests.client.connectors.fake_store import BLOCK_TOKENS, SPEC, FakeRequest, FakeStore, feature, namespace
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.ns = 1_000
-
-    def now_ns(self) -> int:
-        return self.ns
+from tests.client.connectors.fake_store import (
+    BLOCK_TOKENS,
+    SPEC,
+    FakeRequest,
+    FakeStore,
+    HandClock,
+    feature,
+    namespace,
+)
 
 
 class Rig:
