@@ -24,10 +24,10 @@ from kvcache.client import operations
 from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
 from kvcache.client.local import Slab
 from kvcache.client.opening import open_namespace, reopen
-from kvcache.client.steps import Answer, Call, Operation, Step
+from kvcache.client.steps import Answer, Operation, Post, Step, Work
 from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
-from kvcache.errors import KVCacheError
+from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
 
 if TYPE_CHECKING:
@@ -192,9 +192,13 @@ class AsyncNodeStore:
             raise
 
     async def _perform(self, attached: _Attached, step: Step) -> Answer:
-        if not isinstance(step, Call):
+        if isinstance(step, Work):
             return await asyncio.get_running_loop().run_in_executor(self._copying, step.run)
-        deadline_ns = self._options.deadline_ns(self._clock.now_ns(), step)
+        deadline_ns = self._options.deadline_ns(self._clock.now_ns(), step.payload_bytes)
+        if isinstance(step, Post):
+            with contextlib.suppress(BadInput, NotAllowed):
+                await attached.channel.call(step.request, deadline_ns)
+            return None
         reply = await attached.channel.call(step.request, deadline_ns, step.payload, step.into)
         self._outage.answered()
         return reply

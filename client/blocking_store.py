@@ -24,7 +24,7 @@ from kvcache.client import operations
 from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
 from kvcache.client.local import Slab
 from kvcache.client.opening import open_namespace, reopen
-from kvcache.client.steps import Answer, Call, Operation, Step
+from kvcache.client.steps import Answer, Operation, Post, Step, Work
 from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError
@@ -158,14 +158,17 @@ class BlockingNodeStore:
             raise
 
     def _perform(self, attached: _Attached, step: Step) -> Answer:
-        if not isinstance(step, Call):
+        if isinstance(step, Work):
             return step.run()
         now_ns = self._clock.now_ns()
-        deadline_ns = self._options.deadline_ns(now_ns, step)
+        deadline_ns = self._options.deadline_ns(now_ns, step.payload_bytes)
         if not self._turn.acquire(timeout=(deadline_ns - now_ns) / NS_PER_S):
             self._tally.add("missed_calls:busy")
             raise away(self._options.address)
         try:
+            if isinstance(step, Post):
+                attached.channel.post(step.request, deadline_ns)
+                return None
             reply = attached.channel.call(step.request, deadline_ns, step.payload, step.into)
         finally:
             self._turn.release()

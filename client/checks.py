@@ -20,6 +20,7 @@ def flat_blocks(
     blocks: Sequence[Sequence[Buffer]], spec: BlockSpec, *, writable: bool
 ) -> list[list[memoryview]]:
     """Each block's pieces as flat byte views. RAISES BadInput when they do not make up whole blocks."""
+    block_bytes, chunk_bytes = spec.block_bytes, spec.chunk_bytes
     flat: list[list[memoryview]] = []
     for index, block in enumerate(blocks):
         try:
@@ -28,11 +29,11 @@ def flat_blocks(
             raise BadInput(
                 "bad_block", f"a piece of block {index} cannot be used", str(error), "pass contiguous memory"
             ) from error
-        if sum(map(len, views)) != spec.block_bytes or any(len(view) % spec.chunk_bytes for view in views):
+        if sum(map(len, views)) != block_bytes or any(len(view) % chunk_bytes for view in views):
             raise BadInput(
                 "bad_block",
                 f"block {index} has pieces of {[len(view) for view in views][:8]} bytes",
-                f"a block has {spec.block_bytes} bytes, in pieces of whole chunks of {spec.chunk_bytes}",
+                f"a block has {block_bytes} bytes, in pieces of whole chunks of {chunk_bytes}",
                 "pass whole blocks, in one piece or plane by plane",
             )
         if writable and any(view.readonly for view in views):

@@ -24,7 +24,6 @@ from pathlib import Path
 from kvcache.address import UnixAddress, default_address, parse
 from kvcache.block import NamespaceId
 from kvcache.client.local import Slab
-from kvcache.client.steps import Call
 from kvcache.client.store import Lease
 from kvcache.clock import NS_PER_MS, Clock
 from kvcache.errors import BadInput, Unavailable
@@ -47,9 +46,8 @@ class Options:
     mapped: bool = True
     name: str = ""
 
-    def deadline_ns(self, now_ns: int, call: Call | None = None) -> int:
-        extra_ns = call.payload_bytes * NS_PER_PAYLOAD_BYTE if call else 0
-        return now_ns + self.timeout_ms * NS_PER_MS + extra_ns
+    def deadline_ns(self, now_ns: int, payload_bytes: int = 0) -> int:
+        return now_ns + self.timeout_ms * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
 
     def hello(self, client: str, again: bool) -> Hello:
         """``again``: this store had a connection before, and no copy over its map runs any more."""

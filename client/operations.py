@@ -18,7 +18,7 @@ from kvcache.block import HASH_BYTES, BlockHash, storage_key
 from kvcache.client import local, remote
 from kvcache.client.checks import batches, check_lease, check_reply, check_save, flat_blocks, joined_hashes
 from kvcache.client.link import Context
-from kvcache.client.steps import BadReply, Operation, ask
+from kvcache.client.steps import BadReply, Operation, ask, post
 from kvcache.client.store import Grant, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, Unavailable
@@ -176,14 +176,14 @@ def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None
         if wrong is None:
             continue
         try:
-            reply = yield from ask(Released, Release(grant.lease_id, wrong))
+            if wrong:
+                yield from ask(Released, Release(grant.lease_id, wrong))
+            else:
+                yield from post(Release(grant.lease_id))
         except Unavailable as error:
             _missed(context, error)
             return  # It ended with the connection.
         except BadInput:
-            context.tally.add("lost_leases")
-            continue
-        if not reply.intact:
             context.tally.add("lost_leases")
 
 

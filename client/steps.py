@@ -1,7 +1,7 @@
 """What an operation asks of whoever drives it, one step at a time: a call to the node, or work on bytes.
 
-    operation (generator)  --Call | Work-->  driver (blocking or async)
-                           <--Reply | sums-- or the error, thrown in
+    operation (generator)  --Call | Post | Work-->  driver (blocking or async)
+                           <--Reply | None | sums-- or the error, thrown in
 
 Operations hold the one logic of the client; drivers hold the waiting. A driver makes every step end,
 by the deadline or by itself, before it goes on, whatever happens to its caller meanwhile.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from kvcache.errors import Unavailable
 from kvcache.wire import Reply, Request
@@ -31,14 +31,22 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Post:
+    """A request whose reply changes nothing: the driver need not wait for it. Calls after it come after."""
+
+    request: Request
+    payload_bytes: Literal[0] = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """``run`` takes long and gives up the interpreter's lock; it returns chunk sums."""
 
     run: Callable[[], bytes]
 
 
-Step = Call | Work
-Answer = Reply | bytes
+Step = Call | Post | Work
+Answer = Reply | bytes | None
 T = TypeVar("T")
 R = TypeVar("R", bound=Reply)
 Operation = Generator[Step, Answer, T]
@@ -59,6 +67,12 @@ def ask(
     if not isinstance(reply, kind):
         raise BadReply(f"{type(request).__name__} was answered with {type(reply).__name__}")
     return reply
+
+
+def post(request: Request) -> Operation[None]:
+    """RAISES Unavailable."""
+    nothing = yield Post(request)
+    assert nothing is None
 
 
 def work(run: Callable[[], bytes]) -> Operation[bytes]:

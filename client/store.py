@@ -31,7 +31,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "saved_blocks": "blocks written and committed",
     "saved_bytes": "their bytes",
     "connects": "connections made",
-    "lost_leases": "leases that had ended before they were released",
+    "lost_leases": "leases that had ended before wrong blocks could be reported",
     "failed_blocks:checksum": "the bytes were not those of the block asked for",
     "failed_blocks:expired": "the lease ended before the copy did",
     "failed_blocks:lease_lost": "the lease was released, went with its connection, or is not known any more",

@@ -31,7 +31,6 @@ from kvcache.wire import (
     Leased,
     Matched,
     Opened,
-    Released,
     Reply,
     Reserved,
     Welcome,
@@ -157,7 +156,7 @@ GARBAGE: dict[str, Callable[[int], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [Matched, Leased, Blocks, Released, Reserved, Committed])
+@pytest.mark.parametrize("kind", [Matched, Leased, Blocks, Reserved, Committed])
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_is_a_miss_and_then_the_store_recovers(
     node: EmbeddedNode, proxy: Proxy, kind: type[Reply], garbage: str

@@ -234,6 +234,36 @@ def test_descriptors_that_were_not_asked_for_are_refused_and_closed(
     os.close(memory)
 
 
+def test_the_reply_to_what_was_posted_is_thrown_away(tmp_path: Path) -> None:
+    bench = Bench("blocking", tmp_path / "node.sock")
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        first, second, third = (peer.take()[0] for _ in range(3))
+        peer.give(first, Failure("bad_lease", "gone"))
+        peer.give(second, Blocks(1), b"nobody's")
+        peer.give(third, Matched(3))
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    channel.post(Stats(), soon())
+    channel.post(Stats(), soon())
+    assert channel.call(Stats(), soon()) == Matched(3)
+    bench.close()
+
+
+def test_what_cannot_be_encoded_is_not_sent(bench: Bench) -> None:
+    def script(peer: Peer) -> None:
+        peer.greet()
+        peer.give(peer.take()[0], Matched(1))
+        peer.wait_for_end()
+
+    channel = bench.connect(script)
+    with pytest.raises(BadInput):
+        channel.call(Match(b"", bytes(5 << 20)), soon())
+    assert channel.call(Stats(), soon()) == Matched(1)
+
+
 def run(tmp_path: Path, script: Script, work: Callable[[AsyncChannel], Coroutine[None, None, None]]) -> None:
     bench = Bench("async", tmp_path / "node.sock")
 
