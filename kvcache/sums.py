@@ -9,11 +9,11 @@ the same, slower. ``KVCACHE_NATIVE=0`` in the environment chooses the twin. Sums
   may give a block that nobody meant, but never a sum that vouches for other bytes.
 * The interpreter's lock is released for the whole batch (by the twin: for each chunk's copy).
 
-The sum: a copy reads each byte once and writes it once, so memory is the limit, not arithmetic
-(XXH3 sums some 30 GB/s from cache, a core copies 10 to 20 GB/s from memory). At 18 GB/s a block of
-2 MiB takes 0.12 ms, in which the sum hides; summing it in a second pass would add a third or more. A
-cached write also reads its target's lines first, so it moves 3 bytes a byte where one past the
-caches moves 2: large batches are written so. Figures: benchmarks/README.md.
+The sum: a copy reads each byte once and writes it once, so memory is the limit, not arithmetic (XXH3
+sums some 30 GB/s, a core copies 7 to 20 GB/s from memory). At 18 GB/s a block of 2 MiB takes 0.12 ms,
+in which the sum hides; a second pass would add a quarter to a half. A write through the caches also
+reads its target's lines first, so it moves 3 bytes a byte where one past the caches moves 2: batches of
+256 KiB and more are written so. Figures: benchmarks/README.md.
 """
 
 from __future__ import annotations
