@@ -160,7 +160,7 @@ class Ledger:
         admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
         if admitted < len(fresh):
             fresh, reason = fresh[:admitted], "declined"
-        slots = self._slots(context, arena, block_bytes, len(fresh), before)
+        slots = self._slots(context, arena, block_bytes, len(fresh), before) if fresh else []
         if len(slots) < len(fresh):
             fresh, reason = fresh[: len(slots)], "full"
         if not fresh:
@@ -377,8 +377,6 @@ class Ledger:
     def _slots(
         self, context: RequestContext, arena: int, block_bytes: int, count: int, parent: int
     ) -> list[Slot]:
-        if not count:
-            return []
         standing = [parent] if parent != NONE else []
         self._tree.hold(standing)
         try:

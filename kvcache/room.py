@@ -54,8 +54,9 @@ class Room:
 
     def ahead(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> None:
         """Let go now what ``slots`` would have to let go before it could give ``count``. One step."""
-        missing = count - self._holdings.space.room(arena, block_bytes)
-        if missing > 0 and not self._evict_orphans():
+        space = self._holdings.space
+        missing = count - space.room(arena, block_bytes)
+        if missing > 0 and space.fits(block_bytes) and not self._evict_orphans():
             self._evict(context, arena, block_bytes, missing)
 
     def _evict_orphans(self) -> bool:

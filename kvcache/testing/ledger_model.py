@@ -166,6 +166,12 @@ class LedgerModel:
         if made.reason == "full":
             self.nothing_of_this_class_could_go(arena, block_bytes, keys[at + len(made.keys) - 1 :: -1])
 
+    def make_room(self, namespace: str, count: int) -> None:
+        """Evicting ahead gives nothing away: what it frees, the next writer gets."""
+        arena, block_bytes = SIZES[namespace]
+        self.ledger.make_room(self.context(), arena, block_bytes, count)
+        self.settle()
+
     def nothing_of_this_class_could_go(
         self, arena: int, block_bytes: int, standing: list[StorageKey]
     ) -> None:

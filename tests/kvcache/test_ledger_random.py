@@ -58,6 +58,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def save(self, owner: str, namespace: str, steps: str, fork: bool) -> None:
         self.model.save(owner, namespace, steps, fork)
 
+    @rule(namespace=NAMESPACE, count=st.integers(1, 8))
+    def make_room(self, namespace: str, count: int) -> None:
+        self.model.make_room(namespace, count)
+
     @precondition(lambda self: self.model.writers)
     @rule(which=WHICH)
     def commit(self, which: int) -> None:
@@ -150,6 +154,7 @@ def test_a_long_day(policy: type[EvictionPolicy], seed: int) -> None:
         (3, lambda: model.abort(which()) if model.writers else None),
         (5, lambda: model.scribble(which()) if model.writers or model.vanished else None),
         (5, lambda: model.match(*path())),
+        (3, lambda: model.make_room(path()[0], random.randint(1, 8))),
         (8, lambda: model.time_passes(random.randint(1, 10))),
         (2, lambda: model.disconnect(owner(), random.random() < 0.5)),
         (2, lambda: model.writes_ended(owner())),

@@ -163,6 +163,18 @@ def test_no_more_goes_than_is_needed() -> None:
     assert sum(house.match(letter) for letter in "abcdefghijklmnop") >= 9
 
 
+def test_room_made_ahead_is_what_the_next_reserve_would_have_taken() -> None:
+    house = House(2)
+    house.save("abcdefgh")
+    house.ledger.make_room(NOW, 0, 64, 3)
+    house.ledger.check()
+    assert house.match("abcdefgh") == 5
+    assert house.save("xyz") == 3
+    assert house.match("abcdefgh") == 5
+    house.ledger.make_room(NOW, 0, 3 * UNIT, 1)
+    assert house.match("abcdefgh") == 5
+
+
 def test_a_block_larger_than_all_takes_nothing() -> None:
     house = House(2)
     house.save("abcd")
