@@ -1,6 +1,6 @@
 """What a decision costs: reserve, commit, lease, match and eviction in one process, no bytes moved.
 
-    python benchmarks/bench_ledger.py [--json] [--quick]
+    .venv/bin/python benchmarks/bench_ledger.py [--json] [--quick]
 
 The ledger is plain Python on the node's event loop, so each of these is time in which the node answers
 nobody. ``ratio`` is the budget over what was measured (higher is better, under 1 is too slow).
@@ -8,9 +8,6 @@ nobody. ``ratio`` is the budget over what was measured (higher is better, under 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +19,11 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where the project is not installed.
 
+import harness
+from harness import Figure
+
 from kvcache.block import KEY_BYTES, StorageKey
-from kvcache.eviction.registry import policy_class
+from kvcache.eviction.registry import POLICIES, policy_class
 from kvcache.ledger import Ledger, Reservation
 from kvcache.policy import RequestContext
 from kvcache.tiers.space import Space
@@ -104,7 +104,7 @@ class Bench:
         self.ledger.release(lease.lease_id, OWNER, 2)
 
 
-def results(policy: str, rounds: int) -> Iterator[dict[str, str | float | int]]:
+def figures(policy: str, rounds: int, machine: str) -> Iterator[Figure]:
     spent: dict[str, list[float]] = {}
     for _ in range(rounds):
         bench = Bench(policy, spent)
@@ -112,30 +112,25 @@ def results(policy: str, rounds: int) -> Iterator[dict[str, str | float | int]]:
         bench.long_prompts()
         assert bench.ledger.policy_fault == ""
     for name, budget_us in BUDGET_US.items():
-        measured = spent[name]
-        yield {
-            "name": f"ledger.{policy}.{name}",
-            "value": round(median(measured), 1),
-            "unit": "us",
-            "ratio": round(budget_us / median(measured), 2),
-            "against": f"a budget of {budget_us:g} us",
-            "n": len(measured),
-            "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        }
+        taken_us = median(spent[name])
+        yield Figure(
+            name=f"ledger.{policy}.{name}",
+            value=round(taken_us, 1),
+            unit="us",
+            ratio=round(budget_us / taken_us, 2),
+            against=f"a budget of {budget_us:g} us",
+            n=len(spent[name]),
+            machine=machine,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one object a line")
-    parser.add_argument("--quick", action="store_true", help="one round instead of five")
-    parser.add_argument("--policy", action="append", help="a policy by name (may be repeated)")
-    given = parser.parse_args()
-    for policy in given.policy or ["leaf-lru", "fifo"]:
-        for result in results(policy, 1 if given.quick else 5):
-            if given.json:
-                print(json.dumps(result))
-            else:
-                print(f"{result['name']:<40} {result['value']:>10} us   {result['ratio']:>7} x budget")
+    chosen = harness.options("what a decision of the ledger costs")
+    rounds, machine = chosen.rounds(5, 1), harness.machine()
+    harness.report(
+        [figure for policy in POLICIES for figure in figures(policy, rounds, machine)],
+        chosen,
+    )
 
 
 if __name__ == "__main__":
