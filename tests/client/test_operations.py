@@ -42,9 +42,7 @@ def hashes(count: int) -> list[BlockHash]:
 
 
 def context_and_handle(spec: BlockSpec = SPEC) -> tuple[Context, Handle]:
-    namespace = (
-        EXAMPLE if spec == SPEC else type(EXAMPLE).from_map(EXAMPLE.to_map() | {"shape": shape_of(spec)})
-    )
+    namespace = replace(EXAMPLE, shape=shape_of(spec))
     handle = Handle(
         namespace, spec, NamespaceId(namespace.namespace_id()), namespace.root(TENANT_KEY), TENANT_KEY
     )
