@@ -10,7 +10,7 @@ what was published, so it can never say anything else than the batches did.
 
 Invariants (``check``): the digests are those of what is held; every batch fits in one frame.
 
-The sum: about 0.5 us a block published, 150 bytes kept a block; a snapshot is 16 bytes a block and
+The sum: 1 to 2 us a block published, 100 bytes kept a block; a snapshot is 16 bytes a block and
 100 a run, so a million blocks are 16 MB in 16 batches.
 """
 

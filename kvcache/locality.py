@@ -21,7 +21,7 @@ little, never too much.
 Invariants (``check``): ``entries`` counts what is held; a source that is synced and not partial has the
 digests that its last batch told; no shard holds a block in no tier.
 
-The sum: 0.3 us a block applied, 130 bytes a block held, 0.1 us a leading block and shard looked up.
+The sum: 1 to 2 us a block applied, 100 bytes a block held, 0.2 us a leading block and shard looked up.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _MASK_COUNT = 1 << len(TIERS)
 
 
 class Applied(Enum):
-    """What became of a batch. After any of ``LOST`` the follower leaves the stream, calls ``suspect``, and asks anew for a
-    snapshot, of which it takes every batch from the first."""
+    """What became of a batch. After any of ``LOST`` the follower leaves the stream, calls ``suspect``,
+    and asks anew for a snapshot, of which it takes every batch from the first."""
 
     TAKEN = "taken"
     STALE = "stale"  # Of an older incarnation, or told before: ignored.
@@ -59,13 +59,16 @@ LOST = frozenset({Applied.GAP, Applied.RESTARTED, Applied.DRIFT})
 
 @dataclass(frozen=True, slots=True)
 class AsOf:
-    """How far a source's batches were applied, and when it was last heard of."""
+    """How far a source's batches were applied, and when it was last heard of.
+
+    ``known`` is false until it has told everything once: then "nothing" is not an answer."""
 
     source: str
     incarnation: int
     seq: int
     heard_ns: int
     synced: bool
+    known: bool
     partial: bool
 
 
@@ -188,7 +191,7 @@ class LocalityIndex:
         coming = sum(len(event.hashes) for event in batch.events) // HASH_BYTES
         if self.entries + coming > self.entries_max:
             source.view = _View()  # No room for both: better nothing for a moment than a part for long.
-            source.synced = False
+            source.synced = source.known = False
         self._take(loading.view, batch.events)
         if batch.left:
             return Applied.TAKEN
@@ -295,6 +298,7 @@ class _Source:
     seq: int = 0
     heard_ns: int = 0
     synced: bool = False
+    known: bool = False
     view: _View = field(default_factory=_View)
     loading: _Loading | None = None
     told: dict[str, bytes] = field(default_factory=dict)
@@ -303,15 +307,25 @@ class _Source:
         return [self.view] if self.loading is None else [self.view, self.loading.view]
 
     def restart(self, incarnation: int) -> None:
-        self.incarnation, self.seq, self.synced = incarnation, 0, False
+        self.incarnation, self.seq = incarnation, 0
+        self.synced = self.known = False
         self.view, self.loading = _View(), None
 
     def take_over(self, loading: _Loading, now_ns: int) -> None:
         self.view, self.loading = loading.view, None
-        self.seq, self.heard_ns, self.synced = loading.seq, now_ns, True
+        self.seq, self.heard_ns = loading.seq, now_ns
+        self.synced = self.known = True
 
     def as_of(self) -> AsOf:
-        return AsOf(self.name, self.incarnation, self.seq, self.heard_ns, self.synced, self.view.partial)
+        return AsOf(
+            source=self.name,
+            incarnation=self.incarnation,
+            seq=self.seq,
+            heard_ns=self.heard_ns,
+            synced=self.synced,
+            known=self.known,
+            partial=self.view.partial,
+        )
 
 
 def _leading(shard: Mapping[BlockHash, int], prefix: Sequence[BlockHash]) -> tuple[int, tuple[int, ...]]:

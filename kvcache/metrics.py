@@ -160,6 +160,7 @@ class HttpMetrics:
             "Blocks the locality index had no room for.",
             registry=self.registry,
         )
+        self._refused = 0
         self.index_resyncs = Counter(
             "kvcache_index_resyncs",
             "Times the locality index asked for everything anew, by reason.",
@@ -171,6 +172,11 @@ class HttpMetrics:
         """One request. REQUIRES: ``route`` is one of ours, as written, never the path that was sent."""
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
+
+    def count_refused(self, blocks: int) -> None:
+        """``blocks`` so far. REQUIRES: not less than before."""
+        self.index_refused.inc(blocks - self._refused)
+        self._refused = blocks
 
     def render(self) -> bytes:
         """The page that Prometheus reads."""
@@ -200,11 +206,13 @@ def _own_labels(family: Metric) -> list[str]:
 
 
 def _value_rows() -> list[str]:
-    return [
-        f"| `{stat.metric}` | {stat.label} | {', '.join((*stat.values, OTHER))} |"
-        for stat in STATS
-        if stat.label
-    ]
+    return [f"| `{stat.metric}` | {stat.label} | {_value_list(stat)} |" for stat in STATS if stat.label]
+
+
+def _value_list(stat: Stat) -> str:
+    if stat.label == "code":
+        return "those of [errors](errors.md), other"
+    return ", ".join((*stat.values, OTHER))
 
 
 def _family(stat: Stat, values: Mapping[str, float]) -> Metric:

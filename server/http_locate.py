@@ -1,0 +1,139 @@
+"""From a locate request to its answer: hashes, look-up, and what the shards of a source add up to.
+
+Only namespaces of the caller's tenant are looked at: a hash that leaked tells nobody else where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from kvcache.block import BlockHash, NamespaceId, chain
+from kvcache.clock import NS_PER_MS
+from kvcache.errors import BadInput
+from kvcache.locality import TIERS, LocalityIndex, Located
+from kvcache.locality import AsOf as SourceState
+from kvcache.namespace import Namespace
+from kvcache.server import http_api as api
+
+RANK_FIELDS = frozenset({"tp_rank", "pp_rank", "cp_rank", "layer_first", "layer_count", "shape"})
+ANY = "any"  # Stands where a field does not touch the root of the hashes.
+
+
+def locate(
+    index: LocalityIndex, tenant: str, tenant_key: bytes, request: api.LocateRequest, now_ns: int
+) -> api.LocateReply:
+    """RAISES BadInput when the request does not name a prefix."""
+    visible = {
+        each: namespace
+        for each in index.known_namespaces()
+        if (namespace := index.namespace(each)) is not None and namespace.tenant == tenant
+    }
+    if request.namespace is not None:
+        visible = _one(visible, request.namespace)
+    prefix = _prefix(request, visible, tenant_key)
+    found: dict[str, list[Located]] = {}
+    for each in index.locate(prefix, visible):
+        found.setdefault(each.source, []).append(each)
+    states = index.sources()
+    return api.LocateReply(
+        complete=bool(states) and all(state.synced and not state.partial for state in states),
+        asked_blocks=len(prefix),
+        sources=[_source(state, found.get(state.source, []), visible, now_ns) for state in states],
+    )
+
+
+def as_of(state: SourceState, now_ns: int) -> api.AsOf:
+    return api.AsOf(
+        incarnation=state.incarnation,
+        seq=state.seq,
+        age_ms=max(0, now_ns - state.heard_ns) // NS_PER_MS if state.heard_ns else 0,
+    )
+
+
+def _one(visible: dict[NamespaceId, Namespace], wanted: str) -> dict[NamespaceId, Namespace]:
+    namespace_id = NamespaceId(bytes.fromhex(wanted))
+    if namespace_id not in visible:
+        raise BadInput(
+            "unknown_namespace",
+            f"no namespace {wanted} is known here",
+            "no engine of this tenant has opened it, or the node restarted since",
+            "name the model instead, or ask again once an engine uses it",
+        )
+    return {namespace_id: visible[namespace_id]}
+
+
+def _prefix(
+    request: api.LocateRequest, visible: dict[NamespaceId, Namespace], tenant_key: bytes
+) -> Sequence[BlockHash]:
+    if (request.tokens is None) == (request.hashes is None):
+        raise _unclear("a request with both tokens and hashes, or neither")
+    if request.hashes is not None:
+        if request.model is not None:
+            raise _unclear("a request with hashes and a model")
+        return [BlockHash(bytes.fromhex(each)) for each in request.hashes]
+    assert request.tokens is not None
+    if (request.model is None) == (request.namespace is None):
+        raise _unclear("a request with tokens and both a model and a namespace, or neither")
+    if request.model is not None:
+        named = msgspec.to_builtins(request.model)
+        namespace = Namespace(**named, dtype=ANY, layout=ANY, shape=ANY)
+    else:
+        [namespace] = visible.values()
+    return chain(namespace.root(tenant_key), tenant_key, request.tokens, namespace.block_tokens)
+
+
+def _unclear(what: str) -> BadInput:
+    return BadInput(
+        "bad_prefix",
+        what,
+        "a prefix is named in one way",
+        "send hashes; or tokens with model; or tokens with namespace",
+    )
+
+
+def _source(
+    state: SourceState, shards: Sequence[Located], visible: dict[NamespaceId, Namespace], now_ns: int
+) -> api.Source:
+    best = _usable(shards, visible) if state.known else None
+    return api.Source(
+        source=state.source,
+        state="synced" if state.synced else "suspect" if state.known else "unknown",
+        partial=state.partial,
+        as_of=as_of(state, now_ns),
+        blocks=best.blocks if best else None,
+        tokens=best.tokens if best else None,
+        tiers=best.tiers if best else None,
+        shards=[_shard(each, visible[each.namespace]) for each in shards if each.blocks],
+    )
+
+
+def _usable(shards: Iterable[Located], visible: dict[NamespaceId, Namespace]) -> api.Shard:
+    """An engine needs its block from every rank: of each shape the rank with least, of these the most.
+
+    Only ranks that the source has, or has had, count: the others may be another host's."""
+    shapes: dict[tuple[tuple[str, str | int], ...], Located] = {}
+    for shard in shards:
+        fields = visible[shard.namespace].to_map().items()
+        shape = tuple((name, value) for name, value in fields if name not in RANK_FIELDS)
+        least = shapes.setdefault(shape, shard)
+        if shard.blocks < least.blocks:
+            shapes[shape] = shard
+    if not shapes:
+        return api.Shard(namespace="", blocks=0, tokens=0, tiers=_tiers((0,) * len(TIERS)))
+    best = max(shapes.values(), key=lambda shard: shard.blocks)
+    return _shard(best, visible[best.namespace])
+
+
+def _shard(found: Located, namespace: Namespace) -> api.Shard:
+    return api.Shard(
+        namespace=found.namespace.hex(),
+        blocks=found.blocks,
+        tokens=found.blocks * namespace.block_tokens,
+        tiers=_tiers(found.tiers),
+    )
+
+
+def _tiers(counts: Sequence[int]) -> api.Tiers:
+    return api.Tiers(**dict(zip(TIERS, counts, strict=True)))
