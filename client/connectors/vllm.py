@@ -144,7 +144,11 @@ class KVCacheConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        self._scheduling.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids = blocks.get_block_ids()[0]
+        if num_external_tokens:  # Asks nobody, so it cannot fail: a load that is not planned never ends.
+            self._scheduling.allocated(request, block_ids, num_external_tokens)
+            return
+        self._guard("allocated", None, lambda: self._scheduling.allocated(request, block_ids, 0))
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVCacheMetadata:
         tables = scheduler_output.kv_connector_block_state

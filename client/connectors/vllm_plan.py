@@ -13,6 +13,23 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
+# Every counter of the connector; what stands after a colon of its name becomes the label ``reason``.
+METRICS: dict[str, str] = {
+    "lookups": "Prompts asked for at the store, by outcome.",
+    "hit_tokens": "Prompt tokens that the store promised, and the engine did not plan to compute.",
+    "loaded_blocks": "Blocks copied from the store into the engine's pages, verified.",
+    "loaded_bytes": "Bytes of those blocks.",
+    "load_us": "Microseconds spent loading.",
+    "failed_blocks": "Blocks that were promised and not had, so the engine computed them, by reason.",
+    "saved_blocks": "Blocks that the store holds after a save.",
+    "saved_bytes": "Bytes of those blocks.",
+    "save_us": "Microseconds spent saving.",
+    "unsaved_blocks": "Full blocks that were not saved, by reason.",
+    "store": "What the store's client counted in the workers, by its own names.",
+    "lookup_store": "The same in the scheduler.",
+    "errors": "Exceptions caught at the border with the engine, by entry point.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
@@ -121,6 +138,7 @@ class Tally:
 
     def add(self, name: str, amount: int = 1, reason: str = "") -> None:
         if amount:
+            assert name in METRICS, name
             with self._lock:
                 self._counts[f"{name}:{reason}" if reason else name] += amount
 

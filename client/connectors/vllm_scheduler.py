@@ -130,6 +130,7 @@ class SchedulerSide:
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], external_tokens: int) -> None:
         """The request has its pages; ``external_tokens`` are expected to be loaded into them."""
+        self.known(request)
         state = self._states[request.request_id]
         if external_tokens == 0:
             self._release(state)
@@ -153,11 +154,11 @@ class SchedulerSide:
         Loads and ended requests are in the plan even when planning the saves fails."""
         self._spent_ns = 0
         gone = tuple(preempted)
-        for request_id in gone:
-            if state := self._states.get(request_id):
-                self._release(state)
         saves: list[SaveJob] = []
         try:
+            for request_id in gone:
+                if state := self._states.get(request_id):
+                    self._release(state)
             for request_id, token_count in scheduled_tokens.items():
                 saves += self._saves(request_id, token_count, pages_of)
         except Exception:  # Border with the engine: a save is never worth a step.

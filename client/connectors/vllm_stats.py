@@ -11,27 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvcache.client.connectors.vllm_plan import merged
+from kvcache.client.connectors.vllm_plan import METRICS, merged
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric
-
-HELP: dict[str, str] = {
-    "lookups": "Prompts asked for at the store, by outcome.",
-    "hit_tokens": "Prompt tokens that the store promised, and the engine did not plan to compute.",
-    "loaded_blocks": "Blocks copied from the store into the engine's pages, verified.",
-    "loaded_bytes": "Bytes of those blocks.",
-    "load_us": "Microseconds spent loading.",
-    "failed_blocks": "Blocks that were promised and not had, so the engine computed them, by reason.",
-    "saved_blocks": "Blocks that the store holds after a save.",
-    "saved_bytes": "Bytes of those blocks.",
-    "save_us": "Microseconds spent saving.",
-    "unsaved_blocks": "Full blocks that were not saved, by reason.",
-    "store": "What the store's client counted in the workers, by its own names.",
-    "lookup_store": "The same in the scheduler.",
-    "errors": "Exceptions caught at the border with the engine, by entry point.",
-}
 
 
 @dataclass
@@ -56,7 +40,7 @@ class KVCacheStats(KVConnectorStats):
 
 
 class KVCachePromMetrics(KVConnectorPromMetrics):
-    """One counter a name in ``HELP``."""
+    """One counter a name in ``METRICS``."""
 
     def __init__(
         self,
@@ -68,7 +52,7 @@ class KVCachePromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
             name: self._counter_cls(f"vllm:kvcache_{name}", text, labelnames=[*labelnames, "reason"])
-            for name, text in HELP.items()
+            for name, text in METRICS.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

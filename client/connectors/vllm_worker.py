@@ -99,6 +99,7 @@ class WorkerSide:
             self._freeing.update(plan.freeing)
             for request in plan.forgotten:
                 self._gap.pop(request, None)
+                self._unsaved.pop(request, None)
             self._changed.notify_all()
 
     def release_pages(self, requests: Iterable[str]) -> None:
@@ -151,21 +152,26 @@ class WorkerSide:
     # --- its own thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._loads or self._saves or self._closing)
-                load = self._loads.popleft() if self._loads else None
-                queued = self._saves.popleft() if load is None and self._saves else None
-                self._saving = queued.job.request if queued is not None else ""
-            if load is not None:
-                self._do_load(load)
-            elif queued is not None:
-                self._do_save(queued)
-            else:
-                break
-            for name, count in self._attachment.news().items():
-                self._tally.add("store", count, name)
+        while self._step():
+            try:
+                for name, count in self._attachment.news().items():
+                    self._tally.add("store", count, name)
+            except Exception:  # Without this thread no load would ever end.
+                self._tally.add("errors", reason="news")
         self._attachment.close()
+
+    def _step(self) -> bool:
+        """Do one thing; false when there is none and none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._loads or self._saves or self._closing)
+            load = self._loads.popleft() if self._loads else None
+            queued = self._saves.popleft() if load is None and self._saves else None
+            self._saving = queued.job.request if queued is not None else ""
+        if load is not None:
+            self._do_load(load)
+        elif queued is not None:
+            self._do_save(queued)
+        return load is not None or queued is not None
 
     def _do_load(self, job: LoadJob) -> None:
         try:
