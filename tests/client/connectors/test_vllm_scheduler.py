@@ -7,62 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcache.client.connectors.attach import Attachment
-from kvcache.client.connectors.vllm_plan import StepPlan, Tally
-from kvcache.client.connectors.vllm_scheduler import LEASE_RENEW_NS, STEP_BUDGET_NS, SchedulerSide
-from tests.client.connectors.fake_store import (
-    BLOCK_TOKENS,
-    SPEC,
-    FakeRequest,
-    FakeStore,
-    HandClock,
-    feature,
-    namespace,
-)
-
-
-class Rig:
-    """A scheduler side with ``ranks`` namespaces, and the pages that its engine would hand out."""
-
-    def __init__(self, ranks: int = 1, **options: bool) -> None:
-        self.store, self.clock, self.tally = FakeStore(), HandClock(), Tally()
-        names = [namespace(rank, ranks) for rank in range(ranks)]
-        self.attachment = Attachment(lambda: self.store, names, SPEC, self.clock)
-        flags = {"loads": True, "saves": True, "save_generated": True, **options}
-        self.side = SchedulerSide(
-            self.attachment,
-            engine="engine",
-            block_tokens=BLOCK_TOKENS,
-            adapter_digest=lambda path: path.encode(),
-            clock=self.clock,
-            tally=self.tally,
-            **flags,
-        )
-
-    def step(self, scheduled: dict[str, int] | None = None, preempted: tuple[str, ...] = ()) -> StepPlan:
-        plan = self.side.plan(scheduled or {}, lambda _: range(100, 200), preempted)
-        self.side.check()
-        return plan
-
-    def hold(self, request: FakeRequest, count: int) -> list[bytes]:
-        """Put the first ``count`` blocks of the request into the store of every rank."""
-        names = []
-        for handle in self.attachment.handles():
-            names = handle.hashes(request.all_token_ids)[:count]
-            for name in names:
-                self.store.blocks[handle.namespace_id, name] = bytes(SPEC.block_bytes)
-        return names
-
-    def load(self, request: FakeRequest, computed: int = 0) -> StepPlan:
-        """Look up, allocate, plan: the plan that starts the load."""
-        tokens, asynchronous = self.side.lookup(request, computed)
-        assert tokens and asynchronous
-        self.side.allocated(request, list(range(100, 200)), tokens)
-        return self.step()
-
-
-def tokens(count: int, first: int = 0) -> list[int]:
-    return list(range(first, first + count))
+from kvcache.client.connectors.vllm_scheduler import LEASE_RENEW_NS, STEP_BUDGET_NS
+from tests.client.connectors.fake_store import FakeRequest, feature, namespace
+from tests.client.connectors.scheduler_rig import Rig, tokens
 
 
 class TestLookup:
@@ -371,6 +318,9 @@ class TestEnd:
     def test_a_request_that_ends_while_loading_is_kept_by_the_load_alone(self) -> None:
         rig = Rig()
         request = FakeRequest("r", tokens(18))
+        rig.side.known(request)
+        rig.step({"r": 18})  # Saves that nobody has reported yet,
+        rig.step(preempted=("r",))
         rig.hold(request, 3)
         rig.load(request)
         assert not rig.side.ended("r")
