@@ -1,50 +1,52 @@
 """Blocks into a node and out again, from another process, verified, beside memcpy and other stores.
 
-One round: one thread's memcpy over the pools before and after ours, and each store puts its whole pool as new blocks and gets
-it back. Rounds are interleaved, so that a busy machine slows all alike; the first, which pays for first
-touches, is not counted. Pools are 512 MiB or more: no cache holds them. Put includes evicting what the
-round before left. Every byte got is compared after the clock has stopped.
+One round: each store puts its whole pool as new blocks and gets it back, and one thread's memcpy runs
+over the pools before and after ours. Stores take turns; the first round, which pays for first touches,
+is not counted. Pools are 512 MiB: no cache holds them. Put includes evicting what the round before left.
+Every byte got is compared after the clock has stopped.
 
-    .venv/bin/python benchmarks/bench_store.py [--json] [--quick] [--no-peers]
+    python benchmarks/bench_store.py [--json] [--quick]
 
-Peers run under .venv-peers (benchmarks/peers.sh); one that cannot run is a line with its error.
+Peers run under .venv-peers (benchmarks/peers.sh), on the same work. One that cannot run is a line that
+says so. Mooncake keeps the blocks in the very process that puts them; the others, like ours, do not.
+
+On paper: a call costs two round trips (reserve and commit, lease and release) of about 0.1 ms each, the
+copy runs at memcpy's speed or better. So 16 blocks of 2 MiB (2 ms of copying) should reach 0.85 to 1.0 of
+memcpy, 16 of 256 KiB (0.25 ms) half of it, and single small blocks are all round trip.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import json
 import mmap
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+
+import harness
+from harness import KIB, MIB, Figure
+
+from kvcache.block import BlockSpec
+from kvcache.client import connect_blocking
+from kvcache.namespace import Namespace, shape_of
+from kvcache.testing.processes import NodeProcess
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Also where the project is not installed.
-
-from kvcache.block import BlockSpec  # noqa: E402
-from kvcache.client import connect_blocking  # noqa: E402
-from kvcache.namespace import Namespace, shape_of  # noqa: E402
-from kvcache.sums import NATIVE  # noqa: E402
-from kvcache.testing.processes import NodeProcess  # noqa: E402
-
-KIB, MIB, GB = 1 << 10, 1 << 20, 1e9
 POOL_BYTES = 512 * MIB
 STAMP_BYTES = 64
 PLANE_BYTES = 32 * KIB
 ROUNDS = 7
 ROUNDS_QUICK = 1
 PEERS = ("mooncake", "redis")
-MEMCPY = "memcpy"
+GB = 1e9
 
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -59,9 +61,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        size = self.block_bytes
-        text = f"{size // MIB}MiB" if size >= MIB else f"{size // KIB}KiB"
-        return f"{text}.single" if self.batch == 1 else f"{text}.batch{self.batch}"
+        size = harness.size_name(self.block_bytes)
+        return f"{size}.single" if self.batch == 1 else f"{size}.batch{self.batch}"
 
 
 CASES = tuple(
@@ -162,15 +163,16 @@ class Ours:
 class Peer:
     """Another store, in a process of its own (``peer_store.py``)."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, pool_bytes: int, log: Path) -> None:
         python = ROOT / ".venv-peers" / "bin" / "python"
         self.name = name
+        self.pool_bytes = pool_bytes
         self.error = ""
         self._process: subprocess.Popen[str] | None = None
         if not python.exists():
             self.error = "there is no .venv-peers: run benchmarks/peers.sh"
             return
-        command = [str(python), str(ROOT / "benchmarks" / "peer_store.py"), name, str(POOL_BYTES)]
+        command = [str(python), str(ROOT / "benchmarks" / "peer_store.py"), name, str(pool_bytes)]
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True
@@ -213,47 +215,39 @@ class Peer:
             self._process.stdout.close()
 
 
-@dataclass(slots=True)
-class Timings:
-    """Seconds a round, by contestant and operation, one case."""
-
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-
-    def add(self, who: str, op: str, seconds: float) -> None:
-        self.seconds.setdefault((who, op), []).append(seconds)
-
-    def gb_a_second(self, who: str, op: str) -> float:
-        return POOL_BYTES / GB / statistics.median(self.seconds[who, op])
-
-    def ratio(self, op: str, against: str) -> float:
-        """Ours over theirs, round by round; the median."""
-        ours = self.seconds["kvcache", op]
-        theirs = self.seconds[against, "copy" if against == MEMCPY else op]
-        return statistics.median(their / our for our, their in zip(ours, theirs, strict=True))
+Speeds = dict[str, list[float]]
+"""GB/s, round by round, of ``memcpy``, ``kvcache.put``, ``mooncake.get`` and so on."""
 
 
-def run_case(case: Case, ours: Ours, peers: Sequence[Peer], pools: tuple[Pool, Pool], rounds: int) -> Timings:
-    """``rounds`` and one before them that is not counted."""
+def run_case(case: Case, ours: Ours, peers: Sequence[Peer], pools: tuple[Pool, Pool], rounds: int) -> Speeds:
+    """``rounds`` and one before them that is not counted. The order of the stores turns."""
+    speeds: Speeds = {}
+    for number in range(-1, rounds):
+        turns = [None, *peers]
+        turns = turns[number % len(turns) :] + turns[: number % len(turns)]
+        for peer in turns:
+            took = _our_turn(case, ours, pools, number) if peer is None else _their_turn(case, peer, number)
+            for name, speed in took.items():
+                if number >= 0:
+                    speeds.setdefault(name, []).append(speed)
+    return speeds
+
+
+def _our_turn(case: Case, ours: Ours, pools: tuple[Pool, Pool], number: int) -> dict[str, float]:
     source, target = pools
-    timings = Timings()
-    for number in range(rounds + 1):
-        copied = copy_pool(source, target, case.block_bytes)
-        source.stamp(case.block_bytes, f"{case.name} {number}")
-        put, named = ours.put(case.batch)
-        got = ours.get(case.batch, named)
-        compare(source, target, case.block_bytes)
-        copied = (copied + copy_pool(source, target, case.block_bytes)) / 2
-        others = [(peer, peer.run("put", case, number), peer.run("get", case, number)) for peer in peers]
-        if number == 0:
-            continue
-        timings.add(MEMCPY, "copy", copied)
-        timings.add("kvcache", "put", put)
-        timings.add("kvcache", "get", got)
-        for peer, their_put, their_get in others:
-            if not peer.error:
-                timings.add(peer.name, "put", their_put)
-                timings.add(peer.name, "get", their_get)
-    return timings
+    before = copy_pool(source, target, case.block_bytes)
+    source.stamp(case.block_bytes, f"{case.name} {number}")
+    put, named = ours.put(case.batch)
+    got = ours.get(case.batch, named)
+    compare(source, target, case.block_bytes)
+    after = copy_pool(source, target, case.block_bytes)
+    took = {"memcpy": (before + after) / 2, "kvcache.put": put, "kvcache.get": got}
+    return {name: POOL_BYTES / GB / seconds for name, seconds in took.items()}
+
+
+def _their_turn(case: Case, peer: Peer, number: int) -> dict[str, float]:
+    took = {f"{peer.name}.{op}": peer.run(op, case, number) for op in ("put", "get")}
+    return {} if peer.error else {name: peer.pool_bytes / GB / seconds for name, seconds in took.items()}
 
 
 def compare(source: Pool, target: Pool, block_bytes: int) -> None:
@@ -263,80 +257,53 @@ def compare(source: Pool, target: Pool, block_bytes: int) -> None:
             raise SystemExit(f"wrong bytes in the block at {start}")
 
 
-def report(
-    case: Case, timings: Timings, peers: Sequence[Peer], rounds: int, say: Callable[[dict[str, object]], None]
-) -> None:
-    """One line for each operation and each thing it is held against."""
+def figures(case: Case, speeds: Speeds, peers: Sequence[Peer], rounds: int) -> list[Figure]:
+    """One for each operation and each thing it is held against, and the peers' own."""
+    machine = harness.machine()
+    found = []
     for op in ("put", "get"):
-        line: dict[str, object] = {
-            "name": f"store.{op}.{case.name}",
-            "value": round(timings.gb_a_second("kvcache", op), 3),
-            "unit": "GB/s",
-        }
-        tail = {"n": rounds, "machine": machine()}
-        memcpy = round(timings.gb_a_second(MEMCPY, "copy"), 3)
-        say(
-            {**line, "ratio": round(timings.ratio(op, MEMCPY), 3), "against": MEMCPY, "other": memcpy, **tail}
-        )
+        name, ours = f"store.{op}.{case.name}", f"kvcache.{op}"
+        value = round(median(speeds[ours]), 3)
+
+        def figure(
+            other: str, against: str, name: str = name, value: float = value, ours: str = ours
+        ) -> Figure:
+            ratio = round(harness.compare(speeds, ours, other), 3)
+            return Figure(name, value, "GB/s", ratio, against, rounds, machine)
+
+        memcpy = round(median(speeds["memcpy"]), 2)
+        found.append(figure("memcpy", f"memcpy ({memcpy} GB/s)"))
         for peer in peers:
             if peer.error:
-                say({**line, "ratio": None, "against": peer.name, "error": peer.error, **tail})
+                why = f"{peer.name}: did not run: {peer.error}"
+                found.append(Figure(name, value, "GB/s", None, why, rounds, machine))
                 continue
-            other = round(timings.gb_a_second(peer.name, op), 3)
-            say(
-                {
-                    **line,
-                    "ratio": round(timings.ratio(op, peer.name), 3),
-                    "against": peer.name,
-                    "other": other,
-                    **tail,
-                }
-            )
-
-
-def machine() -> str:
-    """Processor, cores, kernel, and whether the native module is in use."""
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{model} x{os.cpu_count()}, Linux {platform.release()}, native={NATIVE}"
-
-
-def as_text(line: dict[str, object]) -> str:
-    if "error" in line:
-        return (
-            f"{line['name']:<26} {line['value']:>8} GB/s   against {line['against']}: error: {line['error']}"
-        )
-    held = f"{line['ratio']:>7} x {line['against']} ({line['other']} GB/s)"
-    return f"{line['name']:<26} {line['value']:>8} GB/s   {held}"
+            theirs = f"{peer.name}.{op}"
+            found.append(figure(theirs, f"{peer.name} ({round(median(speeds[theirs]), 2)} GB/s)"))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one object a line")
-    parser.add_argument("--quick", action="store_true", help="batches only, few rounds: under a minute")
-    parser.add_argument("--no-peers", action="store_true", help="this store and memcpy only")
-    options = parser.parse_args()
-    rounds = ROUNDS_QUICK if options.quick else ROUNDS
-    cases = [case for case in CASES if case.batch > 1 or not options.quick]
-    say = (
-        (lambda line: print(json.dumps(line), flush=True))
-        if options.json
-        else (lambda line: print(as_text(line), flush=True))
-    )
-    pools = Pool(), Pool()
+    chosen = harness.options((__doc__ or "").partition("\n")[0])
+    rounds = chosen.rounds(ROUNDS, ROUNDS_QUICK)
+    cases = [case for case in CASES if case.batch > 1 or not chosen.quick]
+    # Redis is slow and far from any cache's speed: a part of the pool says the same in the short form.
+    sizes = {"mooncake": POOL_BYTES, "redis": POOL_BYTES // 4 if chosen.quick else POOL_BYTES}
+    found: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="kvcache-bench-") as home, contextlib.ExitStack() as stack:
-        peers = [] if options.no_peers else [Peer(name, Path(home) / f"{name}.log") for name in PEERS]
+        pools = Pool(), Pool()
+        peers = [Peer(name, sizes[name], Path(home) / f"{name}.log") for name in PEERS]
         for peer in peers:
             stack.callback(peer.close)
         for block_bytes in sorted({case.block_bytes for case in cases}):
             with contextlib.closing(Ours(block_bytes, *pools, Path(home))) as ours:
                 for case in cases:
                     if case.block_bytes == block_bytes:
-                        report(case, run_case(case, ours, peers, pools, rounds), peers, rounds, say)
+                        found += figures(case, run_case(case, ours, peers, pools, rounds), peers, rounds)
+        for peer in peers:
+            if peer.error:
+                print(f"{peer.name} did not run: {peer.error}", file=sys.stderr)
+    harness.report(found, chosen)
 
 
 if __name__ == "__main__":

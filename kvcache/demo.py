@@ -32,7 +32,8 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.config import parse_size
 from kvcache.demo_client import Setup
-from kvcache.demo_feed import Client, Feed
+from kvcache.demo_feed import Client, Feed, full_blocks
+from kvcache.demo_locate import Located, ask_locate
 from kvcache.demo_report import MODEL, Kill, Report, Totals
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload, generate
@@ -49,6 +50,7 @@ BLOCK_BYTES_MIN = 4_096
 GENERATED_REQUESTS = 40_000
 TICK_S = 0.1
 ASK_S = 5
+LOCATE_S = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class Demo:
         self._started_ns = 0
         self._kill: Kill | None = None
         self._values: Counter[str] = Counter()
-        self._located: dict[str, object] = {}
+        self._located = Located()
 
     def __enter__(self) -> Demo:
         return self
@@ -143,6 +145,7 @@ class Demo:
         for client in self._clients:
             client.check()
         seconds = self._elapsed_s
+        self._locate_at_last()
         self._count_node()
         return Report(
             source=self._source,
@@ -165,6 +168,8 @@ class Demo:
             self._feed.close()
         elif share >= 0.5 and self._kill is None:
             self._kill_node()
+        elif share >= 0.75 and not self._located.blocks:
+            self._located = self._locate()
 
     def _kill_node(self) -> None:
         """SIGKILL, then a new node on the same socket. The clients go on meanwhile."""
@@ -178,7 +183,19 @@ class Demo:
         self._kill = Kill(killed_s, requests, self._elapsed_s - killed_s)
         self._happened(f"a new node answers on the same socket, {self._node.http}")
 
-    def _locate(self) -> None: ...
+    def _locate(self) -> Located:
+        """Ask over HTTP, as a router would: who holds how much of a prompt that was just hit?"""
+        request = self._feed.last_hit
+        if request is None:
+            return Located()
+        return ask_locate(self._node.http, self._setup, full_blocks(request, self._setup.block_tokens))
+
+    def _locate_at_last(self) -> None:
+        """After a short replay the new node's index may still be reading what the node holds."""
+        end_ns = time.monotonic_ns() + LOCATE_S * NS_PER_S
+        while not self._located.blocks and time.monotonic_ns() < end_ns:
+            self._located = self._locate()
+            time.sleep(TICK_S)
 
     def _count_node(self) -> None:
         """Add the node's counters to those of the nodes before it."""
@@ -223,7 +240,7 @@ class Demo:
     def _new_node(self) -> NodeProcess:
         settings = {
             "socket": self._setup.address.removeprefix("unix://"),
-            "http": "none",
+            "http": "127.0.0.1:0",
             "capacity": self._options.capacity,
             "name": "demo",
         }

@@ -31,9 +31,11 @@ BATCH_BLOCKS_MAX = 128
 PLANE_BYTES = 32_768
 HEAD_BYTES = 4_096
 TIMEOUT_MS = 5_000
+MODEL_NAME = "kvcache-demo"
 READY = b"ready\n"
-AWAY_PAUSE_S = 0.02
-"""What a prompt takes when the store is away: an engine would be computing it."""
+AWAY_PAUSE_S = 0.05
+"""What a prompt takes when the store is away: an engine would be computing it. So long does an 8 B model
+need for 1,300 tokens on a large GPU."""
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -75,7 +77,7 @@ def spec_of(setup: Setup) -> BlockSpec:
 
 def namespace_of(setup: Setup) -> Namespace:
     return Namespace(
-        model="kvcache-demo",
+        model=MODEL_NAME,
         weights=f"pattern-{setup.seed}",
         dtype="bfloat16",
         layout="canonical",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ class Feed:
         self.totals = totals
         self.limit = min(limit, trace.request_count)
         self.hit_again_s = -1.0
+        self.last_hit: Request | None = None
         self._trace = trace
         self._lock = threading.Lock()
         self._next = 0
@@ -53,6 +55,8 @@ class Feed:
         """What became of ``request``."""
         with self._lock:
             self.totals.add(request.prompt_tokens, outcome)
+            if outcome.hit_blocks:
+                self.last_hit = request
             if self._watch_from_ns and self.hit_again_s < 0 and outcome.hit_blocks and not outcome.away:
                 self.hit_again_s = (time.monotonic_ns() - self._watch_from_ns) / NS_PER_S
 
@@ -131,6 +135,9 @@ class Client:
         self._target.flush()
 
     def _prompt(self, request: Request) -> Prompt:
-        """Its full blocks: the tokens say how many, a trailing partial block is not stored."""
-        full = request.prompt_tokens // self._setup.block_tokens
-        return Prompt(list(request.blocks[:full]), request.session)
+        return Prompt(list(full_blocks(request, self._setup.block_tokens)), request.session)
+
+
+def full_blocks(request: Request, block_tokens: int) -> Sequence[int]:
+    """Those of its blocks that are stored: the tokens say how many, a trailing partial one is not."""
+    return request.blocks[: request.prompt_tokens // block_tokens]

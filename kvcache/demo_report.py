@@ -12,10 +12,12 @@ copy and verify. The rest of the demo's time goes to making and comparing bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from kvcache.demo_client import Outcome
+from kvcache.demo_locate import Located
 
 GB = 1e9
 NS_PER_S = 1e9
@@ -121,7 +123,7 @@ class Report:
     kill: Kill | None
     hit_again_s: float
     evicted_blocks: int
-    located: Mapping[str, object] = field(default_factory=dict)
+    located: Located
 
     @property
     def exit_status(self) -> int:
@@ -172,7 +174,7 @@ def as_json(report: Report) -> dict[str, object]:
         "restart_seconds": round(kill.back_s, 3) if kill else 0.0,
         "requests_without_node": totals.away_requests,
         "hit_again_seconds": round(report.hit_again_s, 3),
-        "located": dict(report.located),
+        "located": msgspec.to_builtins(report.located),
     }
 
 
@@ -189,6 +191,7 @@ def summary(report: Report) -> str:
         ("evicted", _evicted(report)),
         ("wrong bytes", _wrong(totals)),
         *[("node killed", line) for line in _kill_lines(report)],
+        ("who has it?", _located(report.located)),
     ]
     return "\n".join(["", *_aligned(rows), "", NEXT])
 
@@ -235,6 +238,17 @@ def _wrong(totals: Totals) -> str:
             f"{totals.wrong_bytes:,} in {totals.wrong_blocks:,} blocks. This must never be: please report it."
         )
     return f"0 (every one of {totals.loaded_bytes:,} was compared)"
+
+
+def _located(located: Located) -> str:
+    if located.error:
+        return f"POST /v1/locate was not answered: {located.error}"
+    if not located.asked_blocks:
+        return "nobody asked: no prompt was hit"
+    held = f"{located.source or 'nobody'} holds {located.blocks} of {located.asked_blocks} blocks"
+    return (
+        f"POST /v1/locate: {held} of a prompt in tier {located.tier or 'none'} ({located.answered_ms:.1f} ms)"
+    )
 
 
 def _kill_lines(report: Report) -> list[str]:
