@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
@@ -153,6 +153,9 @@ class Running:
             await asyncio.sleep(0)
         raise AssertionError("it never came to that")
 
+    def paused(self, times: int) -> bool:
+        return len(self.pauses.taken) == times
+
     async def synced(self) -> None:
         await self.until(lambda: any(state.synced for state in self.index.sources()))
 
@@ -164,9 +167,9 @@ class Running:
         sent = {"Content-Type": "application/json", **bearer(token, headers)}
         return await self.client.post("/v1/locate", data=data, headers=sent)
 
-    async def located(self, **body: object) -> dict[str, object]:
+    async def located(self, **body: object) -> dict[str, Any]:
         response = await self.post(body)
-        found: dict[str, object] = await response.json()
+        found: dict[str, Any] = await response.json()
         assert response.status == 200, found
         return found
 

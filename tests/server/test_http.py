@@ -54,7 +54,7 @@ async def test_tokens_and_hashes_find_the_same_blocks() -> None:
         await here.synced()
         by_tokens = await here.located(tokens=TOKENS, model=MODEL)
         assert by_tokens["asked_blocks"] == 6 and by_tokens["complete"] is True
-        [source] = by_tokens["sources"]  # type: ignore[misc]
+        [source] = by_tokens["sources"]
         assert (source["source"], source["state"], source["partial"]) == ("node-a", "synced", False)
         assert (source["blocks"], source["tokens"]) == (4, 64)
         assert source["tiers"] == {"hbm": 0, "host": 4, "nvme": 0}
@@ -75,7 +75,7 @@ async def test_events_change_the_answer_and_age_is_told() -> None:
         node.tell(node.stored(SPACE, 3))
         await here.until(lambda: here.index.entries == 3)
         here.clock.ns += 250_000_000
-        [source] = (await here.located(tokens=TOKENS, model=MODEL))["sources"]  # type: ignore[misc]
+        [source] = (await here.located(tokens=TOKENS, model=MODEL))["sources"]
         assert source["blocks"] == 3
         assert source["as_of"] == {"incarnation": 1, "seq": 2, "age_ms": 250}
 
@@ -94,18 +94,18 @@ async def test_unknown_none_and_suspect_are_told_apart() -> None:
         await here.synced()
         none = await here.located(**ask)
         assert none["complete"] is True
-        assert none["sources"][0]["blocks"] == 0  # type: ignore[index]
+        assert none["sources"][0]["blocks"] == 0
         node.tell(node.stored(SPACE, 2))
         await here.until(lambda: here.index.entries == 2)
         node.die()
         await here.until(lambda: len(here.pauses.taken) == 2)
         broken = await here.located(**ask)
         assert broken["complete"] is False
-        [source] = broken["sources"]  # type: ignore[misc]
+        [source] = broken["sources"]
         assert (source["state"], source["blocks"]) == ("suspect", 2)
         # It started anew and has told nothing whole yet: that is not "nothing".
         here.index.apply(EventBatch("node-a", 2, 0, True, [], left=1), 0)
-        [source] = (await here.located(**ask))["sources"]  # type: ignore[misc]
+        [source] = (await here.located(**ask))["sources"]
         assert (source["state"], source["blocks"], source["shards"]) == ("unknown", None, [])
 
 
@@ -121,11 +121,11 @@ async def test_a_block_counts_when_every_rank_has_it_and_the_best_shape_is_told(
     node.stored(other, 2)
     async with running(node) as here:
         await here.synced()
-        [source] = (await here.located(tokens=TOKENS, model=MODEL))["sources"]  # type: ignore[misc]
+        [source] = (await here.located(tokens=TOKENS, model=MODEL))["sources"]
         assert source["blocks"] == 3
         assert sorted(shard["blocks"] for shard in source["shards"]) == [2, 3, 5]
         only = await here.located(tokens=TOKENS, namespace=other.namespace_id().hex())
-        assert only["sources"][0]["blocks"] == 2  # type: ignore[index]
+        assert only["sources"][0]["blocks"] == 2
 
 
 @in_loop
