@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvcache.block import BlockSpec
 from kvcache.clock import NS_PER_S, Clock
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RETRY_NS = 1 * NS_PER_S
 REPORT_NS = 60 * NS_PER_S
 
-_log = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Attachment:
@@ -35,11 +35,13 @@ class Attachment:
         namespaces: Sequence[Namespace],
         spec: BlockSpec,
         clock: Clock,
+        log: logging.Logger = _LOG,
     ) -> None:
         assert namespaces
         self._connect = connect
         self._namespaces = tuple(namespaces)
         self._clock = clock
+        self._log = log
         self._store: BlockingStore | None = None
         self._handles: tuple[Handle, ...] = ()
         self._retry_ns = 0
@@ -70,6 +72,9 @@ class Attachment:
             self._handles = tuple(store.open(namespace, self.spec) for namespace in self._namespaces)
         except (KVCacheError, OSError) as error:
             self._later(error)
+        else:
+            for handle in self._handles:
+                self._log.info("kvcache: namespace %s: %s", handle.namespace_id.hex(), handle.verdict)
         return self._handles
 
     def close(self) -> None:
@@ -84,4 +89,4 @@ class Attachment:
         self._retry_ns = now_ns + RETRY_NS
         if now_ns >= self._report_ns:
             self._report_ns = now_ns + REPORT_NS
-            _log.warning("kvcache: no store for now, everything is computed: %s", error)
+            self._log.warning("kvcache: no store for now, everything is computed: %s", error)

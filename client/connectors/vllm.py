@@ -172,6 +172,10 @@ class KVCacheConnector(KVConnectorBase_V1):
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._guard("ended", False, lambda: self._scheduling.ended(request.request_id)), None
 
+    def reset_cache(self) -> bool:
+        """Part of ``reset_prefix_cache(reset_connector=True)``; what else to call when weights change."""
+        return self._guard("reset", False, self._reset)
+
     # --- worker -----------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -264,6 +268,10 @@ class KVCacheConnector(KVConnectorBase_V1):
         assert isinstance(metadata, KVCacheMetadata)
         return metadata.plan
 
+    def _reset(self) -> bool:
+        self._scheduling.reset()
+        return True
+
     def _guard(self, entry: str, otherwise: _Answer, call: Callable[[], _Answer]) -> _Answer:
         try:
             return call()
@@ -291,7 +299,7 @@ class KVCacheConnector(KVConnectorBase_V1):
             mapped=not waits,
             name=f"vllm {self._role.name.lower()}",
         )
-        return Attachment(connect, namespaces, shape, self._clock)
+        return Attachment(connect, namespaces, shape, self._clock, _log)
 
     def _scheduler_side(self, vllm_config: VllmConfig, ranks: Sequence[int]) -> SchedulerSide:
         attachment = self._attachment(vllm_config, ranks)

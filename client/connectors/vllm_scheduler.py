@@ -16,11 +16,13 @@ Invariants:
   when it was loaded from the store;
 * ``issued`` counts, over all ranks, the saves whose pages may still be read: while it is not zero the
   engine keeps the pages of an ended request;
-* after a load of a request has failed, the request is not looked up again.
+* after a load of a request has failed, the request is not looked up again;
+* after a reset no block named before it is loaded, and no request known before it is saved.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
+ERA_BYTES = 16
 FAULTS = ("missed_calls:", "ended:", "refused_connects")
 
 
@@ -98,6 +101,7 @@ class SchedulerSide:
         self._freeing: list[str] = []
         self._forgotten: list[str] = []
         self._spent_ns = 0
+        self._era = b""
 
     def known(self, request: EngineRequest) -> None:
         """The engine has taken the request in. May be called again for the same one."""
@@ -198,6 +202,14 @@ class SchedulerSide:
         keep = state.issued > 0 and state.loading is None
         (self._freeing if keep else self._forgotten).append(request_id)
         return keep
+
+    def reset(self) -> None:
+        """The engine has dropped its cache, perhaps for new weights: from now on blocks have names that
+        only this engine knows, so that nothing computed before is found by it, nor the new by others."""
+        self._era = os.urandom(ERA_BYTES)
+        for state in self._states.values():
+            self._release(state)
+            state.uncacheable, state.saved = "before_reset", 0
 
     def close(self) -> None:
         for state in self._states.values():
@@ -311,6 +323,8 @@ class SchedulerSide:
     def _extra(self, state: _State, block_index: int) -> bytes:
         """What a block depends on besides its tokens: adapter and salt (the first), multimodal items."""
         parts: list[tuple[str, bytes]] = []
+        if block_index == 0 and self._era:
+            parts.append(("era", self._era))
         if block_index == 0 and state.adapter:
             parts.append(("lora", state.adapter))
         if block_index == 0 and state.request.cache_salt:

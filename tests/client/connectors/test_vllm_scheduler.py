@@ -342,6 +342,20 @@ class TestEnd:
         (job,) = rig.step({"r": 10}).saves
         assert job.start == 2
 
+    def test_after_a_reset_nothing_from_before_is_found_or_saved(self) -> None:
+        rig = Rig()
+        request, fresh = FakeRequest("r", tokens(18)), FakeRequest("fresh", tokens(18))
+        rig.hold(request, 3)
+        rig.side.lookup(request, 0)
+        rig.side.reset()
+        assert rig.store.leases == {}
+        assert rig.step({"r": 18}).saves == ()
+        assert rig.side.lookup(request, 0) == (0, False)
+        assert rig.side.lookup(fresh, 0) == (0, False)
+        assert rig.tally.take()["lookups:before_reset"] == 1
+        (job,) = rig.step({"fresh": 18}).saves
+        assert job.hashes[:16] not in {name for _, name in rig.store.blocks}
+
     def test_closing_gives_leases_back(self) -> None:
         rig = Rig()
         request = FakeRequest("r", tokens(18))
