@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +22,7 @@ from kvcache.client.store import LEASE_MS, NO_HINTS, BlockingStore, Handle, Leas
 from kvcache.demo import Options, block_bytes_for
 from kvcache.demo_client import Outcome, Prompt, Replayer, Setup, namespace_of, run, spec_of, tokens_of
 from kvcache.demo_feed import Feed
-from kvcache.demo_locate import Located, ask_locate
+from kvcache.demo_locate import Located
 from kvcache.demo_report import MODEL, Kill, Report, Totals, as_json, progress, summary
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import write_trace
@@ -237,57 +234,6 @@ def test_the_summary_says_what_the_numbers_say() -> None:
 
 def test_defaults_stay_under_a_minute() -> None:
     assert Options().seconds <= 30
-
-
-@contextlib.contextmanager
-def router(status: int, reply: object) -> Iterator[tuple[str, list[bytes]]]:
-    """An HTTP server that says one thing, and remembers what it was asked."""
-    asked: list[bytes] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # The name is the library's.
-            asked.append(self.path.encode() + b" " + self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(reply).encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        thread.join()
-
-
-def source(name: str, blocks: int | None) -> dict[str, object]:
-    tiers = None if blocks is None else {"hbm": 0, "host": blocks, "nvme": 0}
-    return {"source": name, "state": "synced", "as_of": {"age_ms": 2}, "blocks": blocks, "tiers": tiers}
-
-
-def test_who_holds_most_is_told() -> None:
-    reply = {"asked_blocks": 5, "sources": [source("a", None), source("b", 4), source("c", 1)]}
-    with router(200, reply) as (address, asked):
-        found = ask_locate(address, SETUP, [7, 9])
-    path, _, body = asked[0].partition(b" ")
-    assert path == b"/v1/locate"
-    assert json.loads(body)["tokens"] == [7] * 4 + [9] * 4
-    assert (found.source, found.blocks, found.asked_blocks, found.tier) == ("b", 4, 5, "host")
-    assert not found.error
-
-
-@pytest.mark.parametrize(("status", "reply"), [(503, {"code": "unavailable"}), (200, {"sources": 1})])
-def test_a_router_without_answer_is_told(status: int, reply: object) -> None:
-    with router(status, reply) as (address, _):
-        found = ask_locate(address, SETUP, [7])
-    assert found.error
-    assert found.blocks == 0
-
-
-@pytest.mark.parametrize("address", ["", "http://127.0.0.1:9"])
-def test_no_router_is_told(address: str) -> None:
-    assert ask_locate(address, SETUP, [7]).error
 
 
 # --- with real processes ------------------------------------------------------------------------
