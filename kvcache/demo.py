@@ -45,8 +45,10 @@ CLIENTS = 3
 SECONDS = 20.0
 CAPACITY = "1GiB"
 BLOCKS_HELD = 4_096
-"""About as many blocks fit in the tier: their size follows from the capacity."""
+"""About as many blocks fit in the tier, fewer for a small trace: their size follows from the capacity."""
+HELD_SHARE = 3
 BLOCK_BYTES_MIN = 4_096
+BLOCK_BYTES_MAX = 2 << 20
 GENERATED_REQUESTS = 40_000
 TICK_S = 0.1
 ASK_S = 5
@@ -105,7 +107,7 @@ class Demo:
         self._setup = Setup(
             address=f"unix://{self._home / 'node.sock'}",
             block_tokens=self._trace.block_tokens,
-            block_bytes=block_bytes_for(self._trace.block_tokens, self._capacity_bytes),
+            block_bytes=block_bytes_for(self._trace, self._capacity_bytes),
             seed=options.seed,
         )
         totals = Totals(self._trace.block_tokens, self._setup.block_bytes)
@@ -247,9 +249,11 @@ class Demo:
         return NodeProcess(settings, self._home / "node.log")
 
 
-def block_bytes_for(block_tokens: int, capacity_bytes: int) -> int:
-    """A power of two, so that the tier holds ``BLOCKS_HELD`` or so; never more than a real block has."""
-    wanted = min(capacity_bytes // BLOCKS_HELD, block_tokens * MODEL.kv_bytes_a_token)
+def block_bytes_for(trace: Trace, capacity_bytes: int) -> int:
+    """A power of two, so that the tier holds ``BLOCKS_HELD`` or so, and not over a third of the trace's
+    blocks; never more than a real block has."""
+    held = max(1, min(BLOCKS_HELD, trace.block_count // HELD_SHARE))
+    wanted = min(capacity_bytes // held, trace.block_tokens * MODEL.kv_bytes_a_token, BLOCK_BYTES_MAX)
     return max(BLOCK_BYTES_MIN, 1 << max(wanted, 1).bit_length() - 1)
 
 

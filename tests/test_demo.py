@@ -164,10 +164,13 @@ def test_every_block_size_has_a_shape(block_bytes: int) -> None:
     assert spec_of(setup).block_bytes == block_bytes
 
 
-def test_blocks_fit_the_tier_many_times_over() -> None:
-    assert block_bytes_for(16, 1 << 30) == 1 << 18
-    assert block_bytes_for(16, 1 << 40) == 16 * MODEL.kv_bytes_a_token
-    assert block_bytes_for(16, 1 << 20) == 4_096
+def test_the_tier_holds_many_blocks_but_not_all() -> None:
+    long, short = generate(Workload(request_count=2_000)), generate(Workload(request_count=20))
+    assert block_bytes_for(long, 1 << 30) == 1 << 18
+    assert block_bytes_for(long, 1 << 40) == 16 * MODEL.kv_bytes_a_token
+    assert block_bytes_for(long, 1 << 20) == 4_096
+    held = (1 << 26) // block_bytes_for(short, 1 << 26)
+    assert 8 < held < short.block_count
 
 
 def test_prompts_are_handed_out_once_each() -> None:
