@@ -253,8 +253,9 @@ def block_bytes_for(trace: Trace, capacity_bytes: int) -> int:
     """A power of two, so that the tier holds ``BLOCKS_HELD`` or so, and not over a third of the trace's
     blocks; never more than a real block has."""
     held = max(1, min(BLOCKS_HELD, trace.block_count // HELD_SHARE))
-    wanted = min(capacity_bytes // held, trace.block_tokens * MODEL.kv_bytes_a_token, BLOCK_BYTES_MAX)
-    return max(BLOCK_BYTES_MIN, 1 << max(wanted, 1).bit_length() - 1)
+    most = min(BLOCK_BYTES_MAX, trace.block_tokens * MODEL.kv_bytes_a_token)
+    wanted = 1 << (capacity_bytes // held - 1).bit_length()
+    return max(BLOCK_BYTES_MIN, min(wanted, 1 << most.bit_length() - 1))
 
 
 def _trace(options: Options) -> Trace:
