@@ -34,6 +34,7 @@ class Plant:
 
 
 NODE = "tests/server/test_node.py"
+FAULTS = "tests/client/test_faults.py"
 
 PLANTS = (
     Plant(
@@ -79,6 +80,55 @@ PLANTS = (
         "if self.checksums(opened, [lease.keys[at]], [sums]) == [expected]:",
         "if False:",
         f"{NODE}::TestTheMap::test_a_failed_block_is_looked_at_and_quarantined",
+    ),
+    Plant(
+        "the key left out of the checksum",
+        "kvcache/sums.py",
+        "xxhash.xxh3_128_digest(_BLOCK_TAG + key + shape + sums)",
+        "xxhash.xxh3_128_digest(_BLOCK_TAG + shape + sums)",
+        f"{FAULTS}::test_a_node_that_answers_with_another_prompts_blocks_is_found",
+    ),
+    Plant(
+        "a field of the fingerprint ignored",
+        "kvcache/namespace.py",
+        "        encoded = _encode(self.to_map().items())\n",
+        '        encoded = _encode(item for item in self.to_map().items() if item[0] != "dtype")\n',
+        f"{NODE}::TestNamespaces::test_different_fields_never_share_blocks",
+    ),
+    Plant(
+        "the generation not checked",
+        "kvcache/ledger.py",
+        "        if self._holdings.holding[block].generation != generation:\n",
+        "        if False:\n",
+        "tests/kvcache/test_ledger_faults.py::test_what_was_written_anew_is_not_withdrawn_for_the_old",
+    ),
+    Plant(
+        "bytes handed out without their check",
+        "client/operations.py",
+        "        if found != grant.checksums[at : at + CHECKSUM_BYTES]:\n",
+        "        if False:\n",
+        f"{FAULTS}::test_a_flipped_byte_is_found_reported_and_taken_out",
+    ),
+    Plant(
+        "a read that outlasted its lease is believed",
+        "client/operations.py",
+        "    if context.clock.now_ns() >= grant.expires_ns:\n",
+        "    if False:\n",
+        f"{FAULTS}::test_after_its_end_a_lease_gives_nothing",
+    ),
+    Plant(
+        "a slab that can be cut short is mapped",
+        "client/local.py",
+        "    if not seals & fcntl.F_SEAL_SHRINK:\n",
+        "    if False:\n",
+        f"{FAULTS}::test_memory_that_could_be_taken_away_is_not_mapped",
+    ),
+    Plant(
+        "the parent of the next batch is forgotten",
+        "client/operations.py",
+        "        parent = batch[-1]\n",
+        "",
+        "tests/client/test_operations.py",
     ),
     Plant(
         "the slab can be cut short",
