@@ -7,12 +7,12 @@ at them while the lease still holds their slots.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from kvcache import wire
-from kvcache.block import BlockHash, BlockSpec, Slot, StorageKey, split_hashes, storage_key
+from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.ledger import Lease, Reservation
@@ -20,7 +20,7 @@ from kvcache.namespace import Namespace
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
 from kvcache.server.identity import Identity
-from kvcache.server.session import Answer, Outgoing
+from kvcache.server.session import Answer, Following, Later, Outgoing
 from kvcache.sums import SUM_BYTES
 from kvcache.tiers.space import slot_arena, slot_offset
 
@@ -35,10 +35,10 @@ class Connection:
         self._core = core
         self._identity = identity
         self._push = push
-        self._namespaces: dict[int, Opened] = {}  # by reservation or lease, while it is open
-        self._written: dict[int, set[int]] = {}
+        self._written: dict[int, set[int]] = {}  # by reservation, while it is open
+        self._watching = False
 
-    def answer(self, call: int, request: wire.Request) -> Answer | Awaitable[Answer]:
+    def answer(self, call: int, request: wire.Request) -> Answer | Later:
         """RAISES KVCacheError when the request is refused; then nothing has changed."""
         core, identity = self._core, self._identity
         core.counters[f"requests:{request.__struct_config__.tag}"] += 1
@@ -133,7 +133,6 @@ class Connection:
         core.counters["hit_tokens"] += len(lease.keys) * opened.spec.block_tokens
         if lease.lease_id:
             core.counters["leases_taken"] += 1
-            self._namespaces[lease.lease_id] = opened
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),
@@ -152,7 +151,11 @@ class Connection:
 
     def _held(self, lease_id: int) -> tuple[Opened, Lease]:
         lease = self._core.ledger.leased(lease_id, self._identity.owner)
-        return self._namespaces[lease_id], lease
+        return self._of(lease.keys[0]), lease
+
+    def _of(self, key: StorageKey) -> Opened:
+        """The namespace of a key that this connection holds."""
+        return self._core.namespace(key[:HASH_BYTES], self._identity.tenant)
 
     def _read(self, request: wire.Read) -> Answer:
         self._identity.require("reader")
@@ -170,7 +173,7 @@ class Connection:
         views = [self._core.host.view(slot, size) for slot in lease.slots[request.start : end]]
         return Outgoing(wire.Blocks(request.count), views)
 
-    def _release(self, request: wire.Release) -> Answer | Awaitable[Answer]:
+    def _release(self, request: wire.Release) -> Answer | Later:
         if not request.failed:
             return self._let_go(request.lease)
         opened, lease = self._held(request.lease)
@@ -191,7 +194,6 @@ class Connection:
     def _let_go(self, lease_id: int) -> wire.Reply:
         core = self._core
         intact = core.ledger.release(lease_id, self._identity.owner, core.clock.now_ns())
-        self._namespaces.pop(lease_id, None)
         core.settle()
         return wire.Released(intact)
 
@@ -215,7 +217,6 @@ class Connection:
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:
             core.make_room_later(self._identity.arena, opened.spec.block_bytes, len(reservation.keys))
-            self._namespaces[-reservation.reservation_id] = opened
         return wire.Reserved(
             reservation=reservation.reservation_id,
             start=reservation.start,
@@ -244,7 +245,7 @@ class Connection:
 
     def _reserved(self, reservation_id: int) -> tuple[Opened, Reservation]:
         reservation = self._core.ledger.reserved(reservation_id, self._identity.owner)
-        return self._namespaces[-reservation_id], reservation
+        return self._of(reservation.keys[0]), reservation
 
     def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
         """The reserved slots that a Write fills. RAISES KVCacheError when it may not."""
@@ -268,7 +269,7 @@ class Connection:
         self._core.counters["written_bytes:socket"] += request.count * opened.spec.block_bytes
         return wire.Done()
 
-    def _commit(self, request: wire.Commit) -> Answer | Awaitable[Answer]:
+    def _commit(self, request: wire.Commit) -> Answer | Later:
         self._identity.require("writer")
         opened, reservation = self._reserved(request.reservation)
         step = opened.spec.chunk_count * SUM_BYTES
@@ -320,7 +321,6 @@ class Connection:
         return wire.Done()
 
     def _forget(self, reservation_id: int) -> None:
-        self._namespaces.pop(-reservation_id, None)
         self._written.pop(reservation_id, None)
         self._core.settle()
 
@@ -333,16 +333,16 @@ class Connection:
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
 
-    def _watch(self, call: int) -> wire.Reply:
+    def _watch(self, call: int) -> Answer:
         self._identity.require("router", "operator")
+        if self._watching:
+            raise BadInput("bad_message", "a second Watch", "a connection is told everything once")
+        self._watching = True
 
         def deliver(batch: wire.EventBatch) -> None:
             self._push(self._visible(batch), call)
 
-        snapshot = list(self._core.watch(self._identity.owner, deliver))
-        for batch in snapshot[:-1]:
-            deliver(batch)
-        return self._visible(snapshot[-1])
+        return Following(map(self._visible, self._core.watch(self._identity.owner, deliver)))
 
     def _visible(self, batch: wire.EventBatch) -> wire.EventBatch:
         """The batch as this tenant may see it. Empty ones stay: their numbers show that none was lost."""

@@ -5,15 +5,18 @@
 
 Replies leave in the order of their requests. A Write's payload goes from the socket straight into the
 slots that the Responder names, a Read's payload straight out of them: the interpreter never loops over
-block bytes. A peer that does not read its replies is not read from either, so its memory here is bounded
-by one receive buffer and one reply; a watcher that lags by more than ``WATCH_BYTES_MAX`` is dropped.
+block bytes. Frames are whole: an event that happens while a payload or a snapshot leaves waits behind it.
+
+A peer that does not take its replies is not read from either, so its memory here is bounded by one
+receive buffer and one reply; one that takes nothing for ``STALL_S`` is disconnected, so is a watcher that
+lags by more than ``WATCH_BYTES_MAX``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -27,6 +30,8 @@ STEP_BYTES = 256 << 10
 WATCH_BYTES_MAX = 16 << 20
 DISCARD_BYTES = 64 << 10
 TEXT_CHARS_MAX = 1_000
+STALL_S = 60.0
+CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +42,21 @@ class Outgoing:
     payload: Sequence[memoryview]
 
 
-Answer = wire.Reply | Outgoing
+@dataclass(frozen=True, slots=True)
+class Following:
+    """Replies to one call, in order. What is pushed before they have left comes after them."""
+
+    messages: Iterable[wire.Reply]
+
+
+Answer = wire.Reply | Outgoing | Following
+Later = Coroutine[None, None, Answer]
 
 
 class Responder(Protocol):
     """What a session asks: the handlers, bound to this connection's identity."""
 
-    def answer(self, call: int, request: wire.Request) -> Answer | Awaitable[Answer]:
+    def answer(self, call: int, request: wire.Request) -> Answer | Later:
         """RAISES KVCacheError when the request is refused."""
 
     def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
@@ -62,9 +75,10 @@ class Responder(Protocol):
 class Session(asyncio.BufferedProtocol):
     """The asyncio side of one connection. Created after Hello was answered."""
 
-    def __init__(self, responder: Responder, ended: Callable[[], None]) -> None:
+    def __init__(self, responder: Responder, ended: Callable[[], None], *, stall_s: float = STALL_S) -> None:
         self._responder = responder
         self._ended = ended
+        self._stall_s = stall_s
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(RECEIVE_BYTES)
         self._have = 0
@@ -72,6 +86,11 @@ class Session(asyncio.BufferedProtocol):
         self._busy: asyncio.Task[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._streaming = False  # A payload or a snapshot is on its way out.
+        self._events: list[bytes] = []  # What waits behind it,
+        self._events_bytes = 0  # and how much that is.
+        self._written_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     # --- called by the event loop ---------------------------------------------------------------
 
@@ -81,18 +100,27 @@ class Session(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._writable.set()
+        self._stop_timer()
         if self._busy is not None:
             self._busy.cancel()
         self._responder.ended()
         self._ended()
 
+    def eof_received(self) -> None:
+        """The peer asks nothing more, and what it asked is answered: the transport closes itself."""
+        self._close()
+
     def pause_writing(self) -> None:
         self._writable.clear()
+        if self._open():
+            self._watch_stall(-1)
         self._regulate()
 
     def resume_writing(self) -> None:
         self._writable.set()
-        self._regulate()
+        if self._open():
+            self._stop_timer()
+        self._advance()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._incoming is not None:
@@ -110,19 +138,24 @@ class Session(asyncio.BufferedProtocol):
 
     def push(self, message: wire.EventBatch, call: int) -> None:
         """One event batch to a watcher; a watcher that lags too far is disconnected and must ask anew."""
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
-        if self._transport.get_write_buffer_size() > WATCH_BYTES_MAX:
+        if self._transport.get_write_buffer_size() + self._events_bytes > WATCH_BYTES_MAX:
             self._responder.lagged()
             log.warning("a watcher lags by over %d bytes; it is disconnected", WATCH_BYTES_MAX)
             self._transport.abort()
             return
-        self._transport.write(wire.encode(call, message))
+        frame = wire.encode(call, message)
+        if self._streaming:
+            self._events.append(frame)
+            self._events_bytes += len(frame)
+        else:
+            self._write(frame)
 
     def _advance(self) -> None:
-        """Take whole frames off the buffer until one must be waited for."""
+        """Take whole frames off the buffer until one must be waited for, or its reply would have to."""
         try:
-            while self._transport is not None and self._busy is None:
+            while self._busy is None and self._writable.is_set() and self._open():
                 if self._incoming is not None:
                     if not self._incoming.complete:
                         break
@@ -132,10 +165,12 @@ class Session(asyncio.BufferedProtocol):
                     break
         except KVCacheError as error:
             # The stream cannot be trusted from here on: say why, then close.
-            if self._transport is not None:
-                self._transport.write(wire.encode(0, self._failure(error)))
-                self._transport.close()
+            self._write(wire.encode(0, self._failure(error)))
+            self._close()
         self._regulate()
+
+    def _open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
 
     def _take_frame(self) -> bool:
         if self._have < wire.HEADER.size:
@@ -183,23 +218,49 @@ class Session(asyncio.BufferedProtocol):
         except KVCacheError as refused:
             answer = self._failure(refused)
         if isinstance(answer, wire.Message):
-            self._write(wire.encode(call, answer))
-        else:
-            self._busy = asyncio.get_running_loop().create_task(self._finish(call, answer))
+            self._write(self._frame(call, answer))
+            return
+        self._streaming = isinstance(answer, Outgoing | Following)
+        task = asyncio.get_running_loop().create_task(self._finish(call, answer))
+        task.add_done_callback(lambda ended: self._finished(ended, answer))
+        self._busy = task
 
-    async def _finish(self, call: int, answer: Outgoing | Awaitable[Answer]) -> None:
+    async def _finish(self, call: int, answer: Outgoing | Following | Later) -> None:
         try:
-            done = answer if isinstance(answer, Outgoing) else await answer
+            done = await answer if isinstance(answer, Coroutine) else answer
         except KVCacheError as refused:
             done = self._failure(refused)
-        if isinstance(done, Outgoing):
-            await self._stream(call, done)
+        if isinstance(done, wire.Message):
+            self._write(self._frame(call, done))
         else:
-            self._write(wire.encode(call, done))
+            await self._stream(call, done)
         self._busy = None
         self._advance()
 
-    async def _stream(self, call: int, outgoing: Outgoing) -> None:
+    def _finished(self, task: asyncio.Task[None], answer: Outgoing | Following | Later) -> None:
+        if isinstance(answer, Coroutine):
+            answer.close()  # Cancelled before its first step, it would be missed as never awaited.
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # Our own code is wrong: what this connection would see next is unknown.
+            task.get_loop().call_exception_handler({"message": "a request failed", "exception": error})
+            if self._transport is not None:
+                self._transport.abort()
+
+    async def _stream(self, call: int, answer: Outgoing | Following) -> None:
+        self._streaming = True
+        if isinstance(answer, Outgoing):
+            await self._send_payload(call, answer)
+        else:
+            for message in answer.messages:
+                await self._writable.wait()
+                self._write(wire.encode(call, message))
+        for frame in self._events:
+            self._write(frame)
+        self._events.clear()
+        self._events_bytes = 0
+        self._streaming = False
+
+    async def _send_payload(self, call: int, outgoing: Outgoing) -> None:
         total = sum(len(view) for view in outgoing.payload)
         self._write(wire.encode(call, outgoing.message, total))
         for view in outgoing.payload:
@@ -207,13 +268,49 @@ class Session(asyncio.BufferedProtocol):
                 await self._writable.wait()
                 self._write(view[start : start + STEP_BYTES])
 
+    def _frame(self, call: int, message: wire.Reply) -> bytes:
+        """A reply that cannot be sent as it is becomes the refusal that says so."""
+        try:
+            return wire.encode(call, message)
+        except KVCacheError as error:
+            return wire.encode(call, self._failure(error))
+
     def _failure(self, error: KVCacheError) -> wire.Failure:
         self._responder.refused(error)
         return failure(error)
 
     def _write(self, data: bytes | memoryview) -> None:
         if self._transport is not None:
+            self._written_bytes += len(data)
             self._transport.write(data)
+
+    # --- patience -------------------------------------------------------------------------------
+
+    def _watch_stall(self, taken_before: int) -> None:
+        """Look again in ``stall_s``: a peer that takes anything is slow, one that takes nothing is gone."""
+        if self._transport is None:
+            return
+        taken = self._written_bytes - self._transport.get_write_buffer_size()
+        if taken > taken_before:
+            self._start_timer(self._stall_s, lambda: self._watch_stall(taken))
+            return
+        log.warning("a client took nothing for %.0f s; it is disconnected", self._stall_s)
+        self._transport.abort()
+
+    def _close(self) -> None:
+        """Once the peer has taken what was said, and soon in any case."""
+        if self._transport is not None:
+            self._transport.close()
+            self._start_timer(CLOSE_S, self._transport.abort)
+
+    def _start_timer(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, action)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _regulate(self) -> None:
         """Read only while there is nothing to wait for and the peer takes its replies."""
