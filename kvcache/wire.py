@@ -18,6 +18,8 @@ Hashes travel joined (16 bytes each, ``block.split_hashes``), sums joined (8 byt
 from __future__ import annotations
 
 import struct
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -361,7 +363,14 @@ class _Limit:
         return container
 
 
-def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decoded]:
+# By tag, because converting to a union costs 15 us more a message than converting to one of its members.
+_REQUESTS: dict[str, type[Request]] = {
+    str(kind.__struct_config__.tag): kind for kind in typing.get_args(Request)
+}
+_REPLIES: dict[str, type[Reply]] = {str(kind.__struct_config__.tag): kind for kind in typing.get_args(Reply)}
+
+
+def _decode(body: bytes | memoryview, kinds: Mapping[str, type[_Decoded]]) -> tuple[int, _Decoded]:
     try:
         plain = msgpack.unpackb(
             body,
@@ -377,6 +386,10 @@ def _decode(body: bytes | memoryview, kind: type[_Decoded]) -> tuple[int, _Decod
         )
         if not isinstance(plain, list) or len(plain) != 2 or type(plain[0]) is not int:
             raise BadInput("bad_message", "a body that is not [call, message]", "see kvcache/wire.py")
+        tag = plain[1].get("type") if isinstance(plain[1], dict) else None
+        kind = kinds.get(tag) if isinstance(tag, str) else None
+        if kind is None:
+            raise BadInput("bad_message", f"a message of the type {tag!r:.80}", "no such type goes this way")
         return plain[0], msgspec.convert(plain[1], kind, builtin_types=(bytes,))
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         # msgspec.ValidationError and msgpack's size errors are ValueErrors.
@@ -391,9 +404,9 @@ def _printable(error: Exception) -> str:
 
 def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
     """RAISES BadInput for anything that is not a request."""
-    return _decode(body, Request)  # type: ignore[arg-type]  # mypy has no type form for unions
+    return _decode(body, _REQUESTS)
 
 
 def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
     """RAISES BadInput for anything that is not a reply."""
-    return _decode(body, Reply)  # type: ignore[arg-type]  # mypy has no type form for unions
+    return _decode(body, _REPLIES)
