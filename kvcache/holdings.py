@@ -163,8 +163,8 @@ class Holdings:
         self.tree.hold(fresh)
 
     def unpin(self, blocks: Sequence[int]) -> int:
-        """How many were pinned."""
-        pinned = [block for block in blocks if self.holding[block].pinned]
+        """How many were pinned. One that is named twice is unpinned once."""
+        pinned = [block for block in dict.fromkeys(blocks) if self.holding[block].pinned]
         for block in pinned:
             self.holding[block].pinned = False
         self.tree.unhold(pinned)
