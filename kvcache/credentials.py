@@ -11,8 +11,9 @@ The file is TOML, readable by its owner alone:
 
 The tenant comes from the credential, never from a message: its key is derived from the master key, and
 names every block, so that tenants cannot meet even by guessing. Without a file there is one tenant,
-``default``, for the user that runs the node and for loopback; its key is derived from a master key that
-everybody can read below, which is right because there is nobody to keep apart.
+``default``, for the user that runs the node and, but for an operator's work, for loopback; its key is
+derived from a master key that everybody can read below, which is right because there is nobody to keep
+apart.
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ class Credentials:
 
     @classmethod
     def default(cls) -> Credentials:
-        """No file: the user that runs the node, and loopback, may do everything as one tenant."""
+        """No file: the user that runs the node may do everything, and loopback all but an operator's work,
+        as one tenant: whoever comes over TCP without a token may be any user of this host."""
         everything = Credential(DEFAULT_TENANT, frozenset(ROLES))
-        return cls({}, {os.getuid(): everything}, everything, _DEFAULT_MASTER_KEY)
+        anybody = Credential(DEFAULT_TENANT, everything.roles - {"operator"})
+        return cls({}, {os.getuid(): everything}, anybody, _DEFAULT_MASTER_KEY)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Credentials:
