@@ -51,6 +51,9 @@ class HttpChild:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        await self._end()
+
+    async def _end(self) -> None:
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
             return
@@ -59,26 +62,32 @@ class HttpChild:
         try:
             await asyncio.wait_for(process.wait(), STOP_S)
         except TimeoutError:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
 
     async def _launch(self) -> str:
+        """RAISES BadInput when it does not serve; then no process of it is left."""
         command = [sys.executable, "-m", "kvcache.server.http", "--node", self._node_address]
         command += ["--bind", self._bind]
         if self._config.credentials:
             command += ["--credentials", self._config.credentials]
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "KVCACHE_TOKEN": self._token},
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env={**os.environ, "KVCACHE_TOKEN": self._token},
+            )
+        except OSError as error:
+            raise BadInput("unavailable", "the HTTP process cannot be started", str(error)) from error
         assert self._process.stdout is not None
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), START_S)
         except TimeoutError:
             line = b""
         if not line.startswith(b"http"):
+            await self._end()
             raise BadInput(
                 "address_in_use",
                 f"HTTP does not start on {self._bind}",
@@ -90,10 +99,10 @@ class HttpChild:
     async def _watch(self) -> None:
         pause_s = PAUSE_S_MIN
         while True:
-            assert self._process is not None
-            status = await self._process.wait()
+            if self._process is not None:  # None: the last try to start it failed.
+                status = await self._process.wait()
+                log.error("the HTTP process ended with status %s; it is restarted in %.1f s", status, pause_s)
             self.restarts += 1
-            log.error("the HTTP process ended with status %s; it is restarted in %.1f s", status, pause_s)
             await asyncio.sleep(pause_s)
             try:
                 await self._launch()
