@@ -230,9 +230,9 @@ class Ledger:
             heappush(self._quarantine, entry)
         return ended
 
-    def disconnect(self, owner: Owner, writes_ended: bool) -> None:
+    def disconnect(self, owner: Owner, writes_ended: bool) -> bool:
         """The owner is gone. Its leases are released; its reservations are aborted if no copy of its can
-        be in flight, else their slots are kept aside until ``writes_ended(owner)``."""
+        be in flight, else their slots are kept aside until ``writes_ended(owner)``. Are any kept?"""
         self._leases.disconnect(owner)
         theirs = [opened for opened in self._open.values() if opened.owner == owner]
         for opened in theirs:
@@ -241,6 +241,7 @@ class Ledger:
             self._limbo.setdefault(owner, []).extend(opened.blocks)
         if writes_ended:
             self.writes_ended(owner)
+        return owner in self._limbo
 
     def writes_ended(self, owner: Owner) -> None:
         """No copy of the owner, which is gone, is in flight any more."""

@@ -80,11 +80,17 @@ async def _run(config: NodeConfig, as_json: bool) -> None:
     loop.set_exception_handler(_end_at_a_bug)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    stopped = loop.create_task(stop.wait())
+    started = loop.create_task(node.start())
     try:
-        await node.start()
-        _say_ready(node.address, node.tcp_address, node.http_address, config, as_json)
-        await stop.wait()
+        await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            await started
+            _say_ready(node.address, node.tcp_address, node.http_address, config, as_json)
+            await stopped
     finally:
+        started.cancel()
+        await asyncio.gather(started, return_exceptions=True)
         await node.close()
 
 

@@ -24,7 +24,7 @@ from kvcache.policy import RequestContext
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space
-from kvcache.wire import EventBatch
+from kvcache.wire import TEXT_CHARS_MAX, EventBatch
 
 HELD_STATS = (
     "leases",
@@ -37,6 +37,7 @@ HELD_STATS = (
 HELD_STATS_OF_A_TIER = ("blocks", "block_bytes", "orphans")
 AHEAD_BLOCKS_MAX = 64
 VERDICT_MATCHES = "stored blocks of this namespace are found and used"
+VERDICT_CHARS_MAX = TEXT_CHARS_MAX // 4  # Four bytes a character at most, and the limit counts bytes.
 VERDICT_FIRST = "nothing is stored for this model yet"
 
 
@@ -114,8 +115,8 @@ class Core:
         """The memory of one trust domain, made at its first use."""
         arena = self._arenas.get((uid, tenant))
         if arena is None:
-            arena = self._space.add_arena()
-            made = self.host.add_arena(f"{uid}-{tenant}")
+            arena = self.host.add_arena(f"{uid}-{tenant}")  # May be refused: then nothing has changed.
+            made = self._space.add_arena()
             assert made == arena
             self._arenas[uid, tenant] = arena
         return arena
@@ -159,7 +160,7 @@ class Core:
         if not near:
             return VERDICT_FIRST
         nearest: list[str] = min(near, key=len)
-        return "stored blocks of this model do not fit: " + "; ".join(nearest)
+        return ("stored blocks of this model do not fit: " + "; ".join(nearest))[:VERDICT_CHARS_MAX]
 
     # --- changes --------------------------------------------------------------------------------
 

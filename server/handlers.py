@@ -37,6 +37,8 @@ class Connection:
         self._push = push
         self._written: dict[int, set[int]] = {}  # by reservation, while it is open
         self._watching = False
+        self.kept_aside = False
+        """Ended with reserved slots into which copies may still be in flight."""
 
     def answer(self, call: int, request: wire.Request) -> Answer | Later:
         """RAISES KVCacheError when the request is refused; then nothing has changed."""
@@ -81,7 +83,7 @@ class Connection:
         """The connection is gone: give back what it held. Unmapped, the node wrote, and has stopped."""
         self._core.counters["connections_closed"] += 1
         self._core.unwatch(self._identity.owner)
-        self._core.ledger.disconnect(self._identity.owner, not self._identity.mapped)
+        self.kept_aside = self._core.ledger.disconnect(self._identity.owner, not self._identity.mapped)
         self._core.settle()
 
     # --- reading --------------------------------------------------------------------------------

@@ -4,15 +4,14 @@
 
 One process, one event loop: the data plane. HTTP, the dashboard and the index run in a child process
 (``kvcache.server.http``) that is a client like any other, so that neither's interpreter lock stalls the
-other. A connection that mapped the slab is tied to its process by a pidfd: slots it had reserved when the
-connection ended are used again once the process is dead or says itself that its copies have ended.
+other. A connection that mapped the slab is tied to its process (``writers``): slots it had reserved when it
+ended are used again once the process is dead or says itself that its copies have ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from kvcache import wire
 from kvcache.address import default_address
-from kvcache.clock import Clock, SystemClock
+from kvcache.clock import NS_PER_S, Clock, SystemClock
 from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput, KVCacheError
@@ -34,16 +33,19 @@ from kvcache.ledger import Ledger
 from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
-from kvcache.server.identity import Identity, Peer, credential_for, peer_of
+from kvcache.server.identity import Identity, credential_for, peer_of
+from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
 from kvcache.server.session import Session, failure
+from kvcache.server.writers import Writers
 from kvcache.tiers.host import HostTier, huge_pages_free_bytes, memory_available_bytes
 from kvcache.tiers.space import Space
 
 log = logging.getLogger("kvcache.server")
 
 EXPIRE_PERIOD_S = 0.25
-BACKLOG = 128
-ARENA_OF_THE_WIRE = -1
+NO_ARENA = -1
+ROLES_OF_A_MAP = frozenset({"reader", "writer"})
+ACCEPT_PAUSE_S = 0.1
 
 
 class Node:
@@ -62,7 +64,8 @@ class Node:
         self._http = parse_bind(config.http, "http")
         _refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
         _refuse_unsafe_bind(self._http, self.credentials, "http")
-        self.core = _build_core(config, clock or SystemClock(), self.name, self.incarnation)
+        self._clock = clock or SystemClock()
+        self.core = _build_core(config, self._clock, self.name, self.incarnation)
         self.tcp_address = ""
         self.http_address = ""
         self._inside_token = secrets.token_hex(32)
@@ -70,8 +73,8 @@ class Node:
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sessions: dict[int, asyncio.Transport] = {}
-        self._processes: dict[int, int] = {}  # owner -> pidfd, for mapped connections
-        self._gone: dict[int, Peer] = {}  # owners whose connection ended with the map still possible
+        self._greeting: set[socket.socket] = set()  # accepted, and not said who they are yet
+        self._writers = Writers(self._writes_ended)
         self._lock_descriptor = -1
         self._child: HttpChild | None = None
 
@@ -81,20 +84,23 @@ class Node:
 
     async def start(self) -> None:
         """Bind, populate, serve. RAISES BadInput when another node serves here or memory runs out."""
-        self._lock()
+        self._lock_descriptor = lock(Path(self.socket_path))
         home = self.core.arena(os.getuid(), self.credentials.default_tenant(os.getuid()))
         if self.config.populate:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, self.core.host.populate, home)
-        self._listen_unix()
-        if self._tcp is not None:
-            self._listen_tcp(*self._tcp)
+            await self._populate(home)
+        self._listen()
         for listener in self._sockets:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()
+
+    async def _populate(self, arena: int) -> None:
+        log.info("taking %s of memory for blocks now; no client can connect meanwhile", self.config.capacity)
+        start_ns = self._clock.now_ns()
+        await asyncio.get_running_loop().run_in_executor(None, self.core.host.populate, arena)
+        log.info("took it in %.1f s", (self._clock.now_ns() - start_ns) / NS_PER_S)
 
     async def close(self) -> None:
         """End every connection and give everything back. May be called twice."""
@@ -106,11 +112,11 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
-        for listener in self._sockets:
-            listener.close()
+        for each in [*self._sockets, *self._greeting]:
+            each.close()
         self._sockets.clear()
-        for owner in list(self._processes):
-            self._unwatch_process(owner)
+        self._greeting.clear()
+        self._writers.close()
         if self._lock_descriptor >= 0:
             Path(self.socket_path).unlink(missing_ok=True)
             os.close(self._lock_descriptor)
@@ -119,86 +125,58 @@ class Node:
 
     # --- listening ------------------------------------------------------------------------------
 
-    def _lock(self) -> None:
-        """One node a socket: a lock file beside it, held while the process lives."""
-        path = Path(self.socket_path)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise BadInput(
-                "address_in_use",
-                f"another node serves {self.address}",
-                "one socket belongs to one node",
-                "stop that node, or give this one another --socket",
-            ) from error
-        self._lock_descriptor = descriptor
-        path.unlink(missing_ok=True)  # Left by a node that was killed: the lock says it is dead.
-
-    def _listen_unix(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        before = os.umask(0o117 if self.credentials.lists_other_users(os.getuid()) else 0o177)
-        try:
-            listener.bind(self.socket_path)
-        except OSError as error:
-            raise BadInput(
-                "address_in_use", f"{self.address} cannot be bound", str(error), "give another --socket"
-            ) from error
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-        self._sockets.append(listener)
-
-    def _listen_tcp(self, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            listener.close()
-            raise BadInput(
-                "address_in_use", f"tcp://{host}:{port} cannot be bound", str(error), "give another --tcp"
-            ) from error
-        listener.listen(BACKLOG)
-        self._sockets.append(listener)
-        self.tcp_address = f"tcp://{host}:{listener.getsockname()[1]}"
+    def _listen(self) -> None:
+        mode = 0o660 if self.credentials.lists_other_users(os.getuid()) else 0o600
+        self._sockets.append(listen_unix(Path(self.socket_path), mode))
+        if self._tcp is not None:
+            listener = listen_tcp(*self._tcp)
+            self._sockets.append(listener)
+            self.tcp_address = f"tcp://{self._tcp[0]}:{listener.getsockname()[1]}"
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
-            if len(self._sessions) >= self.config.connections_max:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                # No descriptor is free, or the client is gone already: the next may have more luck.
+                log.error("a connection cannot be accepted: %s", error)
+                self.core.counters["refusals:unavailable"] += 1
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            if len(self._sessions) + len(self._greeting) >= self.config.connections_max:
                 self.core.counters["refusals:too_large"] += 1
                 connection.close()
                 continue
-            if connection.family != socket.AF_UNIX:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._greeting.add(connection)
             self._spawn(self._welcome(connection))
 
     # --- one connection -------------------------------------------------------------------------
 
     async def _welcome(self, connection: socket.socket) -> None:
         """Hello within its deadline, else the connection is closed; refusals are said and counted."""
-        call = 0
-        try:
-            async with asyncio.timeout(self.config.handshake_ms / 1000):
-                call, hello = await self._hello(connection)
-            _check_version(hello)
-            identity = self._identify(connection, hello)
-            self._answer_hello(connection, call, hello, identity)
-            await self._serve(connection, identity)
-        except KVCacheError as error:
-            self.core.counters[f"refusals:{error.code}"] += 1
-            log.warning("connection refused: %s", error)
-            with contextlib.suppress(OSError):
-                connection.send(wire.encode(call, failure(error)))
-            connection.close()
-        except (OSError, TimeoutError, EOFError):
-            self.core.counters["refusals:bad_frame"] += 1
-            connection.close()
+        owner, call = next(self._owners), 0
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
+            undo.callback(self._writers.forget, owner)
+            try:
+                tune(connection)
+                async with asyncio.timeout(self.config.handshake_ms / 1000):
+                    call, hello = await self._hello(connection)
+                _check_version(hello)
+                identity = self._identify(connection, hello, owner)
+                self._answer_hello(connection, call, hello, identity)
+                await self._serve(connection, identity)
+                undo.pop_all()
+            except KVCacheError as error:
+                self.core.counters[f"refusals:{error.code}"] += 1
+                log.warning("connection refused: %s", error)
+                with contextlib.suppress(OSError):
+                    connection.send(wire.encode(call, failure(error)))
+            except (OSError, TimeoutError, EOFError):
+                self.core.counters["refusals:bad_frame"] += 1
+            finally:
+                self._greeting.discard(connection)
 
     async def _hello(self, connection: socket.socket) -> tuple[int, wire.Hello]:
         header = wire.decode_header(await _receive_exactly(connection, wire.HEADER.size))
@@ -209,21 +187,21 @@ class Node:
             raise BadInput("bad_message", "a request before Hello", "a connection starts with Hello")
         return call, hello
 
-    def _identify(self, connection: socket.socket, hello: wire.Hello) -> Identity:
+    def _identify(self, connection: socket.socket, hello: wire.Hello, owner: int) -> Identity:
         peer = peer_of(connection)
         loopback = connection.family != socket.AF_UNIX and is_loopback(connection.getpeername()[0])
         credential, inside = credential_for(
             self.credentials, hello.token, peer, loopback=loopback, inside_token=self._inside_token
         )
-        owner = next(self._owners)
-        mapped = hello.map and not inside and self._watch_process(owner, peer)
-        uid = peer.uid if mapped else ARENA_OF_THE_WIRE
-        arena = -1
-        if not inside:
+        if hello.writes_ended:
+            self._writers.stopped(peer, hello.client)
+        # Who maps the slab can read and write all of it.
+        may_map = hello.map and credential.roles >= ROLES_OF_A_MAP
+        mapped = may_map and self._writers.watch(owner, peer, hello.client)
+        arena = NO_ARENA
+        if "writer" in credential.roles:
             # Bytes that come over the wire are written by the node: they share the node's own arena.
-            arena = self.core.arena(os.getuid() if uid == ARENA_OF_THE_WIRE else uid, credential.tenant)
-        if hello.writes_ended and peer.pid:
-            self._writes_ended(peer)
+            arena = self.core.arena(peer.uid if mapped else os.getuid(), credential.tenant)
         return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside)
 
     def _answer_hello(
@@ -247,54 +225,18 @@ class Node:
     async def _serve(self, connection: socket.socket, identity: Identity) -> None:
         owner = identity.owner
         handlers = Connection(self.core, identity, lambda batch, call: session.push(batch, call))
-        session = Session(handlers, lambda: self._ended(identity))
+        session = Session(handlers, lambda: self._ended(identity, handlers.kept_aside))
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_accepted_socket(lambda: session, connection)
+        self.core.counters["connections_opened"] += 1
         if not transport.is_closing():
             self._sessions[owner] = transport
-            self.core.counters["connections_opened"] += 1
 
-    def _ended(self, identity: Identity) -> None:
+    def _ended(self, identity: Identity, kept_aside: bool) -> None:
         self._sessions.pop(identity.owner, None)
-        if identity.mapped:
-            self._gone[identity.owner] = identity.peer
-            if identity.owner not in self._processes:
-                self._forget_writer(identity.owner)
+        self._writers.leave(identity.owner, kept_aside)
 
-    # --- writers that may still be copying ------------------------------------------------------
-
-    def _watch_process(self, owner: int, peer: Peer) -> bool:
-        """Whether the end of the peer's process can be seen; without that its map is not given out."""
-        if peer.pid <= 0:
-            return False
-        try:
-            descriptor = os.pidfd_open(peer.pid)
-        except OSError:
-            return False
-        self._processes[owner] = descriptor
-        asyncio.get_running_loop().add_reader(descriptor, self._process_died, owner)
-        return True
-
-    def _process_died(self, owner: int) -> None:
-        self._unwatch_process(owner)
-        if owner in self._gone:
-            self._forget_writer(owner)
-
-    def _unwatch_process(self, owner: int) -> None:
-        descriptor = self._processes.pop(owner, None)
-        if descriptor is not None:
-            asyncio.get_running_loop().remove_reader(descriptor)
-            os.close(descriptor)
-
-    def _writes_ended(self, peer: Peer) -> None:
-        """The process says that no copy of its is in flight from connections that have ended."""
-        for owner, other in list(self._gone.items()):
-            if other == peer:
-                self._unwatch_process(owner)
-                self._forget_writer(owner)
-
-    def _forget_writer(self, owner: int) -> None:
-        self._gone.pop(owner, None)
+    def _writes_ended(self, owner: int) -> None:
         self.core.ledger.writes_ended(owner)
         self.core.settle()
 

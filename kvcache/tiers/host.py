@@ -66,20 +66,23 @@ class HostTier:
         step = HUGE_PAGE_BYTES if huge_pages else mmap.PAGESIZE
         self.capacity_bytes = -(-capacity_bytes // step) * step
         self._arenas: list[Arena] = []
+        self._closed = False
 
     def add_arena(self, name: str) -> int:
         """A new, empty arena. The number is the one ``Space.add_arena`` gave for it.
 
         RAISES BadInput when the system refuses the memory."""
         flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.huge_pages else 0)
-        descriptor = os.memfd_create(f"kvcache-{name}"[:200], flags)
+        descriptor = -1
         try:
+            descriptor = os.memfd_create(f"kvcache-{name}"[:200], flags)
             os.fchmod(descriptor, 0o600)
             os.ftruncate(descriptor, self.capacity_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             memory = mmap.mmap(descriptor, self.capacity_bytes)
         except OSError as error:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise BadInput(
                 "bad_config",
                 f"no {self.capacity_bytes} bytes of memory for the host tier",
@@ -122,10 +125,13 @@ class HostTier:
 
     def populate(self, arena: int) -> None:
         """Make all of the arena resident now, not at first touch. May take seconds. REQUIRES: it is the
-        only arena yet. RAISES BadInput when there is not that much memory."""
+        only arena yet. Ends early when the tier is closed meanwhile. RAISES BadInput when there is not
+        that much memory."""
         here, length = self._arenas[arena], self.capacity_bytes
         here.idle.update(set(range(self._unit_count)) - here.granted)
         for start in range(0, length, _POPULATE_STEP_BYTES):
+            if self._closed:
+                return
             step = min(_POPULATE_STEP_BYTES, length - start)
             if _libc.madvise(here.address + start, step, _MADV_POPULATE_WRITE) != 0:
                 number = ctypes.get_errno()
@@ -140,6 +146,7 @@ class HostTier:
 
     def close(self) -> None:
         """Forget the memory. Engines that still map it keep it until they unmap. May be called twice."""
+        self._closed = True
         for arena in self._arenas:
             os.close(arena.descriptor)
         self._arenas.clear()

@@ -1,0 +1,107 @@
+"""The sockets a node listens on, and the lock that says whose they are. What the system refuses becomes
+BadInput here, with what the operator can do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvcache.errors import BadInput
+
+BACKLOG = 128
+# A host that vanished is noticed after about a minute: its reservations wait for nothing else.
+KEEPALIVE_IDLE_S = 30
+KEEPALIVE_PERIOD_S = 10
+KEEPALIVE_PROBES = 3
+
+
+def lock(path: Path) -> int:
+    """The descriptor of a lock file beside the socket; the lock lasts while it is open. The file stays.
+
+    RAISES BadInput when another node has it, or when what bears the socket's name is no socket."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with _binding(f"unix://{path}", "--socket"), contextlib.ExitStack() as undo:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(f"{path}.lock", flags, 0o600)
+        undo.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(
+                "address_in_use",
+                f"another node serves unix://{path}",
+                "one socket belongs to one node",
+                "stop that node, or give this one another --socket",
+            ) from error
+        _remove_left(path)
+        undo.pop_all()
+    return descriptor
+
+
+def listen_unix(path: Path, mode: int) -> socket.socket:
+    """REQUIRES: the lock. ``mode`` is who may connect."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with _binding(f"unix://{path}", "--socket", listener):
+        # The file is made with the socket's own mode. (The umask is the whole process's, threads and all.)
+        os.fchmod(listener.fileno(), mode)
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(BACKLOG)
+    return listener
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with _binding(f"tcp://{host}:{port}", "--tcp", listener):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    return listener
+
+
+def tune(connection: socket.socket) -> None:
+    """Small frames leave at once, and the end of a host that vanished is noticed."""
+    if connection.family == socket.AF_UNIX:
+        return
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PERIOD_S),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+    ):
+        connection.setsockopt(level, option, value)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the socket of a node that was killed: the lock says that it is dead."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BadInput(
+            "bad_config",
+            f"{path} is there and is no socket",
+            "the node's socket would take its place, and it is not the node's to remove",
+            "give another --socket, or move it away",
+        )
+    path.unlink()
+
+
+@contextlib.contextmanager
+def _binding(address: str, setting: str, listener: socket.socket | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise BadInput(
+            "address_in_use", f"{address} cannot be bound", str(error), f"give another {setting}"
+        ) from error
