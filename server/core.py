@@ -75,6 +75,7 @@ class Core:
         self._space = space
         self._publisher = publisher
         self._telling = False
+        self._newest_lease = 0
         self._namespaces: dict[NamespaceId, Opened] = {}
         self._arenas: dict[tuple[int, str], int] = {}
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
@@ -161,6 +162,16 @@ class Core:
             return VERDICT_FIRST
         nearest: list[str] = min(near, key=len)
         return ("stored blocks of this model do not fit: " + "; ".join(nearest))[:VERDICT_CHARS_MAX]
+
+    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> None:
+        """Count a look-up once, however many share its lease: scheduler and workers of one request do."""
+        if 0 < lease_id <= self._newest_lease:
+            return
+        self.counters["lookup_tokens"] += asked * block_tokens
+        self.counters["hit_tokens"] += held * block_tokens
+        if lease_id:
+            self._newest_lease = lease_id
+            self.counters["leases_taken"] += 1
 
     # --- changes --------------------------------------------------------------------------------
 

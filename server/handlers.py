@@ -131,10 +131,7 @@ class Connection:
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        core.counters["lookup_tokens"] += len(keys) * opened.spec.block_tokens
-        core.counters["hit_tokens"] += len(lease.keys) * opened.spec.block_tokens
-        if lease.lease_id:
-            core.counters["leases_taken"] += 1
+        core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),

@@ -141,6 +141,18 @@ class TestBytesOverTheSocket:
             refused("bad_reservation", other, wire.Commit(reserved.reservation, sums_of(HASHES[1])))
             refused("bad_reservation", other, wire.Abort(reserved.reservation))
 
+    def test_a_shared_lease_is_counted_once(self, node: EmbeddedNode, wired: BlockingChannel) -> None:
+        namespace = opened(wired)
+        save(wired, namespace, HASHES[:2])
+        with connected(node.node.address) as worker:
+            first = lease(wired, namespace, HASHES[:3], "request 1")
+            assert lease(worker, opened(worker), HASHES[:3], "request 1").lease == first.lease
+            assert lease(worker, opened(worker), HASHES[:3], "request 2").lease != first.lease
+            numbers = stats(worker)
+        assert numbers["leases_taken"] == 2
+        assert numbers["lookup_tokens"] == 2 * 3 * SPEC.block_tokens
+        assert numbers["hit_tokens"] == 2 * 2 * SPEC.block_tokens
+
     def test_a_read_outside_the_lease(self, wired: BlockingChannel) -> None:
         namespace = opened(wired)
         save(wired, namespace, HASHES[:2])
