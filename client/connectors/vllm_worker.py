@@ -67,6 +67,7 @@ class WorkerSide:
         self._loads: deque[LoadJob] = deque()
         self._saves: deque[_QueuedSave] = deque()
         self._saving = ""
+        self._taken: frozenset[str] = frozenset()  # Requests whose pages the engine waits for.
         self._unsaved: Counter[str] = Counter()  # Saves of a request that have not ended.
         self._gap: dict[str, int] = {}  # The first block of a request that could not be saved.
         self._freeing: set[str] = set()
@@ -115,7 +116,9 @@ class WorkerSide:
                 else:
                     kept.append(queued)
             self._saves = kept
+            self._taken = lost  # Of a save in the middle no further batch is begun.
             self._changed.wait_for(lambda: self._saving not in lost)
+            self._taken = frozenset()
 
     def take_received(self) -> tuple[set[str], set[int]]:
         """(requests whose load has ended, pages that could not be filled), since the last call."""
@@ -218,6 +221,8 @@ class WorkerSide:
             self._tally.add("errors", reason="save")
         job, done = queued.job, queued.done + held
         with self._changed:
+            if not reason and done < len(job.block_ids) and job.request in self._taken:
+                reason = "preempted"
             if reason:
                 self._end_save(job, len(job.block_ids) - done, job.start + done, reason)
             elif done == len(job.block_ids):

@@ -198,6 +198,25 @@ def test_pages_taken_from_a_request_are_not_read_any_more(rig: Rig) -> None:
     assert rig.side.take_saved() == {"a": 2, "b": 1}
 
 
+def test_pages_taken_in_the_middle_of_a_large_save_are_not_read_any_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_worker, "BATCH_BYTES", SPEC.block_bytes)
+    rig.store.open_gate.clear()
+    rig.save(rig.saving("a", 0, [0, 1, 2]))
+    assert rig.store.entered.wait(WAIT_S)
+    taker = Thread(target=rig.side.release_pages, args=(["a"],))
+    taker.start()
+    while not rig.side._taken:
+        pass  # Until it waits for the first batch.
+    rig.store.open_gate.set()
+    taker.join(WAIT_S)
+    rig.settle()
+    assert rig.store.saves == [(b"", 1)], "what the engine writes there next is another block"
+    assert rig.tally.take()["unsaved_blocks:preempted"] == 2
+    assert rig.side.take_saved() == {"a": 1}
+
+
 def test_a_save_that_waited_too_long_is_left_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_worker, "SAVE_AGE_NS", -1)
     rig.save(rig.saving("a", 0, [0]))
