@@ -69,8 +69,11 @@ def describe(
 
 
 @lru_cache(maxsize=256)
-def adapter_digest(path: str) -> bytes:
-    """What names a LoRA adapter: the content of its files. b"" when they cannot be read."""
+def adapter_digest(path: str, loaded_as: int) -> bytes:
+    """What names a LoRA adapter: the content of its files. b"" when they cannot be read.
+
+    ``loaded_as`` is the engine's number for it, another after each time it is loaded: files that were
+    replaced and loaded anew are read anew, and those of an adapter in use once."""
     try:
         return weights.digest(path).encode()
     except (KVCacheError, OSError):

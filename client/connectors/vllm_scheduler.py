@@ -70,7 +70,7 @@ class SchedulerSide:
     """Called by the engine's scheduler only, from one thread.
 
     ``engine`` tells this engine's requests from another's. ``adapter_digest`` names a LoRA adapter by
-    content; it returns b"" when it cannot.
+    content, given its path and the engine's number for it; it returns b"" when it cannot.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class SchedulerSide:
         loads: bool,
         saves: bool,
         save_generated: bool,
-        adapter_digest: Callable[[str], bytes],
+        adapter_digest: Callable[[str, int], bytes],
         clock: Clock,
         tally: Tally,
     ) -> None:
@@ -347,7 +347,7 @@ class SchedulerSide:
             return b"", ""
         if adapter.load_inplace:
             return b"", "adapter_in_place"
-        digest = self._adapter_digest(adapter.lora_path)
+        digest = self._adapter_digest(adapter.lora_path, adapter.lora_int_id)
         return digest, "" if digest else "adapter_unknown"
 
 

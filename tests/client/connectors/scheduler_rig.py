@@ -27,7 +27,7 @@ class Rig:
             self.attachment,
             engine="engine",
             block_tokens=BLOCK_TOKENS,
-            adapter_digest=lambda path: path.encode(),
+            adapter_digest=lambda path, loaded_as: path.encode(),
             clock=self.clock,
             tally=self.tally,
             **flags,

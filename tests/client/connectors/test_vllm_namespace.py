@@ -198,8 +198,17 @@ def test_an_adapter_is_named_by_its_content(tmp_path: Path) -> None:
     for folder, content in ((one, b"a"), (two, b"b")):
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(content)
-    assert adapter_digest(str(one)) != adapter_digest(str(two))
-    assert adapter_digest(str(tmp_path / "none")) == b""
+    assert adapter_digest(str(one), 1) != adapter_digest(str(two), 2)
+    assert adapter_digest(str(tmp_path / "none"), 3) == b""
+
+
+def test_an_adapter_loaded_anew_from_the_same_path_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"a")
+    before = adapter_digest(str(tmp_path), 1)
+    file.write_bytes(b"b")
+    assert adapter_digest(str(tmp_path), 1) == before, "what the engine uses was read before"
+    assert adapter_digest(str(tmp_path), 2) != before
 
 
 class TestSettings:

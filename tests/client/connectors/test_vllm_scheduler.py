@@ -112,7 +112,7 @@ class TestLookup:
 
 
 def _adapter(path: str, in_place: bool) -> SimpleNamespace:
-    return SimpleNamespace(lora_name="n", lora_path=path, load_inplace=in_place)
+    return SimpleNamespace(lora_name="n", lora_int_id=1, lora_path=path, load_inplace=in_place)
 
 
 class TestNames:
