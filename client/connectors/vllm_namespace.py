@@ -19,7 +19,7 @@ from kvcache.errors import BadInput, KVCacheError
 from kvcache.namespace import Namespace, shape_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 LAYOUT = "LBHNC"
@@ -55,8 +55,8 @@ def describe(
         model=settings.model or model.model,
         weights=settings.weights or _weights(vllm_config),
         epoch=settings.epoch,
-        rope=_digest(model.hf_text_config.to_dict()),
-        dtype=f"{_plain(page.dtype)}, computed in {_plain(model.dtype)}",
+        rope=_digest(model.hf_text_config.to_dict(), model.max_model_len),
+        dtype=_numbers(page, model),
         scales="with the weights" if quantised else "",
         layout=f"vllm {_family(version)} {LAYOUT}",
         isa=f"cpu {isa}",
@@ -146,9 +146,19 @@ def _weights(vllm_config: VllmConfig) -> str:
     return weights.digest(model.model, model.revision or "")
 
 
-def _digest(config: dict[str, object]) -> str:
-    """Of the whole text configuration: position encoding and all else that shapes the numbers."""
-    return weights.config_digest(json.loads(json.dumps(config, default=str)))
+def _digest(config: dict[str, object], token_count_max: int) -> str:
+    """Of the whole text configuration: position encoding and all else that shapes the numbers.
+
+    With LongRoPE the engine takes the factors for long prompts, for all, when it serves any that long."""
+    text = json.dumps(config, default=str)
+    served = {"served_tokens": token_count_max} if '"longrope"' in text else {}
+    return weights.config_digest({**json.loads(text), **served})
+
+
+def _numbers(page: KVCacheSpec, model: ModelConfig) -> str:
+    """What is stored, and what it was computed in: weights quantised while loading give other numbers."""
+    quantised = f", weights as {model.quantization}" if model.quantization else ""
+    return f"{_plain(page.dtype)}, computed in {_plain(model.dtype)}{quantised}"
 
 
 def _plain(dtype: object) -> str:

@@ -68,6 +68,8 @@ def engine(model: Path) -> Any:
             dtype="torch.float32",
             is_encoder_decoder=False,
             hf_text_config=text,
+            quantization=None,
+            max_model_len=4_096,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False),
         load_config=SimpleNamespace(load_format="auto"),
@@ -167,6 +169,7 @@ def test_the_shape_is_one_plane_a_layer(model: Path) -> None:
     ("change", "field"),
     [
         (lambda c: setattr(c.model_config, "dtype", "torch.bfloat16"), "dtype"),
+        (lambda c: setattr(c.model_config, "quantization", "fp8"), "dtype"),
         (lambda c: setattr(c.cache_config, "cache_dtype", "fp8_e4m3"), "scales"),
         (lambda c: setattr(c.parallel_config, "tensor_parallel_size", 4), "tp_size"),
         (
@@ -181,6 +184,16 @@ def test_what_changes_the_bytes_changes_the_name(
     config, other = engine(model), copy.deepcopy(engine(model))
     change(other)
     assert [text.split(":")[0] for text in names(config)[0].differences(names(other)[0])] == [field]
+
+
+def test_where_position_encoding_follows_the_longest_prompt_its_length_changes_the_name(model: Path) -> None:
+    config, longer = engine(model), engine(model)
+    longer.model_config.max_model_len = 131_072
+    assert names(config) == names(longer)
+    for each in (config, longer):
+        rope = {"rope_type": "longrope", "original_max_position_embeddings": 4_096}
+        each.model_config.hf_text_config.to_dict = lambda rope=rope: {"rope_parameters": rope}
+    assert names(config)[0].differences(names(longer)[0])[0].startswith("rope")
 
 
 def test_weights_packing_and_release_change_the_name(model: Path) -> None:
