@@ -215,11 +215,27 @@ class PrefixCache:
             isinstance(value, torch.Tensor) for key, value in arguments.items() if key != "attention_mask"
         ):
             return "other_inputs"
-        if arguments.get("num_beams", 1) != 1 or arguments.get("num_return_sequences", 1) != 1:
+        if any((self._setting(name, arguments) or 1) != 1 for name in ("num_beams", "num_return_sequences")):
             return "several_outputs"
-        if "past_key_values" in arguments or arguments.get("use_cache") is False:
+        if "past_key_values" in arguments or self._setting("use_cache", arguments) is False:
             return "own_cache"
+        if self._setting("cache_implementation", arguments) is not None:
+            return "own_cache"
+        if mask is None and self._masked(input_ids, arguments):
+            return "padding"
         return "training" if self._model.training else ""
+
+    def _setting(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """What ``model.generate`` will go by: named in the call, in its configuration, or in the model's."""
+        places = (arguments.get("generation_config"), self._model.generation_config)
+        found = (arguments.get(name), *(getattr(place, name, None) for place in places))
+        return next((value for value in found if value is not None), None)
+
+    def _masked(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> bool:
+        """Without a mask ``model.generate`` makes one, and hides padding tokens that cannot end a text."""
+        padding, end = (self._setting(name, arguments) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, Sequence) else [end]
+        return padding is not None and padding not in ends and bool((input_ids == padding).any())
 
     def _fault(self, what: str) -> None:
         _log.exception("kvcache: %s failed; the model computes", what)
@@ -257,9 +273,20 @@ def _shape_of(model: PreTrainedModel, block_tokens: int) -> _Shape:
     for index, layer in enumerate(_layers(model)):
         if type(layer) is not DynamicLayer:
             raise _unsupported(f"layer {index} keeps a {type(layer).__name__}; only full attention is served")
+    if kinds := _length_dependent(text.to_dict()):
+        raise _unsupported(f"its position encoding ({kinds[0]}) follows the length of the whole prompt")
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return _Shape(text.num_hidden_layers, heads, block_tokens, dim)
+
+
+def _length_dependent(config: object) -> list[str]:
+    """The kinds of position encoding, at any depth, by which a longer prompt changes its first tokens' KV."""
+    if not isinstance(config, Mapping):
+        return []
+    kinds = [str(config.get(name, "")) for name in ("rope_type", "type")]
+    found = [kind for kind in kinds if "dynamic" in kind or kind == "longrope"]
+    return found + [kind for value in config.values() for kind in _length_dependent(value)]
 
 
 def _layers(model: PreTrainedModel) -> Iterator[object]:
