@@ -55,8 +55,7 @@ class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
-    connection it had before, so that slots reserved through those can be used again. Clients of one
-    process must therefore call themselves differently.
+    connection it had before, so that slots reserved through those can be used again.
     """
 
     version: Unsigned

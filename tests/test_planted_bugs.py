@@ -153,7 +153,7 @@ PLANTS = (
     ),
     Plant(
         "a second node takes over the socket",
-        "server/node.py",
+        "server/listening.py",
         "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "            pass\n",
         f"{NODE}::TestStarting::test_two_nodes_on_one_socket",

@@ -20,8 +20,8 @@ START_S = 30
 class EmbeddedNode:
     """The node and the loop that runs it. ``run`` does something on that loop, as the node would."""
 
-    def __init__(self, config: NodeConfig) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, config: NodeConfig, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
@@ -57,16 +57,24 @@ async def _started(config: NodeConfig) -> Node:
 
 
 Serve = Callable[..., EmbeddedNode]
+NewEventLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def new_event_loop(request: pytest.FixtureRequest) -> NewEventLoop:
+    """A node runs on either; the command takes uvloop where it is installed."""
+    made: NewEventLoop = pytest.importorskip(request.param).new_event_loop
+    return made
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
+def serve(tmp_path: Path, new_event_loop: NewEventLoop) -> Iterator[Serve]:
     """Start nodes with the given settings; each is checked and closed at the end."""
     nodes: list[EmbeddedNode] = []
 
     def start(**settings: object) -> EmbeddedNode:
         defaults = {"socket": str(tmp_path / "node.sock"), "http": "none", "capacity": "8MiB"}
-        node = EmbeddedNode(NodeConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+        node = EmbeddedNode(NodeConfig(**{**defaults, **settings}), new_event_loop())  # type: ignore[arg-type]
         nodes.append(node)
         return node
 

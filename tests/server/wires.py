@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from kvcache import wire
@@ -12,6 +12,7 @@ from kvcache.server.session import Answer, Later, Responder, Session
 
 Result = TypeVar("Result")
 HIGH_BYTES = 64 << 10
+PATIENCE_S = 20
 
 
 class MemoryTransport(asyncio.Transport):
@@ -132,3 +133,23 @@ async def idle(transport: MemoryTransport, turns: int = 100) -> None:
         await asyncio.sleep(0)
         if transport.reading or transport.closing:
             return
+
+
+async def feed(session: Session, transport: MemoryTransport, pieces: Iterable[bytes]) -> None:
+    """Let the session receive these, one read each, when it reads; what it no longer takes is dropped."""
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest and not transport.closing:
+            room = session.get_buffer(-1)
+            assert len(room), "no room to receive into"
+            count = min(len(room), len(rest))
+            room[:count] = rest[:count]
+            session.buffer_updated(count)
+            rest = rest[count:]
+            await settled(transport)
+
+
+async def settled(transport: MemoryTransport) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not transport.reading and not transport.closing:
+            await asyncio.sleep(0)
