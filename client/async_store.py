@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
@@ -24,7 +24,7 @@ from kvcache.client import operations
 from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
 from kvcache.client.local import Slab
 from kvcache.client.opening import open_namespace, reopen
-from kvcache.client.steps import Answer, Operation, Post, Step, Work
+from kvcache.client.steps import Answer, Call, Operation, Post, Step, Work
 from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
@@ -172,8 +172,11 @@ class AsyncNodeStore:
         try:
             step = next(operation)
             while True:
-                running = asyncio.ensure_future(self._perform(attached, step))
+                running = self._begin(attached, step)
                 cancelled = await _ended(running) or cancelled
+                if running.cancelled():  # Not by the caller: the loop ends all its tasks.
+                    attached.link.broken = "interrupted"
+                    operation.close()
                 failure = running.exception()
                 if isinstance(failure, KVCacheError):
                     step = operation.throw(failure)
@@ -191,9 +194,14 @@ class AsyncNodeStore:
             operation.close()
             raise
 
-    async def _perform(self, attached: _Attached, step: Step) -> Answer:
+    def _begin(self, attached: _Attached, step: Step) -> asyncio.Future[Answer]:
+        """A copy is no task: nothing that cancels tasks can part us from it while it runs."""
         if isinstance(step, Work):
-            return await asyncio.get_running_loop().run_in_executor(self._copying, step.run)
+            copying = asyncio.get_running_loop().run_in_executor(self._copying, step.run)
+            return cast("asyncio.Future[Answer]", copying)
+        return asyncio.ensure_future(self._asked(attached, step))
+
+    async def _asked(self, attached: _Attached, step: Call | Post) -> Answer:
         deadline_ns = self._options.deadline_ns(self._clock.now_ns(), step.payload_bytes)
         if isinstance(step, Post):
             with contextlib.suppress(BadInput, NotAllowed):

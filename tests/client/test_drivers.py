@@ -98,6 +98,34 @@ def test_a_cancelled_load_leaves_the_buffers_alone_afterwards(
     asyncio.run(main())
 
 
+def test_a_copy_is_waited_for_when_everything_is_cancelled(
+    node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``asyncio.run`` does at its end, to the tasks within the store too."""
+
+    async def main() -> None:
+        store = connect(node.node.address, timeout_ms=20_000)
+        handle = await store.open(EXAMPLE, SPEC)
+        prefix = prompt(handle, 3)
+        await store.save(handle, prefix, whole(content(handle, prefix)))
+        lease = await store.lease(handle, prefix)
+        held = HeldCopy()
+        monkeypatch.setattr(local, "copy_and_sum", held)
+        loading = asyncio.ensure_future(store.load(lease, whole(room(3))))
+        await asyncio.to_thread(held.begun.wait, 20)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        done, _ = await asyncio.wait([loading], timeout=0.02)
+        held.go_on.set()
+        assert not done, "the copy still runs"
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        assert held.ended.is_set()
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_a_lease_that_was_granted_to_a_cancelled_caller_is_released(node: EmbeddedNode, proxy: Proxy) -> None:
     asked, go_on = threading.Event(), threading.Event()
 
