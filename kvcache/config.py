@@ -10,6 +10,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,7 @@ def parse_size(text: str, name: str = "size") -> int:
         raise BadInput(
             "bad_config", f"{name} is {text!r}", "that is no size", "write for instance 4GiB, 512MiB or 65536"
         )
-    return int(float(match[1]) * factor)
+    return int(Fraction(match[1]) * factor)
 
 
 def parse_bind(text: str, name: str) -> tuple[str, int] | None:

@@ -37,7 +37,7 @@ from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
 from kvcache.server.session import Session, failure
 from kvcache.server.writers import Writers
-from kvcache.tiers.host import HostTier, huge_pages_free_bytes, memory_available_bytes
+from kvcache.tiers.host import HUGE_PAGE_BYTES, HostTier, huge_pages_free_bytes, memory_available_bytes
 from kvcache.tiers.space import Space
 
 log = logging.getLogger("kvcache.server")
@@ -276,13 +276,14 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
 
 
 def _use_huge_pages(config: NodeConfig) -> bool:
-    enough = huge_pages_free_bytes() >= config.capacity_bytes
+    # Memory goes from one arena to another in units, and less than a page cannot be given back.
+    enough = huge_pages_free_bytes() >= config.capacity_bytes and config.unit_bytes % HUGE_PAGE_BYTES == 0
     if config.huge_pages == "on" and not enough:
         raise BadInput(
             "bad_config",
             f"{huge_pages_free_bytes()} bytes of huge pages are free",
-            f"the capacity is {config.capacity_bytes} bytes",
-            "raise vm.nr_hugepages, or leave huge_pages at auto",
+            f"the capacity is {config.capacity_bytes} bytes, in units of {config.unit_bytes}",
+            "use whole pages as units, raise vm.nr_hugepages, or leave huge_pages at auto",
         )
     return enough and config.huge_pages != "off"
 

@@ -58,7 +58,11 @@ class NodeProcess:
         finally:
             if sink:
                 sink.close()
-        ready = self._ready_line()
+        try:
+            ready = self._ready_line()
+        except BaseException:  # An interrupt too: nobody else would end it.
+            self.close()
+            raise
         self.socket, self.tcp, self.http = ready["socket"], ready["tcp"], ready["http"]
 
     def kill(self) -> None:
@@ -105,7 +109,6 @@ class NodeProcess:
         try:
             ready: dict[str, str] = json.loads(line)
         except ValueError:
-            self.close()
             raise Unavailable("unavailable", "the node did not start", self._log_end()) from None
         return ready
 

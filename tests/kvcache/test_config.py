@@ -113,3 +113,8 @@ def test_the_extent_is_a_power_of_two_that_fits(capacity: str) -> None:
         return
     assert config.unit_bytes & (config.unit_bytes - 1) == 0
     assert config.unit_bytes <= config.capacity_bytes
+
+
+def test_a_size_is_exact_and_never_too_long_to_be_one() -> None:
+    assert parse_size("9007199254740993") == 9007199254740993
+    assert parse_size("9" * 400) == int("9" * 400)

@@ -15,8 +15,10 @@ import pytest
 from kvcache import wire
 from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
+from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
 from kvcache.server.listening import tune
+from kvcache.server.node import Node
 from kvcache.tiers.host import HostTier
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import (
@@ -270,3 +272,9 @@ class TestStarting:
         monkeypatch.setattr("kvcache.tiers.host._libc", Interrupted())
         tier.populate(arena)
         assert steps == [4096]
+
+    def test_huge_pages_need_units_of_whole_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvcache.server.node.huge_pages_free_bytes", lambda: 1 << 30)
+        with pytest.raises(BadInput, match="whole pages"):
+            Node(NodeConfig(capacity="64MiB", unit="256KiB", huge_pages="on", http="none"))
+        assert not Node(NodeConfig(capacity="64MiB", unit="256KiB", http="none")).core.host.huge_pages
