@@ -247,8 +247,8 @@ class AsyncNodeStore:
         try:
             self._attached, self._refusal = await self._attach(), None
             self._tally.add("connects")
-        except KVCacheError as error:
-            self._refusal = error
+        except (KVCacheError, OSError) as error:  # No descriptors left, too.
+            self._refusal = error if isinstance(error, KVCacheError) else away(self._options.address)
             self._outage.failed(self._clock.now_ns())
             self._tally.add("refused_connects")
         finally:

@@ -216,7 +216,12 @@ class BlockingNodeStore:
         if not self._outage.may_try(self._clock.now_ns()):
             return False
         self._connecting = True
-        threading.Thread(target=self._connect, name="kvcache-connect", daemon=True).start()
+        try:
+            threading.Thread(target=self._connect, name="kvcache-connect", daemon=True).start()
+        except RuntimeError:  # The process may have no more threads.
+            self._connecting = False
+            self._outage.failed(self._clock.now_ns())
+            return False
         return True
 
     def _connect(self) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from kvcache.channel import AsyncChannel
 from kvcache.client import connect, connect_blocking, local
 from kvcache.client.async_store import AsyncNodeStore
 from kvcache.client.blocking_store import BlockingNodeStore
+from kvcache.client.store import BlockingStore
 from kvcache.clock import SystemClock
 from kvcache.errors import BadInput, NotAllowed, Unavailable
 from kvcache.sums import copy_and_sum
@@ -302,5 +304,48 @@ def test_closing_while_calls_wait(proxy: Proxy) -> None:
         await asyncio.sleep(0.01)
         await store.close()
         assert await asyncio.gather(*calls) == [0] * 4
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_no_thread_could_make_is_tried_again(
+    node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store = connect_blocking(node.node.address, timeout_ms=20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(Unavailable):
+            store.open(EXAMPLE, SPEC)
+    eventually(lambda: _opens(store))
+    handle = store.open(EXAMPLE, SPEC)
+    prefix = prompt(handle, 2)
+    with monkeypatch.context() as patch:  # The map is warmed in a thread, or not at all.
+        patch.setattr(threading.Thread, "start", fail)
+        assert store.save(handle, prefix, whole(content(handle, prefix))) == 2
+    store.close()
+
+
+def _opens(store: BlockingStore) -> bool:
+    try:
+        store.open(EXAMPLE, SPEC)
+    except Unavailable:
+        return False
+    return True
+
+
+def test_no_descriptors_left_is_an_outage(node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise OSError("too many open files")
+
+    async def main() -> None:
+        store = AsyncNodeStore(options(node.node.address, True), SystemClock())
+        monkeypatch.setattr(AsyncChannel, "connect", fail)
+        with pytest.raises(Unavailable):
+            await store.open(EXAMPLE, SPEC)
+        assert store.counters["refused_connects"] == 1
+        await store.close()
 
     asyncio.run(main())
