@@ -11,7 +11,7 @@ import pytest
 from kvcache.client import connect_blocking
 from kvcache.errors import BadInput
 from kvcache.testing.processes import NodeProcess
-from tests.engines.engine import EngineProcess
+from tests.engines.engine import EngineProcess, start_engine
 from tests.engines.scribble import flip_byte, node_stats
 from tests.engines.tiny_model import build, build_sliding, prompt
 
@@ -59,7 +59,7 @@ def warm(expected: list[list[int]], node: NodeProcess, folder: Path) -> Iterator
 
 def start(folder: Path, address: str, name: str) -> EngineProcess:
     arguments = [str(folder / "model"), address]
-    return EngineProcess("tests.engines.transformers_process", arguments, folder / f"{name}.log")
+    return start_engine("tests.engines.transformers_process", arguments, folder / f"{name}.log")
 
 
 def run(engine: EngineProcess) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from kvcache.errors import Unavailable
 from kvcache.testing.processes import NodeProcess
-from tests.engines.engine import EngineProcess
+from tests.engines.engine import EngineProcess, start_engine
 from tests.engines.scribble import flip_byte, node_stats
 from tests.engines.tiny_model import build, build_sliding, prompt
 from tests.engines.vllm_process import BLOCK_TOKENS
@@ -53,7 +54,7 @@ def node(folder: Path) -> Iterator[NodeProcess]:
 
 def start(model: Path, address: str, log: Path, **changes: Any) -> EngineProcess:
     arguments = [str(model), json.dumps({"address": address}), json.dumps(changes)]
-    return EngineProcess("tests.engines.vllm_process", arguments, log)
+    return start_engine("tests.engines.vllm_process", arguments, log)
 
 
 class Warm:
@@ -188,5 +189,5 @@ def test_other_weights_find_nothing_and_short_memory_harms_nothing(node: NodePro
 
 
 def test_a_sliding_window_is_refused_in_one_line(folder: Path) -> None:
-    with pytest.raises(AssertionError, match=r"kvcache cannot serve this engine: .*sliding window"):
+    with pytest.raises(Unavailable, match=r"kvcache cannot serve this engine: .*sliding window"):
         start(build_sliding(folder / "sliding"), "", folder / "sliding.log")

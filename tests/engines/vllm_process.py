@@ -1,88 +1,21 @@
-"""One vLLM engine in this process, driven by JSON lines: a command a line in, an answer a line out.
+"""The demo's vLLM engine with one more command, for tests:
 
-    {"generate": {"prompts": [[1, 2, ...]], "salt": "a", "tokens": 8}}  ->  {"tokens": [[...]]}
-    {"metrics": {}}  ->  {"vllm:prompt_tokens_by_source{source=...}": 12, ...}
     {"names": {"prompt": [...]}}  ->  {"namespace": "<hex>", "hashes": ["<hex>", ...]}
-    {"reset": {}}    ->  forgets the engine's own prefix cache
 
 Started as ``python -m tests.engines.vllm_process MODEL EXTRA_CONFIG_JSON [ENGINE_ARGUMENTS_JSON]``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from typing import Any
 
-SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "OMP_NUM_THREADS": "1",
-}
-BLOCK_TOKENS = 32
-RESET_STEPS = 2_000
+from kvcache import demo_engine_worker
+from kvcache.demo_engine_worker import BLOCK_TOKENS, SETTINGS, engine_arguments, serve
+
+__all__ = ["BLOCK_TOKENS", "SETTINGS", "engine_arguments"]
 
 
-def engine_arguments(model: str, extra: dict[str, Any] | None) -> dict[str, Any]:
-    """What makes an engine ready in seconds, and its numbers repeatable."""
-    arguments: dict[str, Any] = {
-        "model": model,
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "block_size": BLOCK_TOKENS,
-        "max_model_len": 2048,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 512,
-        "kv_cache_memory_bytes": 64 << 20,
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "prefix_caching_hash_algo": "sha256_cbor",
-        "distributed_executor_backend": "uni",
-        "disable_log_stats": False,
-        "seed": 0,
-    }
-    if extra is not None:
-        arguments["kv_transfer_config"] = {
-            "kv_connector": "KVCacheConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": extra,
-        }
-    return arguments
-
-
-class Engine:
-    def __init__(self, model: str, extra: dict[str, Any] | None, **changes: object) -> None:
-        from vllm import LLM
-
-        self.llm = LLM(**{**engine_arguments(model, extra), **changes})
-
-    def generate(self, prompts: list[list[int]], salt: str = "", tokens: int = 8) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": p, **({"cache_salt": salt} if salt else {})} for p in prompts]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        return {
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "cached": [output.num_cached_tokens for output in outputs],
-            "reasons": [output.outputs[0].finish_reason for output in outputs],
-        }
-
-    def metrics(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for metric in self.llm.get_metrics():
-            kept = {k: v for k, v in metric.labels.items() if k in ("source", "reason") and v}
-            name = metric.name + (f"{{{','.join(kept.values())}}}" if kept else "")
-            if (value := getattr(metric, "value", None)) is not None:
-                values[name] = values.get(name, 0) + value
-        return values
-
+class Engine(demo_engine_worker.Engine):
     def names(self, prompt: list[int]) -> dict[str, Any]:
         """What the store calls the full blocks of ``prompt``."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -94,27 +27,6 @@ class Engine:
             "hashes": [name.hex() for name in handle.hashes(prompt)],
         }
 
-    def reset(self) -> dict[str, Any]:
-        """Pages of ended requests that are still being saved are given back by a later step: take some."""
-        steps = 0
-        while not self.llm.reset_prefix_cache() and steps < RESET_STEPS:
-            self.generate([[3, 4, 5]], tokens=1)
-            steps += 1
-        return {"done": steps < RESET_STEPS}
-
-
-def main() -> None:
-    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Whatever the engine prints is no answer.
-    model, extra = sys.argv[1], json.loads(sys.argv[2])
-    engine = Engine(model, extra, **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
-        ((name, arguments),) = json.loads(line).items()
-        print(json.dumps(getattr(engine, name)(**arguments)), file=answers, flush=True)
-    engine.llm.llm_engine.engine_core.shutdown()
-
 
 if __name__ == "__main__":
-    main()
+    serve(Engine)
