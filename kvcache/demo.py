@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from kvcache import demo_report
 from kvcache.channel import BlockingChannel
@@ -272,6 +273,18 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def _with_engines(context: click.Context, as_json: bool) -> int:
+    """``--engine``. RAISES UsageError for options of the other demo."""
+    from kvcache.demo_engine import run
+
+    given = [
+        name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if others := sorted(set(given) - {"engine", "as_json"}):
+        raise click.UsageError(f"--engine replays no trace: it takes no --{others[0]}", context)
+    return run(Teller(quiet=as_json), as_json)
+
+
 @click.command()
 @click.option("--trace", type=click.Path(path_type=Path), help="kvtrace-v1 .npz file (default: generated)")
 @click.option("--requests", type=click.IntRange(1), help="stop after so many prompts")
@@ -283,20 +296,26 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 )
 @click.option("--capacity", default=CAPACITY, show_default=True, help="host memory of the node")
 @click.option("--clients", type=click.IntRange(1, 64), default=CLIENTS, show_default=True, help="processes")
+@click.option("--engine", is_flag=True, help="two real vLLM processes instead; takes --json beside it")
 @click.option("--json", "as_json", is_flag=True, help="end with one JSON object, and print nothing else")
+@click.pass_context
 def demo(
+    context: click.Context,
     trace: Path | None,
     requests: int | None,
     seconds: float,
     seed: int,
     capacity: str,
     clients: int,
+    engine: bool,
     as_json: bool,
 ) -> None:
     """One node, several clients, a trace, a kill and a restart; every byte compared.
 
     Needs no GPU. Exit status 1 when a byte was wrong or nothing was found again."""
     signal.signal(signal.SIGTERM, _stop)
+    if engine:
+        sys.exit(_with_engines(context, as_json))
     options = Options(trace, requests or 0, seconds, seed, capacity, clients)
     with Demo(options, Teller(quiet=as_json)) as run:
         report = run.run()
