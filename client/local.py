@@ -84,12 +84,14 @@ class Slab:
             return
         with self._lock:
             descriptor, self._cold = self._cold, None
-        if descriptor is None:
-            return
-        try:
-            threading.Thread(target=self._warm, args=(descriptor,), name="kvcache-warm", daemon=True).start()
-        except RuntimeError:  # No more threads: pages are touched one by one.
-            os.close(descriptor)
+        if descriptor is not None:
+            warming = threading.Thread(
+                target=self._warm, args=(descriptor,), name="kvcache-warm", daemon=True
+            )
+            try:
+                warming.start()
+            except RuntimeError:  # No more threads: pages are touched one by one.
+                os.close(descriptor)
 
     def _warm(self, descriptor: int) -> None:
         start = hole = 0
