@@ -23,22 +23,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-import msgpack
 import msgspec
 
 from kvcache.errors import BadInput
+from kvcache.packing import BODY_BYTES_MAX as BODY_BYTES_MAX
+from kvcache.packing import PREFIX_BLOCKS_MAX as PREFIX_BLOCKS_MAX
+from kvcache.packing import TEXT_CHARS_MAX as TEXT_CHARS_MAX
+from kvcache.packing import pack, unpack
 
 PROTOCOL_VERSION = 1
 HEADER = struct.Struct("<2sBBIQ")
 MAGIC = b"KV"
-BODY_BYTES_MAX = 4 << 20
 PAYLOAD_BYTES_MAX = 1 << 30
-PREFIX_BLOCKS_MAX = 65_536
 BATCH_BLOCKS_MAX = 1_024
-TEXT_CHARS_MAX = 4_096
-# No message holds more: [call, message] and two lists; a message and one map a list entry.
-LISTS_MAX = 3
-MAPS_MAX = PREFIX_BLOCKS_MAX + 2
 
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 OrNone = Annotated[int, msgspec.Meta(ge=-1)]
@@ -305,11 +302,10 @@ def encode(call: int, message: Message, payload_bytes: int = 0) -> bytes:
     RAISES BadInput for text that is not valid Unicode, numbers over 64 bits, and what is too large.
     """
     try:
-        body = msgpack.packb([call, msgspec.to_builtins(message, builtin_types=(bytes,))], use_bin_type=True)
+        body = pack([call, msgspec.to_builtins(message, builtin_types=(bytes,))])
     except (ValueError, OverflowError) as error:
         what = f"a {type(message).__name__} that cannot be sent"
         raise BadInput("bad_message", what, _printable(error)) from error
-    assert isinstance(body, bytes)
     _check_sizes(len(body), payload_bytes)
     return HEADER.pack(MAGIC, PROTOCOL_VERSION, 0, len(body), payload_bytes) + body
 
@@ -344,25 +340,6 @@ def _check_sizes(body_bytes: int, payload_bytes: int) -> None:
 
 
 _Decoded = TypeVar("_Decoded")
-_Container = TypeVar("_Container")
-
-
-class _Limit:
-    """Counts containers while a body is decoded, so that a body of nothing but brackets ends early."""
-
-    __slots__ = ("_left", "_what")
-
-    def __init__(self, what: str, most: int) -> None:
-        self._what = what
-        self._left = most
-
-    def __call__(self, container: _Container) -> _Container:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError(f"it holds too many {self._what}")
-        return container
-
-
 # By tag, because converting to a union costs 15 us more a message than converting to one of its members.
 _REQUESTS: dict[str, type[Request]] = {
     str(kind.__struct_config__.tag): kind for kind in typing.get_args(Request)
@@ -372,18 +349,7 @@ _REPLIES: dict[str, type[Reply]] = {str(kind.__struct_config__.tag): kind for ki
 
 def _decode(body: bytes | memoryview, kinds: Mapping[str, type[_Decoded]]) -> tuple[int, _Decoded]:
     try:
-        plain = msgpack.unpackb(
-            body,
-            raw=False,
-            strict_map_key=True,
-            list_hook=_Limit("lists", LISTS_MAX),
-            object_hook=_Limit("maps", MAPS_MAX),
-            max_str_len=TEXT_CHARS_MAX,
-            max_bin_len=BODY_BYTES_MAX,
-            max_array_len=min(len(body), PREFIX_BLOCKS_MAX),
-            max_map_len=min(len(body), TEXT_CHARS_MAX),
-            max_ext_len=0,
-        )
+        plain = unpack(body)
         if not isinstance(plain, list) or len(plain) != 2 or type(plain[0]) is not int:
             raise BadInput("bad_message", "a body that is not [call, message]", "see kvcache/wire.py")
         tag = plain[1].get("type") if isinstance(plain[1], dict) else None
@@ -391,8 +357,7 @@ def _decode(body: bytes | memoryview, kinds: Mapping[str, type[_Decoded]]) -> tu
         if kind is None:
             raise BadInput("bad_message", f"a message of the type {tag!r:.80}", "no such type goes this way")
         return plain[0], msgspec.convert(plain[1], kind, builtin_types=(bytes,))
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        # msgspec.ValidationError and msgpack's size errors are ValueErrors.
+    except ValueError as error:  # msgspec.ValidationError is one.
         raise BadInput("bad_message", "a body that is no known message", _printable(error)) from error
 
 

@@ -41,7 +41,7 @@ DEMO_ENGINE = r"|kvcache/demo_engine_worker\.py"
 HEAVY: dict[str, str] = {
     "aiohttp": r"server/http\w*\.py",
     "lmdb": r"kvcache/tiers/nvme\w*\.py",
-    "msgpack": r"kvcache/wire\.py",
+    "msgpack": r"kvcache/packing\.py",
     "prometheus_client": r"kvcache/metrics\.py",
     "redis": r"kvcache/redis\.py",
     "sglang": r"client/connectors/sglang\w*\.py",
