@@ -16,8 +16,10 @@ from kvcache.policy import Param, RequestContext, TreeView
 class LeafLru:
     """The default ``EvictionPolicy``. Learns nothing, has no settings."""
 
+    _RISE = True
+
     def __init__(self, tree: TreeView, capacity_bytes: int) -> None:
-        self._order = LeafOrder(tree, rise=True)
+        self._order = LeafOrder(tree, rise=self._RISE)
         self._uses = 0
 
     @classmethod
