@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "bad_lease": "the lease is unknown, already ended, or another's",
     "bad_weights": "nothing identifies the model's weights",
     "bad_trace": "a trace file cannot be read",
+    "bad_tier": "a directory of the NVMe tier cannot be used as it is",
     "too_small": "the capacity cannot hold one block",
     "too_large": "the request is over a written limit",
     "address_in_use": "another process already serves this address",

@@ -79,6 +79,11 @@ def block_checksum(key: StorageKey, block_bytes: int, chunk_bytes: int, sums: by
     return xxhash.xxh3_128_digest(_BLOCK_TAG + key + shape + sums)
 
 
+def guard_sum(data: Buffer) -> bytes:
+    """The 8 bytes that vouch for a record of ours (a header on disk, an entry of an index): its XXH3-64."""
+    return xxhash.xxh3_64_digest(data)
+
+
 def _refusal(error: ValueError) -> BadInput:
     return BadInput(
         "bad_block",

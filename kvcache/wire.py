@@ -77,20 +77,25 @@ class Open(Message, frozen=True, tag="open"):
 
 
 class Match(Message, frozen=True, tag="match"):
-    """How many leading blocks of ``prefix`` are held? Takes no lease, changes nothing."""
+    """How many leading blocks of ``prefix`` are held? Takes no lease. What lies on NVMe starts to be read
+    into memory, unless computing it anew at ``prefill_tokens_s`` (0: unknown) is faster."""
 
     namespace: bytes
     prefix: bytes
+    prefill_tokens_s: Unsigned = 0
 
 
 class TakeLease(Message, frozen=True, tag="lease"):
-    """Hold the leading blocks of ``prefix``. With ``request``, the same lease for all who ask for it
-    under this tenant, namespace and prefix, until each has released it."""
+    """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe
+    first. With ``request``, the same lease for all who ask for it under this tenant, namespace and prefix,
+    until each has released it."""
 
     namespace: bytes
     prefix: bytes
     request: str = ""
     duration_ms: Unsigned = 30_000
+    wait_ms: Unsigned = 0
+    prefill_tokens_s: Unsigned = 0
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -144,6 +149,15 @@ class Write(Message, frozen=True, tag="write"):
     count: Unsigned
 
 
+class Persist(Message, frozen=True, tag="persist"):
+    """Write the leading blocks of ``prefix`` to NVMe, and answer (``Matched``), after ``wait_ms`` at most,
+    how many of them are durable: a crash or a power cut does not lose them."""
+
+    namespace: bytes
+    prefix: bytes
+    wait_ms: Unsigned = 10_000
+
+
 class Pin(Message, frozen=True, tag="pin"):
     """Keep these blocks until unpinned (role operator)."""
 
@@ -158,6 +172,10 @@ class Unpin(Message, frozen=True, tag="unpin"):
 
 class Stats(Message, frozen=True, tag="stats"):
     """Counters and sizes of the node, as a map of plain numbers."""
+
+
+class Scrub(Message, frozen=True, tag="scrub"):
+    """Verify every block on NVMe, starting now (role operator). ``Stats`` tells how far it is."""
 
 
 class Watch(Message, frozen=True, tag="watch"):
@@ -200,7 +218,7 @@ class Leased(Message, frozen=True, tag="leased"):
     """``lease`` is 0 when ``count`` is 0. ``offsets`` are byte offsets in the mapped slab (empty for
     connections without one), -1 for a block that lies elsewhere and must be Read. ``checksums`` joins
     16 bytes a block. ``expires_ns`` is on CLOCK_MONOTONIC of the node's host; ``remaining_ms`` is the
-    same for another host."""
+    same for another host. ``coming`` more blocks right behind are being read from NVMe: ask again."""
 
     lease: Unsigned
     count: Unsigned
@@ -209,6 +227,7 @@ class Leased(Message, frozen=True, tag="leased"):
     checksums: bytes
     expires_ns: Unsigned
     remaining_ms: Unsigned
+    coming: Unsigned = 0
 
 
 class Released(Message, frozen=True, tag="released"):
@@ -244,7 +263,10 @@ class Blocks(Message, frozen=True, tag="blocks"):
 
 
 class StatsReply(Message, frozen=True, tag="stats_reply"):
+    """``troubles`` says in plain words what of the node does not work as it should, and what to do."""
+
     values: dict[str, float]
+    troubles: list[str] = []
 
 
 class BlockEvent(Message, frozen=True, tag="block_event"):
@@ -283,7 +305,7 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 _Asking = Hello | Open | Match | TakeLease | Release | Read | Stats | Watch
-_Changing = Reserve | Commit | Abort | Write | Pin | Unpin
+_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
 Request = _Asking | _Changing
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply

@@ -65,6 +65,10 @@ class Connection:
                 return self._wrote(request)
             case wire.Pin() | wire.Unpin():
                 return self._pin(request)
+            case wire.Persist():
+                return self._persist(request)
+            case wire.Scrub():
+                return self._scrub()
             case wire.Stats():
                 identity.require("reader", "writer", "router", "operator")
                 return wire.StatsReply(core.stats())
@@ -331,6 +335,15 @@ class Connection:
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
+
+    def _persist(self, request: wire.Persist) -> Answer | Later:
+        self._identity.require("writer")
+        self._core.namespace(request.namespace, self._identity.tenant)
+        return wire.Matched(0)
+
+    def _scrub(self) -> wire.Reply:
+        self._identity.require("operator")
+        raise BadInput("bad_tier", "there is nothing to scrub", "this node has no NVMe tier", "give --nvme")
 
     def _watch(self, call: int) -> Answer:
         self._identity.require("router", "operator")
