@@ -3,7 +3,7 @@
 A write:
 
     reserve ──► open ── commit ──► its blocks are published (``holdings`` draws a block's states)
-                 │ ├── abort ────► its slots are free
+                 │ ├── abort ────► its slots are free (``shorten``: those of its last blocks)
                  │ └── disconnect, while copies may be in flight ──► limbo ── writes_ended ──► free
                  └──── disconnect, when no copy can be in flight ──► as abort
 
@@ -25,50 +25,24 @@ reserve that evicts as many 90 us; a match 0.1 us a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import count
 
 from kvcache.block import Slot, StorageKey
 from kvcache.errors import BadInput
 from kvcache.guard import PolicyGuard
 from kvcache.holdings import Change, Holdings, State
-from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner
+from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner, SharedName
+from kvcache.paths import fresh, held, parent_block
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE
+from kvcache.reservations import OpenWrite, Reservation, WriteBook
 from kvcache.room import Room
 from kvcache.tiers.space import Space
 
 __all__ = ["Change", "Lease", "Ledger", "Owner", "Reservation"]
 
 _TIMELESS = RequestContext(now_ns=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Slots to write: block ``start + i`` of the keys asked for goes into ``slots[i]``; those before
-    ``start`` are held. ``reservation_id`` is 0 when there are none.
-
-    ``reason`` says why there are not more: "held" (the next one is there already), "busy" (the next
-    one is being written by somebody), "full" (no room), "declined" (the policy does not want it), or
-    nothing (there are no more)."""
-
-    reservation_id: int
-    start: int
-    keys: tuple[StorageKey, ...]
-    slots: tuple[Slot, ...]
-    generations: tuple[int, ...]
-    block_bytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    reservation: Reservation
-    blocks: list[int]
-    owner: Owner
-    context: RequestContext
 
 
 class Ledger:
@@ -80,16 +54,20 @@ class Ledger:
         self._guard = PolicyGuard(self._tree, space.capacity_bytes, make_policy, self._holdings.committed)
         self._room = Room(self._holdings, self._guard)
         self._leases = LeaseBook(self._tree)
-        self._open: dict[int, _Open] = {}
-        self._limbo: dict[Owner, list[int]] = {}
+        self._writes = WriteBook()
         self._quarantine: list[tuple[int, int]] = []
-        self._ids = count(1)
 
     # --- reading --------------------------------------------------------------------------------
 
     def match(self, keys: Sequence[StorageKey]) -> int:
         """How many leading blocks can be found. Changes nothing."""
         return len(self._tree.match(keys))
+
+    def touch(self, keys: Sequence[StorageKey], context: RequestContext) -> int:
+        """Tell the policy of a use without holding anything. How many leading blocks were found."""
+        blocks = self._tree.match(keys)
+        self._guard.on_request(context, blocks)
+        return len(blocks)
 
     def lease(
         self,
@@ -113,17 +91,22 @@ class Ledger:
         self._guard.on_request(context, blocks)
         if not blocks:
             return NO_LEASE
-        holdings = [self._holdings.holding[block] for block in blocks]
-        lease = Lease(
-            lease_id=0,
-            keys=tuple(keys[: len(blocks)]),
-            slots=tuple([holding.slot for holding in holdings]),
-            generations=tuple([holding.generation for holding in holdings]),
-            checksums=tuple([holding.checksum for holding in holdings]),
-            block_bytes=self._tree.block_bytes[blocks[0]],
-            expires_ns=expires_ns,
-        )
-        return self._leases.add(lease, blocks, owner, name)
+        return self._take(blocks, keys, owner, expires_ns, name)
+
+    def borrow(self, keys: Sequence[StorageKey], owner: Owner, expires_ns: int) -> Lease:
+        """Hold these blocks, wherever in the tree they are, until ``expires_ns``: those before the first
+        that cannot be found, or that has another size; none when the owner has too many. For the tier's
+        own errands: no policy hears of it."""
+        ready, sizes = self._tree.ready, self._tree.block_bytes
+        blocks: list[int] = []
+        for key in keys:
+            block = self._tree.find(key)
+            if block == NONE or not ready[block] or sizes[block] != sizes[blocks[0] if blocks else block]:
+                break
+            blocks.append(block)
+        if not blocks or not self._leases.admits(owner):
+            return NO_LEASE
+        return self._take(blocks, keys, owner, expires_ns, None)
 
     def leased(self, lease_id: int, owner: Owner) -> Lease:
         """RAISES BadInput (bad_lease) unless ``expire`` and ``release`` have left it to this owner."""
@@ -138,6 +121,23 @@ class Ledger:
         """The chunk sums of a block that can be found; empty when it cannot."""
         block = self._tree.find(key)
         return self._holdings.holding[block].sums if block != NONE and self._tree.ready[block] else b""
+
+    def has(self, key: StorageKey) -> bool:
+        """Can it be found?"""
+        block = self._tree.find(key)
+        return block != NONE and bool(self._tree.ready[block])
+
+    def ancestors(self, key: StorageKey) -> Iterator[StorageKey]:
+        """The block itself, then those before it, nearest first, as far as they are held, be it only
+        reserved. REQUIRES: nothing is changed before the last is taken."""
+        block = self._tree.find(key)
+        while block != NONE:
+            yield self._tree.key[block]
+            block = self._tree.parent[block]
+
+    def coldest(self, context: RequestContext, count: int) -> list[StorageKey]:
+        """At most ``count`` blocks that would go next, in this order. Changes nothing."""
+        return [self._tree.key[block] for block in self._guard.victims(context, count)]
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -155,27 +155,27 @@ class Ledger:
         Evicts as it must, but never what these blocks stand on. The parent may still be reserved, by
         the same owner. RAISES BadInput (bad_prefix) when the parent is not held, when a key comes
         twice, or when the keys skip a block that is known to come between."""
-        start, before = self._held(keys, self._parent(parent))
-        fresh, reason = self._fresh(keys, start, before, owner)
-        admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
-        if admitted < len(fresh):
-            fresh, reason = fresh[:admitted], "declined"
-        slots = self._slots(context, arena, block_bytes, len(fresh), before) if fresh else []
-        if len(slots) < len(fresh):
-            fresh, reason = fresh[: len(slots)], "full"
-        if not fresh:
+        start, before = held(self._holdings, keys, parent_block(self._tree, parent))
+        missing, reason = fresh(self._holdings, self._writes, keys, start, before, owner)
+        admitted = self._guard.admit(context, before, len(missing)) if missing else 0
+        if admitted < len(missing):
+            missing, reason = missing[:admitted], "declined"
+        slots = self._slots(context, arena, block_bytes, len(missing), before) if missing else []
+        if len(slots) < len(missing):
+            missing, reason = missing[: len(slots)], "full"
+        if not missing:
             return Reservation(0, start, (), (), (), block_bytes, reason)
-        blocks = self._holdings.reserve(fresh, slots, before, block_bytes)
+        blocks = self._holdings.reserve(missing, slots, before, block_bytes)
         reservation = Reservation(
-            reservation_id=next(self._ids),
+            reservation_id=self._writes.new_number(),
             start=start,
-            keys=tuple(fresh),
+            keys=tuple(missing),
             slots=tuple(slots),
             generations=tuple([self._holdings.holding[block].generation for block in blocks]),
             block_bytes=block_bytes,
             reason=reason,
         )
-        self._open[reservation.reservation_id] = _Open(reservation, blocks, owner, context)
+        self._writes.add(OpenWrite(reservation, blocks, owner, context))
         return reservation
 
     def make_room(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> None:
@@ -184,7 +184,7 @@ class Ledger:
 
     def reserved(self, reservation_id: int, owner: Owner) -> Reservation:
         """RAISES BadInput (bad_reservation) when it is not open, or another's."""
-        return self._find(reservation_id, owner).reservation
+        return self._writes.find(reservation_id, owner).reservation
 
     def commit(
         self, reservation_id: int, owner: Owner, checksums: Sequence[bytes], sums: Sequence[bytes]
@@ -193,7 +193,7 @@ class Ledger:
 
         RAISES BadInput (bad_reservation) when it is not open, or another's; (bad_block) unless there is
         one checksum and one run of chunk sums a block: the reservation is then still open."""
-        opened = self._find(reservation_id, owner)
+        opened = self._writes.find(reservation_id, owner)
         if not len(checksums) == len(sums) == len(opened.blocks):
             raise BadInput(
                 "bad_block",
@@ -201,7 +201,7 @@ class Ledger:
                 "every reserved block has one of each",
                 "commit again with all of them; the reservation is still open",
             )
-        del self._open[reservation_id]
+        self._writes.close(reservation_id)
         self._holdings.commit(opened.blocks, checksums, sums)
         self._guard.on_admitted(opened.context, opened.blocks)
         return len(opened.blocks)
@@ -210,8 +210,25 @@ class Ledger:
         """The slots will not be filled after all, and nobody writes to them any more.
 
         RAISES BadInput (bad_reservation) when it is not open, or another's."""
-        self._holdings.abort(self._find(reservation_id, owner).blocks)
-        del self._open[reservation_id]
+        self._holdings.abort(self._writes.find(reservation_id, owner).blocks)
+        self._writes.close(reservation_id)
+
+    def shorten(self, reservation_id: int, owner: Owner, count: int) -> Reservation:
+        """Give up all but the leading ``count`` blocks, as ``abort`` would; what is left. With 0, an empty
+        reservation that is not open.
+
+        RAISES BadInput (bad_reservation) when it is not open, or another's."""
+        opened = self._writes.find(reservation_id, owner)
+        assert count >= 0
+        if count >= len(opened.blocks):
+            return opened.reservation
+        left = opened.reservation.first(count)
+        self._holdings.abort(opened.blocks[count:])
+        if count:
+            self._writes.add(OpenWrite(left, opened.blocks[:count], owner, opened.context))
+        else:
+            self._writes.close(reservation_id)
+        return left
 
     # --- time and people ------------------------------------------------------------------------
 
@@ -234,18 +251,15 @@ class Ledger:
         """The owner is gone. Its leases are released; its reservations are aborted if no copy of its can
         be in flight, else their slots are kept aside until ``writes_ended(owner)``. Are any kept?"""
         self._leases.disconnect(owner)
-        theirs = [opened for opened in self._open.values() if opened.owner == owner]
-        for opened in theirs:
-            del self._open[opened.reservation.reservation_id]
+        for opened in self._writes.leave(owner):
             self._holdings.give_up(opened.blocks)
-            self._limbo.setdefault(owner, []).extend(opened.blocks)
         if writes_ended:
             self.writes_ended(owner)
-        return owner in self._limbo
+        return self._writes.in_limbo(owner)
 
     def writes_ended(self, owner: Owner) -> None:
         """No copy of the owner, which is gone, is in flight any more."""
-        self._holdings.unpark(self._limbo.pop(owner, ()))
+        self._holdings.unpark(self._writes.take_limbo(owner))
 
     def pin(self, keys: Sequence[StorageKey]) -> int:
         """Keep the leading blocks that can be found until ``unpin``, or until one of them is quarantined.
@@ -288,8 +302,8 @@ class Ledger:
         return {
             **self._holdings.stats(),
             "leases": float(len(self._leases)),
-            "reservations": float(len(self._open)),
-            "limbo_blocks": float(sum(map(len, self._limbo.values()))),
+            "reservations": float(len(self._writes)),
+            "limbo_blocks": float(len(self._writes.limbo())),
             "quarantined_blocks": float(len(self._quarantine)),
             "reclaimed_extents": float(self._room.reclaimed_extents),
             "policy_faults": float(self._guard.faults),
@@ -300,9 +314,8 @@ class Ledger:
         self._holdings.check()
         self._leases.check()
         holds = self._leases.holds()
-        reserved = [block for opened in self._open.values() for block in opened.blocks]
-        parked = [block for blocks in self._limbo.values() for block in blocks]
-        parked += [block for _, block in self._quarantine]
+        reserved = self._writes.reserved()
+        parked = self._writes.limbo() + [block for _, block in self._quarantine]
         assert len(set(reserved + parked)) == len(reserved) + len(parked)
         for block, holding in enumerate(self._holdings.holding):
             if holding.state is State.ABSENT:
@@ -315,65 +328,25 @@ class Ledger:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _parent(self, parent: StorageKey | None) -> int:
-        if parent is None:
-            return NONE
-        block = self._tree.find(parent)
-        if block == NONE:
-            raise BadInput(
-                "bad_prefix",
-                f"the parent {parent.hex()} is not held",
-                "it was never saved, or has been evicted since",
-                "send the prefix from its first block",
-            )
-        return block
-
-    def _held(self, keys: Sequence[StorageKey], before: int) -> tuple[int, int]:
-        """How many leading blocks behind ``before`` are complete, and the last of them."""
-        start = 0
-        for key in keys:
-            block = self._tree.find(key)
-            if block == NONE:
-                break
-            if self._tree.parent[block] != before or self._tree.is_orphan(block):
-                raise BadInput(
-                    "bad_prefix",
-                    f"block {key.hex()} does not continue the one before it",
-                    "the prefix skips a parent, or starts in the middle",
-                    "send whole prefixes, or name the parent",
-                )
-            if self._holdings.state(block) is State.RESERVED:
-                break
-            before = block
-            start += 1
-        return start, before
-
-    def _fresh(
-        self, keys: Sequence[StorageKey], start: int, before: int, owner: Owner
-    ) -> tuple[list[StorageKey], str]:
-        """The keys from ``start`` on that can be reserved behind ``before``, and why not more."""
-        if start == len(keys):
-            return [], "held"
-        if before != NONE and self._is_anothers(before, owner):
-            return [], "busy"
-        end = start
-        while end < len(keys) and self._tree.find(keys[end]) == NONE:
-            end += 1
-        fresh = list(keys[start:end])
-        if len(set(fresh)) < len(fresh):
-            raise BadInput(
-                "bad_prefix", "a prefix names a block twice", "each block has one place in a prefix"
-            )
-        if end == len(keys):
-            return fresh, ""
-        busy = self._holdings.state(self._tree.find(keys[end])) is State.RESERVED
-        return fresh, "busy" if busy else "held"
-
-    def _is_anothers(self, block: int, owner: Owner) -> bool:
-        """Is it being written by somebody else?"""
-        if self._holdings.state(block) is not State.RESERVED:
-            return False
-        return not any(block in opened.blocks for opened in self._open.values() if opened.owner == owner)
+    def _take(
+        self,
+        blocks: list[int],
+        keys: Sequence[StorageKey],
+        owner: Owner,
+        expires_ns: int,
+        name: SharedName | None,
+    ) -> Lease:
+        holdings = [self._holdings.holding[block] for block in blocks]
+        lease = Lease(
+            lease_id=0,
+            keys=tuple(keys[: len(blocks)]),
+            slots=tuple([holding.slot for holding in holdings]),
+            generations=tuple([holding.generation for holding in holdings]),
+            checksums=tuple([holding.checksum for holding in holdings]),
+            block_bytes=self._tree.block_bytes[blocks[0]],
+            expires_ns=expires_ns,
+        )
+        return self._leases.add(lease, blocks, owner, name)
 
     def _slots(
         self, context: RequestContext, arena: int, block_bytes: int, count: int, parent: int
@@ -384,17 +357,6 @@ class Ledger:
             return self._room.slots(context, arena, block_bytes, count)
         finally:
             self._tree.unhold(standing)
-
-    def _find(self, reservation_id: int, owner: Owner) -> _Open:
-        opened = self._open.get(reservation_id)
-        if opened is None or opened.owner != owner:
-            raise BadInput(
-                "bad_reservation",
-                f"reservation {reservation_id} is not open",
-                "it was committed or aborted before, ended with its connection, or is another's",
-                "reserve again",
-            )
-        return opened
 
     def _gone(self, blocks: Sequence[int], reason: str) -> None:
         self._guard.on_evicted(_TIMELESS, blocks, reason)

@@ -1,18 +1,19 @@
-"""Who may use which bytes of a tier: extents handed to size classes, several arenas under one budget.
+"""Who may use which bytes of a tier: extents handed to size classes, several arenas.
 
-The capacity is cut into *units*. A *size class* is an arena (one trust domain's memory) and a slot
-size. Each class takes *extents*, runs of whole units cut into equal slots, and gives an extent back as
-soon as none of its slots is used, so that namespaces with different block sizes share the memory
-without fragmenting it for good. Slots are taken from the fullest extent that has one free, so that the
-others drain.
+The capacity is cut into *units*. A *size class* is an arena (one trust domain's memory, or one device)
+and a slot size. Each class takes *extents*, runs of whole units cut into equal slots (``extents``), and
+gives an extent back as soon as none of its slots is used, so that namespaces with different block sizes
+share the memory without fragmenting it for good. Slots are taken from the fullest extent that has one
+free, so that the others drain.
 
-    unit free ── allocate ──► extent of one class: slots free | used ── last slot freed ──► unit free
+    unit free ── allocate, restore ──► extent of one class: slots free | used ── last slot freed ──► unit free
 
-An arena's address space is as large as the capacity, but the units in use in all arenas together
-never exceed it. Which units an arena gained or lost is told by ``take_moves``.
+With one budget for all, an arena's address space is as large as the capacity, but the units in use in
+all arenas together never exceed it. With own budgets each arena is as large as its capacity, and what
+one frees is no help to another. Which units an arena gained or lost is told by ``take_moves``.
 
-Invariants (``check``): extents do not overlap; an extent has a used slot; free and used slots of an
-extent are all of its slots; units in use plus units free are the units there are.
+Invariants (``check``): extents do not overlap; those of ``extents``; units in use plus units free are
+the units there are.
 
 The sum: taking or freeing a slot costs under 1 us; a run of free units is found by one ``bytearray``
 search, about 10 us for 100,000 units.
@@ -20,35 +21,42 @@ search, about 10 us for 100,000 units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from kvcache.block import Slot
 from kvcache.errors import BadInput
+from kvcache.tiers.extents import (
+    ARENA_SHIFT,
+    CAPACITY_BYTES_MAX,
+    HOST_LAYOUT,
+    NVME_LAYOUT,
+    OFFSET_MASK,
+    Extent,
+    Layout,
+    SizeClass,
+    make_slot,
+    slot_arena,
+    slot_offset,
+)
 
-ARENA_SHIFT = 44
-CAPACITY_BYTES_MAX = 1 << ARENA_SHIFT
-SLOT_ALIGN_BYTES = 64
+__all__ = [
+    "CAPACITY_BYTES_MAX",
+    "HOST_LAYOUT",
+    "NVME_LAYOUT",
+    "Layout",
+    "Move",
+    "Space",
+    "make_slot",
+    "slot_arena",
+    "slot_offset",
+]
+
 WASTE_PARTS = 8
 RUN_UNITS_FACTOR = 8
 
-_OFFSET_MASK = (1 << ARENA_SHIFT) - 1
 _FREE = b"\0"
 _USED = b"\1"
-
-
-def make_slot(arena: int, offset: int) -> Slot:
-    return Slot(arena << ARENA_SHIFT | offset)
-
-
-def slot_arena(slot: Slot) -> int:
-    return slot >> ARENA_SHIFT
-
-
-def slot_offset(slot: Slot) -> int:
-    """Byte offset in the arena's memory."""
-    return slot & _OFFSET_MASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,97 +69,46 @@ class Move:
     gained: bool
 
 
-class _Extent:
-    """A run of units, cut into slots of one class."""
-
-    __slots__ = ("free", "size", "unit", "used")
-
-    def __init__(self, size: _Class, unit: int, unit_bytes: int) -> None:
-        self.size = size
-        self.unit = unit
-        first = make_slot(size.arena, unit * unit_bytes)
-        # Last to first, so that slots are taken from the front of the extent.
-        self.free = [Slot(first + at * size.stride) for at in reversed(range(size.slot_count))]
-        self.used: set[Slot] = set()
-
-
-class _Class:
-    """The extents of one arena and slot size."""
-
-    __slots__ = ("_open", "arena", "extents", "slot_count", "stride", "unit_count")
-
-    def __init__(self, arena: int, stride: int, unit_count: int, slot_count: int) -> None:
-        self.arena = arena
-        self.stride = stride
-        self.unit_count = unit_count
-        self.slot_count = slot_count
-        self.extents: dict[int, _Extent] = {}
-        # (-used slots, unit) of extents with a free slot, fullest first. Entries of extents that
-        # have changed since are stale; as every change pushes a new one, they are just skipped.
-        self._open: list[tuple[int, int]] = []
-
-    def offer(self, extent: _Extent) -> None:
-        heappush(self._open, (-len(extent.used), extent.unit))
-
-    def fullest(self) -> _Extent | None:
-        """Takes the extent off the heap: ``offer`` it again if it still has a free slot."""
-        while self._open:
-            used, unit = heappop(self._open)
-            extent = self.extents.get(unit)
-            if extent is not None and extent.free and len(extent.used) == -used:
-                return extent
-        return None
-
-    def check(self) -> None:
-        offered = set(self._open)
-        for unit, extent in self.extents.items():
-            assert extent.unit == unit
-            assert extent.used
-            assert len(extent.free) + len(extent.used) == self.slot_count
-            assert not extent.used.intersection(extent.free)
-            assert not extent.free or (-len(extent.used), unit) in offered
-
-
 class Space:
     """Decides only; touches no memory. One owner."""
 
-    def __init__(self, capacity_bytes: int, unit_bytes: int) -> None:
-        """RAISES BadInput when the capacity is under one unit or beyond what a slot can address."""
-        if unit_bytes < SLOT_ALIGN_BYTES or capacity_bytes < unit_bytes:
-            raise BadInput(
-                "too_small",
-                f"a tier of {capacity_bytes} bytes",
-                f"it is handed out in units of {unit_bytes}",
-                "give it at least one unit",
-            )
-        if capacity_bytes > CAPACITY_BYTES_MAX:
-            raise BadInput(
-                "too_large",
-                f"a tier of {capacity_bytes} bytes",
-                f"the limit is {CAPACITY_BYTES_MAX}",
-                "run several nodes",
-            )
+    def __init__(self, capacity_bytes: int, unit_bytes: int, layout: Layout = HOST_LAYOUT) -> None:
+        """``capacity_bytes`` is that of all arenas together.
+
+        RAISES BadInput when the capacity is under one unit or beyond what a slot can address."""
+        _check_capacity(capacity_bytes, unit_bytes, layout, 0 if layout.own_budgets else CAPACITY_BYTES_MAX)
+        self.layout = layout
         self.unit_bytes = unit_bytes
         self.unit_count = capacity_bytes // unit_bytes
         self.capacity_bytes = self.unit_count * unit_bytes
-        self._units_free = self.unit_count
+        self._units_free: list[int] = [] if layout.own_budgets else [self.unit_count]
         self._maps: list[bytearray] = []  # one an arena: which units it uses
-        self._owners: list[dict[int, _Extent]] = []  # one an arena: unit -> its extent
-        self._classes: dict[tuple[int, int], _Class] = {}
+        self._owners: list[dict[int, Extent]] = []  # one an arena: unit -> its extent
+        self._classes: dict[tuple[int, int], SizeClass] = {}
         self._moves: dict[tuple[int, int], bool] = {}
 
     @property
     def units_free(self) -> int:
-        return self._units_free
+        return sum(self._units_free)
 
-    def add_arena(self) -> int:
-        self._maps.append(bytearray(self.unit_count))
+    def add_arena(self, capacity_bytes: int | None = None) -> int:
+        """``capacity_bytes``: its own budget, REQUIRED where arenas have their own, and senseless else.
+
+        RAISES BadInput as the constructor does."""
+        assert (capacity_bytes is not None) == self.layout.own_budgets
+        unit_count = self.unit_count
+        if capacity_bytes is not None:
+            _check_capacity(capacity_bytes, self.unit_bytes, self.layout, CAPACITY_BYTES_MAX)
+            unit_count = capacity_bytes // self.unit_bytes
+            self._units_free.append(unit_count)
+        self._maps.append(bytearray(unit_count))
         self._owners.append({})
         return len(self._maps) - 1
 
     def fits(self, block_bytes: int) -> bool:
         """Could one such block be held if the tier were empty?"""
-        return self._stride(block_bytes) <= self.capacity_bytes
+        most = self.capacity_bytes if self.layout.runs else self.unit_bytes
+        return self.layout.slot_count(most, self.layout.stride(block_bytes)) > 0
 
     def allocate(self, arena: int, block_bytes: int) -> Slot | None:
         slots = self.allocate_many(arena, block_bytes, 1)
@@ -178,7 +135,7 @@ class Space:
         """How many more such blocks could be allocated, if no run of units is broken up."""
         size = self._class(arena, block_bytes)
         inside = sum(len(extent.free) for extent in size.extents.values())
-        return inside + self._units_free // size.unit_count * size.slot_count
+        return inside + self._units_free[self._budget(arena)] // size.unit_count * size.slot_count
 
     def free(self, slot: Slot) -> None:
         """REQUIRES: allocated, and not freed since."""
@@ -190,9 +147,22 @@ class Space:
         else:
             self._give_back(extent)
 
+    def restore(self, slots: Sequence[Slot], block_bytes: Sequence[int]) -> list[int]:
+        """Mark these as used, each by a block of that size, as they were when the tier was last in use.
+
+        Which, by their places in ``slots``, could not be had: out of range, not where a slot of that
+        size begins, in a unit that is another class's, or used already. REQUIRES: no runs."""
+        assert not self.layout.runs
+        refused: list[int] = []
+        for unit, places in self._by_unit(slots).items():
+            refused += self._restore_unit(slot_arena(unit), slot_offset(unit), places, slots, block_bytes)
+        return refused
+
     def same_class(self, slot: Slot, arena: int, block_bytes: int) -> bool:
         """Would freeing ``slot`` make room for one such block?"""
-        return slot >> ARENA_SHIFT == arena and self._extent(slot).size.stride == self._stride(block_bytes)
+        return slot >> ARENA_SHIFT == arena and self._extent(slot).size.stride == self.layout.stride(
+            block_bytes
+        )
 
     def in_the_way(self, arena: int, block_bytes: int, slot: Slot) -> list[Slot]:
         """The used slots that lie, with ``slot``, where an extent for such blocks could be made.
@@ -204,7 +174,9 @@ class Space:
         extent = self._extent(slot)
         if extent.size.arena == arena:
             return self._window(arena, wanted, extent)
-        return list(extent.used) if self._units_free < wanted else []
+        if self.layout.own_budgets:
+            return []
+        return list(extent.used) if self._units_free[0] < wanted else []
 
     def used_slots(self) -> list[Slot]:
         """Every slot that is allocated just now."""
@@ -227,52 +199,55 @@ class Space:
 
     def check(self) -> None:
         """Assert every invariant."""
-        units_used = 0
+        units_used = [0] * len(self._units_free)
         for arena, (units, owners) in enumerate(zip(self._maps, self._owners, strict=True)):
-            assert [unit for unit in range(self.unit_count) if units[unit]] == sorted(owners)
+            assert [unit for unit in range(len(units)) if units[unit]] == sorted(owners)
             for unit, extent in owners.items():
                 assert extent.size.arena == arena
                 assert 0 <= unit - extent.unit < extent.size.unit_count
-            units_used += len(owners)
-        assert units_used + self._units_free == self.unit_count
-        assert self._units_free >= 0
+            units_used[self._budget(arena)] += len(owners)
+        budgets = [len(units) for units in self._maps] if self.layout.own_budgets else [self.unit_count]
+        for used, free, budget in zip(units_used, self._units_free, budgets, strict=True):
+            assert free >= 0
+            assert used + free == budget
         for size in self._classes.values():
             size.check()
-        assert sum(len(size.extents) * size.unit_count for size in self._classes.values()) == units_used
+        held = sum(len(size.extents) * size.unit_count for size in self._classes.values())
+        assert held == sum(units_used)
 
     # --- classes and extents --------------------------------------------------------------------
 
-    def _stride(self, block_bytes: int) -> int:
-        return -(-block_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
+    def _budget(self, arena: int) -> int:
+        return arena if self.layout.own_budgets else 0
 
-    def _class(self, arena: int, block_bytes: int) -> _Class:
+    def _class(self, arena: int, block_bytes: int) -> SizeClass:
         assert block_bytes > 0
-        stride = self._stride(block_bytes)
+        stride = self.layout.stride(block_bytes)
         size = self._classes.get((arena, stride))
         if size is None:
-            units = self._run_units(stride)
-            size = _Class(arena, stride, units, units * self.unit_bytes // stride)
+            units = self._run_units(stride) if self.layout.runs else 1
+            size = SizeClass(arena, stride, units, self.unit_bytes, self.layout)
             self._classes[arena, stride] = size
         return size
 
     def _run_units(self, stride: int) -> int:
         """Units an extent: the fewest that waste no more than an eighth, else those that waste least."""
-        fewest = -(-stride // self.unit_bytes)
+        fewest = -(-(stride + self.layout.extent_header_bytes) // self.unit_bytes)
         most = max(fewest, min(fewest * RUN_UNITS_FACTOR, self.unit_count // WASTE_PARTS))
-        best = fewest
+        best, waste = fewest, self.layout.waste
         for units in range(fewest, most + 1):
             length = units * self.unit_bytes
-            if (length % stride) * WASTE_PARTS <= length:
+            if waste(length, stride) * WASTE_PARTS <= length:
                 return units
-            if (length % stride) * best < (best * self.unit_bytes % stride) * units:
+            if waste(length, stride) * best < waste(best * self.unit_bytes, stride) * units:
                 best = units
         return best
 
-    def _extent(self, slot: Slot) -> _Extent:
-        return self._owners[slot >> ARENA_SHIFT][(slot & _OFFSET_MASK) // self.unit_bytes]
+    def _extent(self, slot: Slot) -> Extent:
+        return self._owners[slot >> ARENA_SHIFT][(slot & OFFSET_MASK) // self.unit_bytes]
 
-    def _grow(self, size: _Class) -> _Extent | None:
-        if self._units_free < size.unit_count:
+    def _grow(self, size: SizeClass) -> Extent | None:
+        if self._units_free[self._budget(size.arena)] < size.unit_count or not size.slot_count:
             return None
         units = self._maps[size.arena]
         # Runs from the far end and single units from the near one, so that they keep out of each other's way.
@@ -280,20 +255,20 @@ class Space:
         unit = units.find(run) if size.unit_count == 1 else units.rfind(run)
         if unit < 0:
             return None
-        extent = _Extent(size, unit, self.unit_bytes)
+        extent = Extent(size, unit)
         size.extents[unit] = extent
         self._claim(extent, used=True)
         return extent
 
-    def _give_back(self, extent: _Extent) -> None:
+    def _give_back(self, extent: Extent) -> None:
         del extent.size.extents[extent.unit]
         self._claim(extent, used=False)
 
-    def _claim(self, extent: _Extent, used: bool) -> None:
+    def _claim(self, extent: Extent, used: bool) -> None:
         arena, count = extent.size.arena, extent.size.unit_count
         end = extent.unit + count
         self._maps[arena][extent.unit : end] = (_USED if used else _FREE) * count
-        self._units_free += -count if used else count
+        self._units_free[self._budget(arena)] += -count if used else count
         owners = self._owners[arena]
         for unit in range(extent.unit, end):
             if used:
@@ -305,21 +280,82 @@ class Space:
             else:
                 self._moves[arena, unit] = used
 
+    # --- restoring ------------------------------------------------------------------------------
+
+    def _by_unit(self, slots: Sequence[Slot]) -> dict[Slot, list[int]]:
+        """Places in ``slots`` by arena and unit, put together as a slot's arena and offset are."""
+        units: dict[Slot, list[int]] = {}
+        unit_bytes = self.unit_bytes
+        for at, slot in enumerate(slots):
+            offset = slot & OFFSET_MASK
+            unit = Slot(slot - offset + offset // unit_bytes)
+            if unit in units:
+                units[unit].append(at)
+            else:
+                units[unit] = [at]
+        return units
+
+    def _restore_unit(
+        self, arena: int, unit: int, places: list[int], slots: Sequence[Slot], block_bytes: Sequence[int]
+    ) -> list[int]:
+        """The places refused. A unit that is free becomes the class of the first block."""
+        if not 0 <= arena < len(self._maps) or unit >= len(self._maps[arena]):
+            return places
+        extent = self._owners[arena].get(unit)
+        size = extent.size if extent else self._class(arena, block_bytes[places[0]])
+        extent = extent or Extent(size, unit)
+        was_used = bool(extent.used)
+        strides = {each: self.layout.stride(each) for each in {block_bytes[at] for at in places}}
+        free = set(extent.free)
+        refused: list[int] = []
+        for at in places:
+            slot = slots[at]
+            if slot in free and strides[block_bytes[at]] == size.stride:
+                free.remove(slot)
+                extent.used.add(slot)
+            else:
+                refused.append(at)
+        if extent.used and not was_used:
+            size.extents[unit] = extent
+            self._claim(extent, used=True)
+        extent.free = [slot for slot in extent.free if slot in free]
+        if extent.used and extent.free:
+            size.offer(extent)
+        return refused
+
     # --- room for runs --------------------------------------------------------------------------
 
-    def _window(self, arena: int, wanted: int, extent: _Extent) -> list[Slot]:
+    def _window(self, arena: int, wanted: int, extent: Extent) -> list[Slot]:
         """The used slots in the run of ``wanted`` units that touches ``extent`` and is emptiest."""
         first = max(0, extent.unit + 1 - wanted)
-        last = min(extent.unit + extent.size.unit_count - 1, self.unit_count - wanted)
         units = self._maps[arena]
+        last = min(extent.unit + extent.size.unit_count - 1, len(units) - wanted)
         start = min(range(first, last + 1), key=lambda at: units[at : at + wanted].count(_USED))
         inside = self._inside(arena, start, wanted)
         return [slot for each in inside for slot in each.used]
 
-    def _inside(self, arena: int, start: int, count: int) -> Iterator[_Extent]:
+    def _inside(self, arena: int, start: int, count: int) -> Iterator[Extent]:
         seen: set[int] = set()
         for unit in range(start, start + count):
             extent = self._owners[arena].get(unit)
             if extent is not None and extent.unit not in seen:
                 seen.add(extent.unit)
                 yield extent
+
+
+def _check_capacity(capacity_bytes: int, unit_bytes: int, layout: Layout, most: int) -> None:
+    """``most``: 0 for no limit."""
+    if unit_bytes < layout.align_bytes or capacity_bytes < unit_bytes:
+        raise BadInput(
+            "too_small",
+            f"a tier of {capacity_bytes} bytes",
+            f"it is handed out in units of {unit_bytes}",
+            "give it at least one unit",
+        )
+    if most and capacity_bytes > most:
+        raise BadInput(
+            "too_large",
+            f"a tier of {capacity_bytes} bytes",
+            f"the limit is {most}",
+            "run several nodes",
+        )

@@ -9,7 +9,16 @@ import pytest
 
 from kvcache.block import Slot
 from kvcache.errors import BadInput
-from kvcache.tiers.space import CAPACITY_BYTES_MAX, Move, Space, make_slot, slot_arena, slot_offset
+from kvcache.tiers import nvme_format
+from kvcache.tiers.space import (
+    CAPACITY_BYTES_MAX,
+    NVME_LAYOUT,
+    Move,
+    Space,
+    make_slot,
+    slot_arena,
+    slot_offset,
+)
 
 UNIT = 1_024
 
@@ -185,3 +194,143 @@ def test_slots_never_overlap_and_the_budget_holds(seed: int) -> None:
         ends = sorted((slot, slot + length) for slot, length in used.items())
         assert all(end <= start for (_, end), (start, _) in pairwise(ends))
         assert all((slot_arena(slot), slot_offset(slot) // UNIT) in granted for slot in used)
+
+
+# --- NVMe: headers, one unit an extent, a budget an arena ---------------------------------------
+
+SEGMENT = 64 << 10
+PAYLOAD = 10_000
+STRIDE = 16_384  # 4,096 of header and 10,000 of payload, rounded up to 4 KiB
+
+
+def devices(*units: int, unit_bytes: int = SEGMENT) -> Space:
+    space = Space(sum(units) * unit_bytes, unit_bytes, NVME_LAYOUT)
+    assert [space.add_arena(count * unit_bytes) for count in units] == list(range(len(units)))
+    return space
+
+
+@pytest.mark.parametrize("count", [1, 2, 63])
+@pytest.mark.parametrize("block_bytes", [1, 4_096, 4_097, PAYLOAD, 2 << 20])
+def test_a_segment_holds_its_header_and_whole_strides(count: int, block_bytes: int) -> None:
+    """Off by one header, the last slot would run over the end of the file, or one would be lost."""
+    stride = -(-(block_bytes + 4_096) // 4_096) * 4_096
+    exact = devices(1, unit_bytes=4_096 + count * stride)
+    slots = exact.allocate_many(0, block_bytes, count + 1)
+    assert [slot_offset(slot) for slot in slots] == [4_096 + at * stride for at in range(count)]
+    short = devices(1, unit_bytes=4_096 + count * stride - 1)
+    assert len(short.allocate_many(0, block_bytes, count + 1)) == count - 1
+    assert short.fits(block_bytes) == (count > 1)
+    for space in (exact, short):
+        space.check()
+
+
+def test_slots_and_headers_are_what_the_files_say() -> None:
+    for block_bytes in (1, 4_095, 4_096, 4_097, PAYLOAD, 2 << 20):
+        assert NVME_LAYOUT.stride(block_bytes) == nvme_format.stride_of(block_bytes)
+        for segment_bytes in (1 << 20, 64 << 20, (64 << 20) + 4_096):
+            stride = NVME_LAYOUT.stride(block_bytes)
+            expected = nvme_format.slots_in(segment_bytes, stride)
+            assert NVME_LAYOUT.slot_count(segment_bytes, stride) == expected
+
+
+def test_slots_of_several_segments_do_not_overlap() -> None:
+    space = devices(3)
+    slots = sorted(space.allocate_many(0, PAYLOAD, 100))
+    assert len(slots) == 9
+    assert all(later - earlier >= STRIDE for earlier, later in pairwise(slots))
+    assert all(slot_offset(slot) // SEGMENT == (slot_offset(slot) + STRIDE - 1) // SEGMENT for slot in slots)
+
+
+def test_a_block_larger_than_a_segment_does_not_fit() -> None:
+    space = devices(4)
+    assert space.fits(SEGMENT - 8_192)
+    assert not space.fits(SEGMENT - 8_191)
+    assert space.allocate(0, SEGMENT) is None
+    space.check()
+
+
+def test_a_device_has_its_own_budget() -> None:
+    space = devices(1, 2)
+    assert len(space.allocate_many(0, PAYLOAD, 100)) == 3
+    assert space.room(0, PAYLOAD) == 0
+    assert space.room(1, PAYLOAD) == 6
+    other = one(space, 1, PAYLOAD)
+    assert space.allocate(0, PAYLOAD) is None
+    assert space.in_the_way(0, 2 * PAYLOAD, other) == []
+    assert space.units_free == 1
+    space.check()
+
+
+def test_an_arena_needs_a_whole_segment_and_an_address_for_each() -> None:
+    space = Space(1 << 45, 64 << 20, NVME_LAYOUT)
+    for capacity in ((64 << 20) - 1, CAPACITY_BYTES_MAX + 1):
+        with pytest.raises(BadInput):
+            space.add_arena(capacity)
+    assert space.add_arena(CAPACITY_BYTES_MAX) == 0
+
+
+def test_what_was_restored_is_used_and_the_rest_is_free() -> None:
+    first = devices(2, 2)
+    kept = [*first.allocate_many(0, PAYLOAD, 4), *first.allocate_many(1, 40_000, 1)]
+    space = devices(2, 2)
+    assert space.restore(kept, [PAYLOAD] * 4 + [40_000]) == []
+    assert sorted(space.used_slots()) == sorted(kept)
+    assert [move.length for move in space.take_moves()] == [2 * SEGMENT, SEGMENT]
+    assert len(space.allocate_many(0, PAYLOAD, 9)) == 2
+    space.check()
+    for slot in kept:
+        space.free(slot)
+    space.check()
+
+
+@pytest.mark.parametrize(
+    ("slot", "block_bytes"),
+    [
+        (make_slot(0, 4_096), PAYLOAD),  # used already
+        (make_slot(0, 4_096 + STRIDE), 4_096),  # another class's unit
+        (make_slot(0, SEGMENT), PAYLOAD),  # the segment's header
+        (make_slot(0, SEGMENT + 4_096 + 512), PAYLOAD),  # between two slots
+        (make_slot(0, SEGMENT + 4_096 + 3 * STRIDE), PAYLOAD),  # over the segment's end
+        (make_slot(0, 2 * SEGMENT + 4_096), PAYLOAD),  # beyond the arena
+        (make_slot(1, 4_096), PAYLOAD),  # no such arena
+        (make_slot(0, SEGMENT + 4_096), SEGMENT),  # larger than a segment
+    ],
+)
+def test_what_cannot_be_restored_is_refused_and_takes_nothing(slot: Slot, block_bytes: int) -> None:
+    space = devices(2)
+    assert space.restore([make_slot(0, 4_096)], [PAYLOAD]) == []
+    assert space.restore([make_slot(0, 4_096 + STRIDE), slot], [PAYLOAD, block_bytes]) == [1]
+    assert space.units_free == 1
+    assert len(space.used_slots()) == 2
+    space.check()
+
+
+def test_of_two_that_claim_one_slot_the_first_has_it() -> None:
+    space = devices(1)
+    assert space.restore([make_slot(0, 4_096)] * 2, [PAYLOAD] * 2) == [1]
+    space.check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_devices_taken_freed_and_restored_never_overlap(seed: int) -> None:
+    random = Random(seed)
+    sizes = (1, 4_096, PAYLOAD, 30_000, 50_000)
+    space, used = devices(3, 2), dict[Slot, int]()
+    for _ in range(400):
+        if used and random.random() < 0.5:
+            slot = random.choice(sorted(used))
+            space.free(slot)
+            del used[slot]
+        else:
+            length = random.choice(sizes)
+            taken = space.allocate_many(random.randrange(2), length, random.randint(1, 3))
+            used.update((slot, length) for slot in taken)
+        space.check()
+        ends = sorted((slot, slot + 4_096 + length) for slot, length in used.items())
+        assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+    again = devices(3, 2)
+    order = random.sample(sorted(used), len(used))
+    assert again.restore(order, [used[slot] for slot in order]) == []
+    assert sorted(again.used_slots()) == sorted(used)
+    assert again.units_free == space.units_free
+    again.check()
