@@ -32,7 +32,8 @@ ARROWS: dict[str, frozenset[str]] = {
     "above": frozenset({"above", "server", "client", "eviction", "kvcache"}),
 }
 ABOVE = re.compile(
-    r"kvcache/(cli|demo)(_\w+)?\.py|kvcache/(cli|demo)/.*|kvcache/__main__\.py|kvcache/testing/stores\.py"
+    r"kvcache/(cli|demo)(_\w+)?\.py|kvcache/(cli|demo)/.*|kvcache/__main__\.py"
+    r"|kvcache/testing/(stores|threaded)\.py"
 )
 
 # A heavy or replaceable library is imported in the files named for it, and nowhere else. The engine that
@@ -40,7 +41,7 @@ ABOVE = re.compile(
 DEMO_ENGINE = r"|kvcache/demo_engine_worker\.py"
 HEAVY: dict[str, str] = {
     "aiohttp": r"server/http\w*\.py",
-    "lmdb": r"kvcache/tiers/nvme\w*\.py",
+    "lmdb": r"kvcache/tiers/nvme_index_child\.py",
     "msgpack": r"kvcache/packing\.py",
     "prometheus_client": r"kvcache/metrics\.py",
     "redis": r"kvcache/redis\.py",
