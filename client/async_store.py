@@ -20,12 +20,30 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
-from kvcache.client import operations
-from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
+from kvcache.client import leasing, operations
+from kvcache.client.link import (
+    RECONNECT_WAIT_NS,
+    Context,
+    Link,
+    Options,
+    Outage,
+    Tally,
+    away,
+    client_name,
+    nowhere,
+)
 from kvcache.client.local import Slab
 from kvcache.client.opening import open_namespace, reopen
-from kvcache.client.steps import Answer, Call, Operation, Post, Step, Work
-from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
+from kvcache.client.steps import Answer, Call, Operation, Pause, Post, Step, Work, finished
+from kvcache.client.store import (
+    LEASE_MS,
+    LEASE_WAIT_MS,
+    NO_HINTS,
+    PERSIST_WAIT_MS,
+    Handle,
+    Lease,
+    SaveHints,
+)
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
@@ -63,6 +81,7 @@ class AsyncNodeStore:
         self._outage = Outage()
         self._refusal: KVCacheError | None = None
         self._closed = False
+        self.prefill_tokens_s = 0.0
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -84,22 +103,22 @@ class AsyncNodeStore:
         return handle
 
     async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
-        return await self._run(lambda context: operations.match(context, handle, prefix), 0)
+        return await self._run(lambda context: operations.match(context, handle, prefix))
 
     async def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
     ) -> Lease:
-        nothing = Lease(handle, (), (), 0)
         return await self._run(
-            lambda c: operations.lease(c, handle, prefix, request, duration_ms), nothing, operations.release
+            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms), leasing.release
         )
 
     async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        everything = frozenset(range(start, start + len(into)))
-        failed = await self._run(lambda context: operations.load(context, lease, into, start), None)
-        if failed is None:
-            self._tally.add("failed_blocks:unavailable", len(everything))
-        return everything if failed is None else failed
+        return await self._run(lambda context: operations.load(context, lease, into, start))
 
     async def save(
         self,
@@ -109,14 +128,16 @@ class AsyncNodeStore:
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        held = await self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints), None)
-        if held is None:
-            self._tally.add("unsaved_blocks:unavailable", len(prefix))
-        return held or 0
+        return await self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints))
+
+    async def persist(
+        self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
+    ) -> int:
+        return await self._run(lambda context: operations.persist(context, handle, prefix, wait_ms))
 
     async def release(self, lease: Lease) -> None:
         if lease.grants:
-            await self._run(lambda context: operations.release(context, lease), None)
+            await self._run(lambda context: leasing.release(context, lease))
 
     async def close(self) -> None:
         self._closed = True
@@ -134,14 +155,12 @@ class AsyncNodeStore:
     async def _run(
         self,
         operation: Callable[[Context], Operation[T]],
-        missed: T,
         undo: Callable[[Context, T], Operation[None]] | None = None,
     ) -> T:
         """``undo`` takes back a result that a cancelled caller will not see."""
         attached = await self._enter(RECONNECT_WAIT_NS, patient=False)
         if attached is None:
-            self._tally.add("missed_calls:away")
-            return missed
+            return finished(operation(self._context_on(nowhere())))
         context = self._context(attached)
         try:
             result, cancelled = await self._finished(attached, operation(context))
@@ -154,7 +173,10 @@ class AsyncNodeStore:
             self._leave(attached)
 
     def _context(self, attached: _Attached) -> Context:
-        return Context(attached.link, self._tally, self._clock)
+        return self._context_on(attached.link)
+
+    def _context_on(self, link: Link) -> Context:
+        return Context(link, self._tally, self._clock, self.prefill_tokens_s)
 
     async def _drive(self, attached: _Attached, operation: Operation[T]) -> T:
         result, cancelled = await self._finished(attached, operation)
@@ -199,10 +221,12 @@ class AsyncNodeStore:
         if isinstance(step, Work):
             copying = asyncio.get_running_loop().run_in_executor(self._copying, step.run)
             return cast("asyncio.Future[Answer]", copying)
+        if isinstance(step, Pause):
+            return asyncio.ensure_future(asyncio.sleep(step.duration_ns / NS_PER_S))
         return asyncio.ensure_future(self._asked(attached, step))
 
     async def _asked(self, attached: _Attached, step: Call | Post) -> Answer:
-        deadline_ns = self._options.deadline_ns(self._clock.now_ns(), step.payload_bytes)
+        deadline_ns = attached.link.deadline_ns(self._options, self._clock.now_ns(), step)
         if isinstance(step, Post):
             with contextlib.suppress(BadInput, NotAllowed):
                 await attached.channel.call(step.request, deadline_ns)
@@ -221,11 +245,13 @@ class AsyncNodeStore:
             await asyncio.wait([self._connecting], timeout=wait_ns / NS_PER_S)
         if self._attached is not None:
             self._running += 1
+            self._attached.link.running = self._running
             self._idle.clear()
         return self._attached
 
     def _leave(self, attached: _Attached) -> None:
         self._running -= 1
+        attached.link.running = self._running
         if self._running == 0:
             self._idle.set()
         ended = attached.channel.ended_by or attached.link.broken

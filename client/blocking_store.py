@@ -14,18 +14,37 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import BlockingChannel
-from kvcache.client import operations
-from kvcache.client.link import RECONNECT_WAIT_NS, Context, Link, Options, Outage, Tally, away, client_name
+from kvcache.client import leasing, operations
+from kvcache.client.link import (
+    RECONNECT_WAIT_NS,
+    Context,
+    Link,
+    Options,
+    Outage,
+    Tally,
+    away,
+    client_name,
+    nowhere,
+)
 from kvcache.client.local import Slab
 from kvcache.client.opening import open_namespace, reopen
-from kvcache.client.steps import Answer, Operation, Post, Step, Work
-from kvcache.client.store import LEASE_MS, NO_HINTS, Handle, Lease, SaveHints
+from kvcache.client.steps import Answer, Operation, Pause, Post, Step, Work, finished
+from kvcache.client.store import (
+    LEASE_MS,
+    LEASE_WAIT_MS,
+    NO_HINTS,
+    PERSIST_WAIT_MS,
+    Handle,
+    Lease,
+    SaveHints,
+)
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError
 from kvcache.namespace import Namespace
@@ -62,6 +81,7 @@ class BlockingNodeStore:
         self._outage = Outage()
         self._refusal: KVCacheError | None = None
         self._closed = False
+        self.prefill_tokens_s = 0.0
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -83,20 +103,20 @@ class BlockingNodeStore:
         return handle
 
     def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
-        return self._run(lambda context: operations.match(context, handle, prefix), 0)
+        return self._run(lambda context: operations.match(context, handle, prefix))
 
     def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
     ) -> Lease:
-        nothing = Lease(handle, (), (), 0)
-        return self._run(lambda c: operations.lease(c, handle, prefix, request, duration_ms), nothing)
+        return self._run(lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms))
 
     def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        everything = frozenset(range(start, start + len(into)))
-        failed = self._run(lambda context: operations.load(context, lease, into, start), None)
-        if failed is None:
-            self._tally.add("failed_blocks:unavailable", len(everything))
-        return everything if failed is None else failed
+        return self._run(lambda context: operations.load(context, lease, into, start))
 
     def save(
         self,
@@ -106,14 +126,14 @@ class BlockingNodeStore:
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        held = self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints), None)
-        if held is None:
-            self._tally.add("unsaved_blocks:unavailable", len(prefix))
-        return held or 0
+        return self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints))
+
+    def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS) -> int:
+        return self._run(lambda context: operations.persist(context, handle, prefix, wait_ms))
 
     def release(self, lease: Lease) -> None:
         if lease.grants:
-            self._run(lambda context: operations.release(context, lease), None)
+            self._run(lambda context: leasing.release(context, lease))
 
     def close(self) -> None:
         with self._changed:
@@ -124,18 +144,20 @@ class BlockingNodeStore:
 
     # --- driving ----------------------------------------------------------------------------------
 
-    def _run(self, operation: Callable[[Context], Operation[T]], missed: T) -> T:
+    def _run(self, operation: Callable[[Context], Operation[T]]) -> T:
         attached = self._enter(RECONNECT_WAIT_NS, patient=False)
         if attached is None:
-            self._tally.add("missed_calls:away")
-            return missed
+            return finished(operation(self._context_on(nowhere())))
         try:
             return self._drive(attached, operation(self._context(attached)))
         finally:
             self._leave(attached)
 
     def _context(self, attached: _Attached) -> Context:
-        return Context(attached.link, self._tally, self._clock)
+        return self._context_on(attached.link)
+
+    def _context_on(self, link: Link) -> Context:
+        return Context(link, self._tally, self._clock, self.prefill_tokens_s)
 
     def _drive(self, attached: _Attached, operation: Operation[T]) -> T:
         """Run to the end. An interrupt gives up the connection: the node then takes back what we held."""
@@ -160,8 +182,11 @@ class BlockingNodeStore:
     def _perform(self, attached: _Attached, step: Step) -> Answer:
         if isinstance(step, Work):
             return step.run()
+        if isinstance(step, Pause):
+            time.sleep(step.duration_ns / NS_PER_S)
+            return None
         now_ns = self._clock.now_ns()
-        deadline_ns = self._options.deadline_ns(now_ns, step.payload_bytes)
+        deadline_ns = attached.link.deadline_ns(self._options, now_ns, step)
         if not self._turn.acquire(timeout=(deadline_ns - now_ns) / NS_PER_S):
             self._tally.add("missed_calls:busy")
             raise away(self._options.address)
@@ -192,12 +217,14 @@ class BlockingNodeStore:
                 self._changed.wait_for(lambda: not self._connecting, wait_ns / NS_PER_S)
             if self._attached is not None:
                 self._running += 1
+                self._attached.link.running = self._running
             return self._attached
 
     def _leave(self, attached: _Attached) -> None:
         ended = attached.channel.ended_by or attached.link.broken
         with self._changed:
             self._running -= 1
+            attached.link.running = self._running
             if not ended or self._attached is not attached:
                 return
             self._attached = None

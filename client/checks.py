@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from kvcache.block import HASH_BYTES, BlockHash, BlockSpec
 from kvcache.client.steps import BadReply
@@ -12,6 +12,8 @@ from kvcache.wire import TEXT_CHARS_MAX
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+WAIT_MS_MAX: Final = 600_000
 
 Item = TypeVar("Item")
 
@@ -67,6 +69,11 @@ def check_save(prefix: Sequence[BlockHash], blocks: Sequence[object], parent: by
         )
     if len(parent) not in (0, HASH_BYTES):
         raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
+
+
+def check_wait(wait_ms: int) -> None:
+    if not 0 <= wait_ms <= WAIT_MS_MAX:
+        raise BadInput("bad_lease", f"a wait of {wait_ms} ms", f"it is from 0 to {WAIT_MS_MAX}")
 
 
 def check_lease(request: str, duration_ms: int) -> None:

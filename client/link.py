@@ -5,9 +5,10 @@
      +---------------------------- connected --------------------|-----------------------------------+
                                                                  +------------- refused, silent -----+
 
-While down every call misses at once. A lease belongs to the link it was taken on; all of a link's
-leases and reservations end with it, at the node too. The back-off starts over only after a call was
-answered: a node that is stopped still accepts connections.
+While down every call misses at once: operations run on ``nowhere``, the link that reaches no node. A
+lease belongs to the link it was taken on; all of a link's leases and reservations end with it, at the
+node too. The back-off starts over only after a call was answered: a node that is stopped still accepts
+connections.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from pathlib import Path
 from kvcache.address import UnixAddress, default_address, parse
 from kvcache.block import NamespaceId
 from kvcache.client.local import Slab
-from kvcache.client.store import Lease
+from kvcache.client.steps import BadReply, Call, Post
+from kvcache.client.store import Handle, Lease
 from kvcache.clock import NS_PER_MS, Clock
-from kvcache.errors import BadInput, Unavailable
+from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
 
 BACKOFF_NS_MIN = 50 * NS_PER_MS
 BACKOFF_NS_MAX = 2_000 * NS_PER_MS
 RECONNECT_WAIT_NS = 20 * NS_PER_MS
 NS_PER_PAYLOAD_BYTE = 10
+TOKENS_S_MAX = 1e12
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a store behaves. ``timeout_ms`` bounds each call to the node, with 10 ns more a byte that
-    crosses the wire in it; ``mapped`` false keeps to the wire even where the slab could be mapped."""
+    crosses the wire in it, and the time that the node was asked to wait; ``mapped`` false keeps to the wire
+    even where the slab could be mapped."""
 
     address: str
     token: str = field(default="", repr=False)
@@ -46,8 +50,8 @@ class Options:
     mapped: bool = True
     name: str = ""
 
-    def deadline_ns(self, now_ns: int, payload_bytes: int = 0) -> int:
-        return now_ns + self.timeout_ms * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
+    def deadline_ns(self, now_ns: int, payload_bytes: int = 0, wait_ms: int = 0) -> int:
+        return now_ns + (self.timeout_ms + wait_ms) * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
 
     def hello(self, client: str, again: bool) -> Hello:
         """``again``: this store had a connection before, and no copy over its map runs any more."""
@@ -56,7 +60,7 @@ class Options:
 
 
 class Link:
-    """What holds while one connection lasts. Any thread of the store may use it."""
+    """What holds while one connection lasts. Any thread of the store may use it. Number 0: ``nowhere``."""
 
     def __init__(self, number: int, welcome: Welcome, slab: Slab | None) -> None:
         self.number = number
@@ -64,6 +68,8 @@ class Link:
         self.slab = slab
         self.opened: frozenset[NamespaceId] = frozenset()
         self.broken = ""  # Set by an operation: why nothing the node says can be relied on.
+        self.running = 0  # Set by the driver: how many operations are under way on it.
+        self._wait_ends_ns = 0
         self._lock = threading.Lock()
         self._holders: Counter[int] = Counter()  # lease id -> how many Lease values name it
         self._wrong: dict[int, set[int]] = {}  # lease id -> positions whose bytes failed their check
@@ -89,6 +95,13 @@ class Link:
             known = self._holders.pop(lease_id) == 0
             wrong = self._wrong.pop(lease_id, set())
         return sorted(wrong) if known else None
+
+    def deadline_ns(self, options: Options, now_ns: int, step: Call | Post) -> int:
+        """Of a call that is made now. The node answers in turn: behind a wait, its time counts from there."""
+        begins_ns = max(now_ns, self._wait_ends_ns)
+        if step.wait_ms:
+            self._wait_ends_ns = max(begins_ns, now_ns + step.wait_ms * NS_PER_MS)
+        return options.deadline_ns(begins_ns, step.payload_bytes, step.wait_ms)
 
     def owns(self, lease: Lease) -> bool:
         return self.number == lease.connection
@@ -137,11 +150,41 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every operation works with: the link it runs on, the counters, the clock."""
+    """What every operation works with: the link it runs on, the counters, the clock; and how fast the
+    engine computes what it does not load (0: not known)."""
 
     link: Link
     tally: Tally
     clock: Clock
+    prefill_tokens_s: float = 0.0
+
+    @property
+    def away(self) -> bool:
+        return self.link.number == 0
+
+    @property
+    def tokens_s(self) -> int:
+        """``prefill_tokens_s`` as it is sent: 0 for what no engine computes in a second."""
+        return int(self.prefill_tokens_s) if 1 <= self.prefill_tokens_s <= TOKENS_S_MAX else 0
+
+    def reaches(self, handle: Handle) -> bool:
+        """Can the node be asked about this namespace? Counts why not."""
+        known = handle.namespace_id in self.link.opened
+        if not known:
+            self.tally.add("missed_calls:away" if self.away else "missed_calls:not_open")
+        return known
+
+    def missed(self, error: KVCacheError) -> None:
+        """The node did not do what was asked, and the operation goes on without."""
+        if isinstance(error, BadReply):
+            self.link.broken = "bad_reply"
+        elif not isinstance(error, Unavailable):
+            self.tally.add("missed_calls:refused")
+
+
+def nowhere() -> Link:
+    """What operations run on while there is no connection: they find nothing, and ask nobody."""
+    return Link(0, Welcome(PROTOCOL_VERSION, "", 0, "", [], b"", 0), None)
 
 
 def client_name(name: str, pid: int) -> str:

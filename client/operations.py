@@ -6,6 +6,9 @@ wrong is raised as BadInput before anything is sent. Two rules keep bytes right:
 * load:  lease -> copy -> sums of what arrived in the caller's memory -> checksum of the key that was
          asked for -> the lease had not expired when the copy ended. Anything else is a failed block.
 * save:  reserve -> copy and sum -> commit. Whatever happens between ends in abort, after the copy.
+
+While there is no connection an operation runs all the same, on a link that reaches no node: what it then
+answers and counts is written here, too. Leases are taken and given back in ``leasing``.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import TYPE_CHECKING, Final
 
 from kvcache.block import HASH_BYTES, BlockHash, storage_key
 from kvcache.client import local, remote
-from kvcache.client.checks import batches, check_lease, check_reply, check_save, flat_blocks, joined_hashes
+from kvcache.client.checks import batches, check_reply, check_save, check_wait, flat_blocks, joined_hashes
+from kvcache.client.leasing import CHECKSUM_BYTES
 from kvcache.client.link import Context
-from kvcache.client.steps import BadReply, Operation, ask, post
+from kvcache.client.steps import Operation, ask
 from kvcache.client.store import Grant, Handle, Lease, SaveHints
-from kvcache.clock import NS_PER_MS
+from kvcache.client.waiting import Patience
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.wire import (
@@ -30,70 +34,31 @@ from kvcache.wire import (
     Commit,
     Committed,
     Done,
-    Leased,
     Match,
     Matched,
-    Release,
-    Released,
+    Persist,
     Reserve,
     Reserved,
-    TakeLease,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-CHECKSUM_BYTES: Final = 16
 COMMIT_SUMS_BYTES_MAX: Final = 2 << 20
 
 
 def match(context: Context, handle: Handle, prefix: Sequence[BlockHash]) -> Operation[int]:
     joined = joined_hashes(prefix)[: PREFIX_BLOCKS_MAX * HASH_BYTES]
-    if not joined or not _is_open(context, handle):
+    if not joined or not context.reaches(handle):
         return 0
     try:
-        reply = yield from ask(Matched, Match(handle.namespace_id, joined))
+        reply = yield from ask(Matched, Match(handle.namespace_id, joined, context.tokens_s))
         check_reply(reply.count * HASH_BYTES <= len(joined), "it matched more blocks than were asked for")
     except (Unavailable, BadInput) as error:
-        _missed(context, error)
+        context.missed(error)
         return 0
     context.tally.add("matched_blocks", reply.count)
     return reply.count
-
-
-def lease(
-    context: Context, handle: Handle, prefix: Sequence[BlockHash], request: str, duration_ms: int
-) -> Operation[Lease]:
-    check_lease(request, duration_ms)
-    joined_hashes(prefix)
-    grants: list[Grant] = []
-    held = 0
-    try:
-        for batch in batches(prefix, BATCH_BLOCKS_MAX) if _is_open(context, handle) else ():
-            grant = yield from _grant(context, handle, held, batch, request, duration_ms)
-            if grant.count:
-                grants.append(grant)
-                context.link.hold(grant.lease_id)
-            held += grant.count
-            if grant.count < len(batch):
-                break
-    except BadInput as error:
-        _missed(context, error)
-    except Unavailable as error:
-        _missed(context, error)
-        held, grants = 0, []  # They went with the connection.
-    except GeneratorExit:
-        raise  # The driver gave up the connection, and with it all that it held.
-    except BaseException:
-        yield from _release_grants(context, grants)
-        raise
-    context.tally.add("leased_blocks", held)
-    return Lease(handle, tuple(prefix[:held]), tuple(grants), context.link.number)
-
-
-def release(context: Context, held: Lease) -> Operation[None]:
-    if context.link.owns(held):
-        yield from _release_grants(context, held.grants)
 
 
 def load(
@@ -131,7 +96,7 @@ def save(
     views = flat_blocks(blocks, handle.spec, writable=False)
     joined_hashes(prefix)
     check_save(prefix, views, parent)
-    if not _is_open(context, handle):
+    if not context.reaches(handle):
         context.tally.add("unsaved_blocks:unavailable", len(prefix))
         return 0
     held = 0
@@ -147,44 +112,25 @@ def save(
     return held
 
 
-# --- lease and release --------------------------------------------------------------------------------
-
-
-def _grant(
-    context: Context,
-    handle: Handle,
-    start: int,
-    batch: Sequence[BlockHash],
-    request: str,
-    duration_ms: int,
-) -> Operation[Grant]:
-    sent_ns = context.clock.now_ns()
-    reply = yield from ask(Leased, TakeLease(handle.namespace_id, b"".join(batch), request, duration_ms))
-    count = reply.count
-    check_reply(count <= len(batch), "it leased more blocks than were asked for")
-    check_reply(len(reply.checksums) == count * CHECKSUM_BYTES, "not one checksum a block")
-    check_reply(len(reply.offsets) in (0, count), "not one offset a block")
-    check_reply(bool(reply.lease) == bool(count), "a lease without blocks, or blocks without a lease")
-    # Counted from when we asked, on our own clock: never later than the node means it.
-    expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
-    return Grant(reply.lease, start, count, tuple(reply.offsets), reply.checksums, expires_ns)
-
-
-def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None]:
-    for grant in grants:
-        wrong = context.link.let_go(grant.lease_id)
-        if wrong is None:
-            continue
-        try:
-            if wrong:
-                yield from ask(Released, Release(grant.lease_id, wrong))
-            else:
-                yield from post(Release(grant.lease_id))
-        except Unavailable as error:
-            _missed(context, error)
-            return  # It ended with the connection.
-        except BadInput:
-            context.tally.add("lost_leases")
+def persist(context: Context, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int) -> Operation[int]:
+    check_wait(wait_ms)
+    joined = joined_hashes(prefix)[: PREFIX_BLOCKS_MAX * HASH_BYTES]
+    if not joined or not context.reaches(handle):
+        return 0
+    patience = Patience(context, wait_ms)
+    asked, durable = len(joined) // HASH_BYTES, 0
+    try:
+        while True:
+            reply = yield from ask(Matched, Persist(handle.namespace_id, joined, patience.next_ms()))
+            check_reply(reply.count <= asked, "it persisted more blocks than were asked for")
+            durable = reply.count
+            if durable == asked or patience.over() or not patience.used_up():
+                break
+            yield from patience.rest()
+    except KVCacheError as error:
+        context.missed(error)
+    context.tally.add("persisted_blocks", durable)
+    return durable
 
 
 # --- load ---------------------------------------------------------------------------------------------
@@ -196,7 +142,7 @@ def _load_grant(
     """Blocks ``first`` and on of the lease, all of this grant. Returns the positions that failed."""
     positions = list(range(first, first + len(blocks)))
     if not context.link.owns(held) or not context.link.holds(grant.lease_id):
-        context.tally.add("failed_blocks:lease_lost", len(blocks))
+        context.tally.add(f"failed_blocks:{'unavailable' if context.away else 'lease_lost'}", len(blocks))
         return set(positions)
     failed: set[int] = set()
     for offset_known, run in groupby(positions, lambda at: _offset(context, grant, at) >= 0):
@@ -229,7 +175,7 @@ def _load_run(
         else:
             sums = yield from remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
     except Unavailable as error:
-        _missed(context, error)
+        context.missed(error)
         context.tally.add("failed_blocks:unavailable", len(positions))
         return everything
     except BadInput as error:
@@ -290,7 +236,7 @@ def _save_batch(
         check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
         check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
     except (Unavailable, BadInput) as error:
-        _missed(context, error)
+        context.missed(error)
         return 0, _unsaved_by(error)
     if reserved.count:
         reason = yield from _fill(context, handle, reserved, blocks[reserved.start : end])
@@ -315,7 +261,7 @@ def _fill(
         done = yield from ask(Committed, Commit(reserved.reservation, sums))
         check_reply(done.count == reserved.count, "it committed another number of blocks")
     except Unavailable as error:
-        _missed(context, error)
+        context.missed(error)
         return "unavailable"  # The node aborts what the connection had reserved.
     except BadInput:
         yield from _abort(reserved.reservation)
@@ -339,17 +285,3 @@ def _unsaved_by(error: KVCacheError) -> str:
     if isinstance(error, Unavailable):
         return "unavailable"
     return "parent" if error.code == "bad_prefix" else "refused"
-
-
-def _is_open(context: Context, handle: Handle) -> bool:
-    known = handle.namespace_id in context.link.opened
-    if not known:
-        context.tally.add("missed_calls:not_open")
-    return known
-
-
-def _missed(context: Context, error: KVCacheError) -> None:
-    if isinstance(error, BadReply):
-        context.link.broken = "bad_reply"
-    elif isinstance(error, BadInput):
-        context.tally.add("missed_calls:refused")

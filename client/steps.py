@@ -1,7 +1,7 @@
 """What an operation asks of whoever drives it, one step at a time: a call to the node, or work on bytes.
 
-    operation (generator)  --Call | Post | Work-->  driver (blocking or async)
-                           <--Reply | None | sums-- or the error, thrown in
+    operation (generator)  --Call | Post | Work | Pause-->  driver (blocking or async)
+                           <--Reply | None | sums | None--  or the error, thrown in
 
 Operations hold the one logic of the client; drivers hold the waiting. A driver makes every step end,
 by the deadline or by itself, before it goes on, whatever happens to its caller meanwhile.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from kvcache.errors import Unavailable
-from kvcache.wire import Reply, Request
+from kvcache.wire import Persist, Reply, Request, TakeLease
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,11 @@ class Call:
     def payload_bytes(self) -> int:
         return sum(map(len, self.payload)) + sum(map(len, self.into))
 
+    @property
+    def wait_ms(self) -> int:
+        """So long the node may wait by our own wish, before it answers."""
+        return self.request.wait_ms if isinstance(self.request, TakeLease | Persist) else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Post:
@@ -36,6 +41,14 @@ class Post:
 
     request: Request
     payload_bytes: Literal[0] = 0
+    wait_ms: Literal[0] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Let time pass, and others have the connection."""
+
+    duration_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +58,7 @@ class Work:
     run: Callable[[], bytes]
 
 
-Step = Call | Post | Work
+Step = Call | Post | Work | Pause
 Answer = Reply | bytes | None
 T = TypeVar("T")
 R = TypeVar("R", bound=Reply)
@@ -75,7 +88,21 @@ def post(request: Request) -> Operation[None]:
     assert nothing is None
 
 
+def pause(duration_ns: int) -> Operation[None]:
+    nothing = yield Pause(duration_ns)
+    assert nothing is None
+
+
 def work(run: Callable[[], bytes]) -> Operation[bytes]:
     sums = yield Work(run)
     assert isinstance(sums, bytes)
     return sums
+
+
+def finished(operation: Operation[T]) -> T:
+    """The result of an operation that has no link, and therefore asks for nothing."""
+    try:
+        step = next(operation)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]  # StopIteration is not generic
+    raise AssertionError(f"{step} without a link")

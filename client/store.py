@@ -1,6 +1,7 @@
 """What an engine asks of a store, in two forms: ``BlockStore`` (async) and ``BlockingStore``.
 
-    open -> Handle        match -> count        lease -> Lease -> load ... -> release        save -> count
+    open -> Handle        match -> count        lease -> Lease -> load ... -> release
+                          save -> count         persist -> count
 
 The store being down, full, slow or cut off is never an error here: the answer is less (no blocks, all
 positions failed), at once or by the deadline, and ``counters`` says why. Only what the caller did wrong
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 LEASE_MS: Final = 30_000
+LEASE_WAIT_MS: Final = 2_000
+PERSIST_WAIT_MS: Final = 10_000
 
 # Every counter of a store. Those after the colon of one name are its reasons.
 COUNTERS: Final[Mapping[str, str]] = {
     "matched_blocks": "blocks that match found",
     "leased_blocks": "blocks that were leased",
+    "coming_blocks": "blocks a lease ended before: still being read from NVMe when its wait was over",
+    "lease_waits": "times that a lease was given back to be asked for again, because blocks were coming",
     "loaded_blocks": "blocks loaded and verified",
     "loaded_bytes": "their bytes",
     "saved_blocks": "blocks written and committed",
     "saved_bytes": "their bytes",
+    "persisted_blocks": "blocks that were found durable",
     "connects": "connections made",
     "lost_leases": "leases that had ended before wrong blocks could be reported",
     "failed_blocks:checksum": "the bytes were not those of the block asked for",
@@ -99,6 +105,8 @@ class Lease:
     prefix: tuple[BlockHash, ...]
     grants: tuple[Grant, ...]
     connection: int
+    coming: int = 0
+    """So many blocks right behind are being read from NVMe: another lease, later, may have them."""
 
     @property
     def count(self) -> int:
@@ -121,6 +129,10 @@ NO_HINTS: Final = SaveHints()
 class BlockStore(Protocol):
     """For one event loop. A cancelled call ends when its running step has: no copy runs on after it."""
 
+    prefill_tokens_s: float
+    """How fast the engine computes what it does not load; 0: not known. Where it is faster than the node's
+    disk, the node leaves blocks there. Set by who knows; sent with each match and lease."""
+
     @property
     def counters(self) -> Mapping[str, int]:
         """A copy of the counters, by the names of ``COUNTERS``; those at zero may be missing."""
@@ -132,10 +144,17 @@ class BlockStore(Protocol):
         """How many leading blocks are held. Holds nothing."""
 
     async def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
     ) -> Lease:
         """Hold the leading blocks; ``count`` may be 0, which need not be released. With ``request``, all
-        who name it share the same blocks until each has released them. RAISES BadInput."""
+        who name it share the same blocks until each has released them. Blocks that the node must read
+        from NVMe first are waited for, for at most ``wait_ms``; ``coming`` are those that were not there
+        by then. RAISES BadInput."""
 
     async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
         """Fill ``into[i]`` (the pieces of one block, in order) with block ``start + i`` of the lease.
@@ -158,6 +177,13 @@ class BlockStore(Protocol):
         REQUIRES: the bytes do not change meanwhile. A block that breaks this is refused by its readers.
         """
 
+    async def persist(
+        self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
+    ) -> int:
+        """Have the leading blocks written to NVMe. Returns, after ``wait_ms`` at most, how many of them are
+        durable: neither a crash nor a power cut loses them. 0 without a node, or without NVMe there;
+        less than all also when the node will not write more, for its daily budget. RAISES BadInput."""
+
     async def release(self, lease: Lease) -> None:
         """The reader is done, and says which blocks were wrong. May be called twice."""
 
@@ -171,6 +197,8 @@ class BlockingStore(Protocol):
     Not across ``fork``: the child has neither the connection nor the map.
     """
 
+    prefill_tokens_s: float
+
     @property
     def counters(self) -> Mapping[str, int]: ...
 
@@ -179,7 +207,12 @@ class BlockingStore(Protocol):
     def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int: ...
 
     def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
     ) -> Lease: ...
 
     def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]: ...
@@ -192,6 +225,8 @@ class BlockingStore(Protocol):
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int: ...
+
+    def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS) -> int: ...
 
     def release(self, lease: Lease) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The contract of a store, for ``client.store.BlockStore`` and, through ``Threaded``, ``BlockingStore``.
+"""The contract of a store, for ``client.store.BlockStore`` and, through ``threaded``, ``BlockingStore``.
 
 Subclass ``StoreContract`` and give ``make``: a new store over the same content each time it is called
 within one test, and over none at the start of each test. Each test runs one loop from begin to end.
@@ -7,21 +7,17 @@ within one test, and over none at the start of each test. Each test runs one loo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvcache.block import BlockHash, BlockSpec, storage_key
-from kvcache.client.store import LEASE_MS, NO_HINTS, BlockingStore, BlockStore, Handle, Lease, SaveHints
+from kvcache.client.store import BlockStore, Handle
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace, shape_of
 from kvcache.testing.pattern import Pattern
 from kvcache.wire import BATCH_BLOCKS_MAX
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 SPEC = BlockSpec(block_tokens=4, plane_count=2, head_count=2, head_bytes=1024)
 SIZE = SPEC.block_bytes
@@ -30,47 +26,6 @@ EXAMPLE = Namespace(
     model="m", weights="w", dtype="float32", layout="canonical", block_tokens=4, shape=shape_of(SPEC)
 )
 PATTERN = Pattern(7, SIZE)
-
-
-class Threaded:
-    """A BlockingStore as a BlockStore: each call in a thread."""
-
-    def __init__(self, store: BlockingStore) -> None:
-        self.store = store
-
-    @property
-    def counters(self) -> Mapping[str, int]:
-        return self.store.counters
-
-    async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
-        return await asyncio.to_thread(self.store.open, namespace, spec)
-
-    async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
-        return await asyncio.to_thread(self.store.match, handle, prefix)
-
-    async def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
-    ) -> Lease:
-        return await asyncio.to_thread(self.store.lease, handle, prefix, request, duration_ms)
-
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return await asyncio.to_thread(self.store.load, lease, into, start)
-
-    async def save(
-        self,
-        handle: Handle,
-        prefix: Sequence[BlockHash],
-        blocks: Sequence[Sequence[Buffer]],
-        parent: bytes = b"",
-        hints: SaveHints = NO_HINTS,
-    ) -> int:
-        return await asyncio.to_thread(self.store.save, handle, prefix, blocks, parent, hints)
-
-    async def release(self, lease: Lease) -> None:
-        await asyncio.to_thread(self.store.release, lease)
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self.store.close)
 
 
 def prompt(handle: Handle, block_count: int, seed: int = 0) -> list[BlockHash]:
@@ -269,9 +224,65 @@ class StoreContract:
 
         self.play(scenario)
 
+    def test_what_was_persisted_is_counted_and_still_right(self) -> None:
+        """A node without NVMe persists nothing, one with it may be out of budget: any count is right."""
+
+        async def scenario(store: BlockStore, handle: Handle) -> None:
+            prefix = prompt(handle, 5)
+            assert await store.persist(handle, prefix) == 0, "nothing is held"
+            await self.saved(store, handle, prefix[:4])
+            durable = await store.persist(handle, prefix)
+            assert 0 <= durable <= 4
+            assert await store.persist(handle, prefix[:2], wait_ms=0) <= 2
+            assert store.counters.get("persisted_blocks", 0) >= durable
+            assert await self.loaded(store, handle, prefix) == 4
+            assert await self.saved(store, handle, prefix) == 5
+
+        self.play(scenario)
+
+    def test_what_is_held_in_memory_is_leased_without_a_wait(self) -> None:
+        async def scenario(store: BlockStore, handle: Handle) -> None:
+            prefix = prompt(handle, 3)
+            await self.saved(store, handle, prefix)
+            for wait_ms in (0, 60_000):
+                lease = await store.lease(handle, prefix, wait_ms=wait_ms)
+                assert (lease.count, lease.coming) == (3, 0)
+                await store.release(lease)
+            assert "lease_waits" not in store.counters
+
+        self.play(scenario)
+
+    def test_what_is_coming_lies_right_behind_what_is_leased(self) -> None:
+        async def scenario(store: BlockStore, handle: Handle) -> None:
+            prefix = prompt(handle, 6)
+            await self.saved(store, handle, prefix[:4])
+            await store.persist(handle, prefix[:4])
+            for wait_ms in (0, 2_000):
+                lease = await store.lease(handle, prefix, wait_ms=wait_ms)
+                assert 0 <= lease.coming <= 4 - lease.count
+                into = room(lease.count)
+                assert await store.load(lease, whole(into)) == frozenset()
+                assert into == content(handle, prefix[: lease.count])
+                await store.release(lease)
+
+        self.play(scenario)
+
+    def test_a_rate_of_prefill_changes_no_bytes(self) -> None:
+        async def scenario(store: BlockStore, handle: Handle) -> None:
+            prefix = prompt(handle, 3)
+            await self.saved(store, handle, prefix)
+            for rate in (0.0, 0.5, 5_000.5, 1e30, float("inf"), float("nan"), -1.0):
+                store.prefill_tokens_s = rate
+                assert await store.match(handle, prefix) <= 3
+                assert await self.loaded(store, handle, prefix) <= 3
+            assert "missed_calls:refused" not in store.counters
+
+        self.play(scenario)
+
     def test_nothing_asked_nothing_done(self) -> None:
         async def scenario(store: BlockStore, handle: Handle) -> None:
             assert await store.match(handle, []) == 0
+            assert await store.persist(handle, []) == 0
             assert await store.save(handle, [], []) == 0
             lease = await store.lease(handle, prompt(handle, 2))
             assert lease.count == 0
@@ -287,6 +298,9 @@ class StoreContract:
             lambda s, h, p, b: s.lease(h, [b"short"]),
             lambda s, h, p, b: s.lease(h, p, "r" * 5_000),
             lambda s, h, p, b: s.lease(h, p, "", 0),
+            lambda s, h, p, b: s.lease(h, p, wait_ms=-1),
+            lambda s, h, p, b: s.persist(h, [b"short"]),
+            lambda s, h, p, b: s.persist(h, p, wait_ms=-1),
             lambda s, h, p, b: s.save(h, [b"short"] * 4, whole(b)),
             lambda s, h, p, b: s.save(h, p, whole(b[:3])),
             lambda s, h, p, b: s.save(h, p, whole(b), parent=b"short"),
@@ -365,6 +379,7 @@ class StoreContract:
             assert await store.load(lease, whole(room(2))) == {0, 1}
             assert (await store.lease(handle, prefix)).count == 0
             assert await self.saved(store, handle, prefix) == 0
+            assert await store.persist(handle, prefix) == 0
             await store.release(lease)
 
         self.play(scenario)

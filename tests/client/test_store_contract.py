@@ -11,7 +11,8 @@ from kvcache.client import connect, connect_blocking
 from kvcache.client.store import BlockStore
 from kvcache.config import NodeConfig
 from kvcache.testing.processes import NodeProcess
-from kvcache.testing.stores import StoreContract, Threaded
+from kvcache.testing.stores import StoreContract
+from kvcache.testing.threaded import Threaded
 from tests.server.conftest import EmbeddedNode
 
 PATHS = ("mapped", "unix", "tcp")

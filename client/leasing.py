@@ -1,0 +1,135 @@
+r"""Leases as operations: taken batch by batch, waited for, given back.
+
+    ask --> all there, or no more to come, or no time left --> held
+     ^ \--> more to come --> give back --> wait --'
+
+What is leased is given back before it is asked for again, because whoever names a request gets the
+same lease for it until all have released it. A batch is taken only behind a whole one: the first that is
+not, held or coming, is the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from kvcache.block import BlockHash
+from kvcache.client.checks import batches, check_lease, check_reply, check_wait, joined_hashes
+from kvcache.client.link import Context
+from kvcache.client.steps import Operation, ask, post
+from kvcache.client.store import Grant, Handle, Lease
+from kvcache.client.waiting import Patience
+from kvcache.clock import NS_PER_MS
+from kvcache.errors import BadInput, KVCacheError, Unavailable
+from kvcache.wire import BATCH_BLOCKS_MAX, Leased, Release, Released, TakeLease
+
+CHECKSUM_BYTES: Final = 16
+
+
+def lease(
+    context: Context,
+    handle: Handle,
+    prefix: Sequence[BlockHash],
+    request: str,
+    duration_ms: int,
+    wait_ms: int,
+) -> Operation[Lease]:
+    check_lease(request, duration_ms)
+    check_wait(wait_ms)
+    joined_hashes(prefix)
+    patience = Patience(context, wait_ms)
+    grants: list[Grant] = []
+    held = coming = 0
+    try:
+        for batch in batches(prefix, BATCH_BLOCKS_MAX) if context.reaches(handle) else ():
+            grant, coming = yield from _granted(context, handle, held, batch, request, duration_ms, patience)
+            if grant.count:
+                grants.append(grant)
+                context.link.hold(grant.lease_id)
+            held += grant.count
+            if grant.count < len(batch):
+                break
+    except BadInput as error:
+        context.missed(error)
+    except Unavailable as error:
+        context.missed(error)
+        held, coming, grants = 0, 0, []  # They went with the connection.
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and with it all that it held.
+    except BaseException:
+        yield from _release_grants(context, grants)
+        raise
+    context.tally.add("leased_blocks", held)
+    context.tally.add("coming_blocks", coming)
+    return Lease(handle, tuple(prefix[:held]), tuple(grants), context.link.number, coming)
+
+
+def release(context: Context, held: Lease) -> Operation[None]:
+    if context.link.owns(held):
+        yield from _release_grants(context, held.grants)
+
+
+def _granted(
+    context: Context,
+    handle: Handle,
+    start: int,
+    batch: Sequence[BlockHash],
+    request: str,
+    duration_ms: int,
+    patience: Patience,
+) -> Operation[tuple[Grant, int]]:
+    """What the node grants of a batch, and how many blocks behind it are still coming when patience ends."""
+    joined, rate = b"".join(batch), context.tokens_s
+    while True:
+        # A lease is counted from when it was asked for, so a wait must leave it most of its time.
+        wait_ms = patience.next_ms(duration_ms // 2)
+        sent_ns = context.clock.now_ns()
+        wanted = TakeLease(handle.namespace_id, joined, request, duration_ms, wait_ms, rate)
+        reply = yield from ask(Leased, wanted)
+        _check(reply, len(batch))
+        if not reply.coming or patience.over():
+            break
+        if reply.lease:
+            yield from _give_back(reply.lease)
+        context.tally.add("lease_waits")
+        yield from patience.rest()
+    # Counted from when we asked, on our own clock: never later than the node means it.
+    expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
+    grant = Grant(reply.lease, start, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
+    return grant, reply.coming
+
+
+def _check(reply: Leased, block_count: int) -> None:
+    count = reply.count
+    check_reply(count + reply.coming <= block_count, "it leased more blocks than were asked for")
+    check_reply(len(reply.checksums) == count * CHECKSUM_BYTES, "not one checksum a block")
+    check_reply(len(reply.offsets) in (0, count), "not one offset a block")
+    check_reply(bool(reply.lease) == bool(count), "a lease without blocks, or blocks without a lease")
+
+
+def _give_back(lease_id: int) -> Operation[None]:
+    """Release what nobody was told of. A cancellation comes in place of the step, which is then made up."""
+    try:
+        yield from post(Release(lease_id))
+    except (GeneratorExit, KVCacheError):
+        raise
+    except BaseException:
+        yield from post(Release(lease_id))
+        raise
+
+
+def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None]:
+    for grant in grants:
+        wrong = context.link.let_go(grant.lease_id)
+        if wrong is None:
+            continue
+        try:
+            if wrong:
+                yield from ask(Released, Release(grant.lease_id, wrong))
+            else:
+                yield from post(Release(grant.lease_id))
+        except Unavailable as error:
+            context.missed(error)
+            return  # It ended with the connection.
+        except BadInput:
+            context.tally.add("lost_leases")
