@@ -58,6 +58,14 @@ class PolicyGuard:
         except Exception as error:
             self._replace(context, f"on_admitted raised {error!r}")
 
+    def on_restored(self, context: RequestContext, paths: Sequence[Sequence[int]]) -> None:
+        """As ``on_admitted``, for many paths, parents first. REQUIRES: ``committed`` lists them all."""
+        try:
+            for path in paths:
+                self._policy.on_admitted(context, path)
+        except Exception as error:
+            self._replace(context, f"on_admitted raised {error!r}")
+
     def victims(self, context: RequestContext, count: int) -> list[int]:
         """At least one while anything can go. In this order, each is an evictable leaf."""
         try:

@@ -25,11 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import repeat
 from typing import Literal
 
 from kvcache.block import Slot, StorageKey
-from kvcache.prefix import NONE, PrefixTree
-from kvcache.tiers.space import Space
+from kvcache.prefix import NONE, PrefixTree, Run, put
+from kvcache.restored import Restored, plan
+from kvcache.tiers.space import Space, slot_arena
 
 
 class State(Enum):
@@ -56,12 +58,14 @@ class Holding:
 
     __slots__ = ("checksum", "generation", "pinned", "slot", "state", "sums")
 
-    def __init__(self, slot: Slot, generation: int) -> None:
+    def __init__(
+        self, slot: Slot, generation: int, state: State = State.RESERVED, checksum: bytes = b""
+    ) -> None:
         self.slot = slot
         self.generation = generation
-        self.state = State.RESERVED
+        self.state = state
         self.pinned = False
-        self.checksum = b""
+        self.checksum = checksum
         self.sums = b""
 
 
@@ -102,6 +106,30 @@ class Holdings:
         self._held_bytes += block_bytes * len(blocks)
         return blocks
 
+    def restore(self, entries: Sequence[Restored]) -> tuple[list[list[int]], list[Restored]]:
+        """What a device holds still. Paths of the blocks that are held now, parents first; and what is not:
+        its key is known, its slot cannot be had, or the block before it is neither held nor restored."""
+        find = self.tree.find
+        known: set[StorageKey] = set()
+        fresh: list[Restored] = []
+        refused: list[Restored] = []
+        for entry in entries:
+            (refused if entry.key in known or find(entry.key) != NONE else fresh).append(entry)
+            known.add(entry.key)
+        unplaced = set(
+            self.space.restore([entry.slot for entry in fresh], [entry.block_bytes for entry in fresh])
+        )
+        if unplaced:
+            refused += [fresh[at] for at in unplaced]
+            fresh = [entry for at, entry in enumerate(fresh) if at not in unplaced]
+        order, runs = plan([entry.key for entry in fresh], [entry.parent for entry in fresh], find)
+        if len(order) < len(fresh):
+            lost = set(range(len(fresh))).difference(order)
+            refused += [fresh[at] for at in lost]
+            for at in lost:
+                self.space.free(fresh[at].slot)
+        return self._graft([fresh[at] for at in order], runs) if runs else [], refused
+
     def commit(self, blocks: Sequence[int], checksums: Sequence[bytes], sums: Sequence[bytes]) -> None:
         """The bytes are there. Publishes what can be found now, and announces it."""
         for block, checksum, sums_of_block in zip(blocks, checksums, sums, strict=True):
@@ -111,7 +139,7 @@ class Holdings:
             holding.sums = sums_of_block
             holding.state = State.WAITING
         self.tree.unhold(blocks)
-        self._publish(blocks[0])
+        self._publish(blocks[0], "committed")
 
     def abort(self, blocks: Sequence[int]) -> None:
         """Reserved blocks that will not be written; nobody writes to their slots any more."""
@@ -129,14 +157,28 @@ class Holdings:
     def withdraw(self, block: int) -> None:
         """Park a committed block; what continues it waits for it, orphaned."""
         assert self.holding[block].state in (State.WAITING, State.PUBLISHED)
-        lost = [each for each in self.tree.subtree(block) if self.tree.ready[each]]
-        for each in lost:
-            self.tree.ready[each] = 0
-            self.holding[each].state = State.WAITING
-        self._removed(lost, "quarantined")
+        self._removed(self._lose([block]), "quarantined")
         self.unpin([block])
         self._park(block)
         self._gone([block], "quarantined")
+
+    def withdraw_arena(self, arena: int) -> tuple[int, list[int]]:
+        """Every committed block of an arena goes, as by ``withdraw``, but its slot is free at once unless
+        somebody holds it. How many went, and those that are held, parked."""
+        blocks = [
+            block
+            for slot, block in self._block_of.items()
+            if slot_arena(slot) == arena and self.state(block) in (State.WAITING, State.PUBLISHED)
+        ]
+        blocks.sort(key=self.tree.depth.__getitem__)
+        self._removed(self._lose(blocks), "fenced")
+        self.unpin(blocks)
+        blocks.reverse()
+        for block in blocks:
+            self._park(block)
+        self._gone(blocks, "fenced")
+        self.unpark([block for block in blocks if not self.tree.holds[block]])
+        return len(blocks), [block for block in blocks if self.state(block) is State.PARKED]
 
     def unpark(self, blocks: Iterable[int]) -> None:
         """The slots of parked blocks are free. REQUIRES: nobody holds them."""
@@ -231,7 +273,38 @@ class Holdings:
         parent = self.tree.parent[block]
         return bool(self.tree.ready[parent]) if parent != NONE else not self.tree.is_orphan(block)
 
-    def _publish(self, first: int) -> None:
+    def _graft(self, entries: Sequence[Restored], runs: Sequence[Run]) -> list[list[int]]:
+        """Hold these, which have their slots; publish what can be found now."""
+        tree, start = self.tree, self._generation + 1
+        keys = [entry.key for entry in entries]
+        sizes = [entry.block_bytes for entry in entries]
+        slots = [entry.slot for entry in entries]
+        blocks, adopted = tree.graft(keys, sizes, runs)
+        self._generation += len(blocks)
+        self._held_bytes += sum(sizes)
+        holdings = map(
+            Holding,
+            slots,
+            range(start, start + len(blocks)),
+            repeat(State.WAITING),
+            [entry.checksum for entry in entries],
+        )
+        put(self.holding, blocks, list(holdings))
+        self._block_of.update(zip(slots, blocks, strict=True))
+        paths = [blocks[start:end] for start, end, _, _ in runs]
+        for path, (start, end, _, _) in zip(paths, runs, strict=True):
+            if self._publishable(path[0]):
+                parent = tree.parent[path[0]]
+                for block in path:
+                    tree.ready[block] = 1
+                    self.holding[block].state = State.PUBLISHED
+                before = tree.key[parent] if parent != NONE else None
+                self._changes.append(Change("stored", tuple(keys[start:end]), before, "restored"))
+        for orphan in adopted:
+            self._publish(orphan, "restored")
+        return paths
+
+    def _publish(self, first: int, reason: str) -> None:
         """Publish a waiting block and all waiting ones that continue it, a run at a time."""
         starts = [first] if self._publishable(first) else []
         for start in starts:
@@ -248,7 +321,20 @@ class Holdings:
                 starts += waiting[1:]
             parent = self.tree.parent[start]
             before = self.tree.key[parent] if parent != NONE else None
-            self._changes.append(Change("stored", self._keys(run), before, "committed"))
+            self._changes.append(Change("stored", self._keys(run), before, reason))
+
+    def _lose(self, blocks: Iterable[int]) -> list[int]:
+        """These and all that continues them wait now. Those that could be found until now."""
+        ready = self.tree.ready
+        lost: list[int] = []
+        for first in blocks:
+            walk = [first] if ready[first] else []
+            for block in walk:
+                ready[block] = 0
+                self.holding[block].state = State.WAITING
+                walk += [child for child in self.tree.children_of(block) if ready[child]]
+            lost += walk
+        return lost
 
     def _removed(self, blocks: Sequence[int], reason: str) -> None:
         if blocks:

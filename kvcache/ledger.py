@@ -37,10 +37,11 @@ from kvcache.paths import fresh, held, parent_block
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE
 from kvcache.reservations import OpenWrite, Reservation, WriteBook
+from kvcache.restored import Restored
 from kvcache.room import Room
 from kvcache.tiers.space import Space
 
-__all__ = ["Change", "Lease", "Ledger", "Owner", "Reservation"]
+__all__ = ["Change", "Lease", "Ledger", "Owner", "Reservation", "Restored"]
 
 _TIMELESS = RequestContext(now_ns=0)
 
@@ -230,6 +231,16 @@ class Ledger:
             self._writes.close(reservation_id)
         return left
 
+    def restore(self, entries: Sequence[Restored]) -> list[Restored]:
+        """What a device holds still is held again, and found as far as all before it is. Those listed
+        first are taken for the oldest.
+
+        What is not taken is returned, and takes nothing: its key is known, its slot is used or is none,
+        or the block before it is neither held nor taken."""
+        paths, refused = self._holdings.restore(entries)
+        self._guard.on_restored(_TIMELESS, paths)
+        return refused
+
     # --- time and people ------------------------------------------------------------------------
 
     def expire(self, now_ns: int) -> int:
@@ -286,6 +297,15 @@ class Ledger:
         self._holdings.withdraw(block)
         heappush(self._quarantine, (until_ns, block))
         return True
+
+    def withdraw_arena(self, arena: int, until_ns: int) -> int:
+        """A device is lost: nobody finds its blocks, nor what continues them elsewhere. Slots that somebody
+        holds are kept aside as by ``quarantine``; the others are free, and can be restored, at once. What
+        is being written there is its writers' to abort. How many blocks went."""
+        count, parked = self._holdings.withdraw_arena(arena)
+        for block in parked:
+            heappush(self._quarantine, (until_ns, block))
+        return count
 
     # --- what it tells --------------------------------------------------------------------------
 
