@@ -153,6 +153,23 @@ def takes_direct(folder: Path) -> bool:
         path.unlink(missing_ok=True)
 
 
+def reads_direct(folder: Path) -> bool:
+    """As ``takes_direct``, of segment files that are there, and without writing."""
+    for path in folder.glob(f"*{_SUFFIX}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            try:
+                os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOTSUP):
+                return False
+            raise
+        return True
+    return False
+
+
 def make_folder(path: Path) -> None:
     """RAISES OSError. What is there already stays as it is."""
     if not path.is_dir():

@@ -1,0 +1,183 @@
+"""Which entries of a directory of the NVMe tier can be taken: whole segments, and what lies in them.
+
+An entry, from the index or from a slot header, is taken only when its segment is there, whole, formatted
+for its size and of its epoch, and when it is the newest of its key; the rest is *rejected*, with the
+reason. What is taken may still be wrong in its bytes: a read finds that. Nothing here writes.
+
+The sum: 300,000 entries are sifted in about 0.3 s; a header read from disk costs 65 us of waiting, eight
+at a time, so as many headers take some 4 s where the disk gives them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvcache.block import StorageKey
+from kvcache.tiers.nvme_files import Buffers, SegmentFiles, faults, read_all
+from kvcache.tiers.nvme_format import (
+    PAGE_BYTES,
+    SEGMENT_HEADER_BYTES,
+    BadRecord,
+    Entry,
+    SegmentHeader,
+    Superblock,
+    parse_segment_header,
+    parse_slot_header,
+    slots_in,
+    stride_of,
+)
+
+SCAN_THREADS = 8
+SCAN_SLOTS = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment file that is whole, and what it is formatted for."""
+
+    stride: int
+    epoch: int
+
+
+@dataclass(slots=True)
+class Contents:
+    """``entries``: one a key, the newest. ``rejected``: the others and why; they may be in the index."""
+
+    segments: dict[int, Segment]
+    entries: list[Entry] = field(default_factory=list)
+    rejected: list[tuple[Entry, str]] = field(default_factory=list)
+    newest: int = 0
+    """The largest generation or epoch that was seen."""
+
+
+def survey(files: SegmentFiles, superblock: Superblock, segment_count: int, findings: list[str]) -> Contents:
+    """The segments that are whole. Of each other file ``findings`` says what is wrong. RAISES DeviceFault."""
+    found = Contents({})
+    buffers = Buffers()
+    with faults(f"reading {files.folder}"), buffers.take(PAGE_BYTES) as page:
+        for number in files.numbers():
+            if number >= segment_count:
+                continue
+            header = _read_header(files, number, superblock, page)
+            if isinstance(header, str):
+                findings.append(f"{files.path(number)}: {header}; its blocks are lost")
+                continue
+            found.segments[number] = Segment(header.stride, header.epoch)
+            found.newest = max(found.newest, header.epoch)
+    return found
+
+
+def sift(found: Contents, entries: Sequence[Entry], segment_bytes: int) -> None:
+    """Sort ``entries`` into those that are taken and those that are rejected."""
+    newest: dict[StorageKey, Entry] = {}
+    strides: dict[int, int] = {}
+    segments, rejected = found.segments, found.rejected
+    for entry in entries:
+        offset, key, _, block_bytes, _, _, _, epoch = entry
+        stride = strides.get(block_bytes) or strides.setdefault(block_bytes, stride_of(block_bytes))
+        number, inside = divmod(offset, segment_bytes)
+        segment = segments.get(number)
+        if segment is None:
+            rejected.append((entry, "its segment is not there"))
+        elif segment.epoch != epoch or segment.stride != stride:
+            rejected.append((entry, "its segment was formatted anew"))
+        elif (inside - SEGMENT_HEADER_BYTES) % stride or not 0 < inside <= segment_bytes - stride:
+            rejected.append((entry, "no slot begins there"))
+        else:
+            other = newest.setdefault(key, entry)
+            if other is not entry:
+                older = min(entry, other, key=_generation)
+                newest[key] = other if older is entry else entry
+                rejected.append((older, "a newer copy is there"))
+    found.entries = list(newest.values())
+    found.newest = max(found.newest, max(map(_generation, entries), default=0))
+
+
+def scan(
+    files: SegmentFiles, segments: Mapping[int, Segment], segment_bytes: int, progress: Progress
+) -> tuple[list[Entry], int]:
+    """The entry of every slot header that stands where it says, and how many headers are damaged.
+
+    RAISES DeviceFault."""
+    jobs = list(_scan_jobs(segments, segment_bytes))
+    total = sum(len(slots) for _, slots in jobs)
+    entries: list[Entry] = []
+    done = damaged = 0
+    buffers = Buffers()
+    with ThreadPoolExecutor(SCAN_THREADS, "kvcache-scan") as pool:
+        tasks = [
+            pool.submit(_scan_slots, files, buffers, number, segment_bytes, slots) for number, slots in jobs
+        ]
+        try:
+            for (_, slots), task in zip(jobs, tasks, strict=True):
+                progress("reading slot headers", done, total)
+                some, bad = task.result()
+                entries += some
+                damaged += bad
+                done += len(slots)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    progress("reading slot headers", done, total)
+    return entries, damaged
+
+
+def _generation(entry: Entry) -> int:
+    return entry.generation
+
+
+def _read_header(
+    files: SegmentFiles, number: int, superblock: Superblock, page: memoryview
+) -> SegmentHeader | str:
+    """The header, or what is wrong with the file."""
+    with files.hold(number) as descriptor:
+        length = os.fstat(descriptor).st_size
+        if length != superblock.segment_bytes:
+            return f"it is {length:,} bytes long, not {superblock.segment_bytes:,}"
+        if read_all(descriptor, [page], 0) < PAGE_BYTES:
+            raise OSError(errno.EIO, "a read stopped short")
+    try:
+        header = parse_segment_header(page)
+    except BadRecord as error:
+        return error.what
+    if (header.directory_id, header.segment_bytes) != (superblock.directory_id, superblock.segment_bytes):
+        return "it is a segment of another directory"
+    return header if header.number == number else f"it is segment {header.number} under another's name"
+
+
+def _scan_jobs(segments: Mapping[int, Segment], segment_bytes: int) -> Iterator[tuple[int, range]]:
+    """Segment number and offsets in it."""
+    for number, segment in sorted(segments.items()):
+        end = SEGMENT_HEADER_BYTES + slots_in(segment_bytes, segment.stride) * segment.stride
+        step = SCAN_SLOTS * segment.stride
+        for first in range(SEGMENT_HEADER_BYTES, end, step):
+            yield number, range(first, min(first + step, end), segment.stride)
+
+
+def _scan_slots(
+    files: SegmentFiles, buffers: Buffers, number: int, segment_bytes: int, slots: range
+) -> tuple[list[Entry], int]:
+    entries: list[Entry] = []
+    damaged = 0
+    what = f"reading slot headers of {files.path(number)}"
+    with faults(what), files.hold(number) as descriptor, buffers.take(PAGE_BYTES) as page:
+        for inside in slots:
+            if read_all(descriptor, [page], inside) < PAGE_BYTES:
+                damaged += 1
+                continue
+            try:
+                entry = parse_slot_header(page)
+            except BadRecord as error:
+                damaged += error.reason != "empty"
+                continue
+            if entry.offset == number * segment_bytes + inside:
+                entries.append(entry)
+            else:
+                damaged += 1
+    return entries, damaged
