@@ -16,8 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,20 @@ class Figure:
     machine: str
 
 
-def options(description: str, arguments: Sequence[str] | None = None) -> Options:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
-    parsed = parser.parse_args(arguments)
+def parser(description: str) -> argparse.ArgumentParser:
+    """With what every benchmark takes; a script adds its own and gives ``choose`` what was parsed."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", action="store_true", help="one JSON object a line")
+    made.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
+    return made
+
+
+def choose(parsed: argparse.Namespace) -> Options:
     return Options(parsed.json, parsed.quick)
+
+
+def options(description: str, arguments: Sequence[str] | None = None) -> Options:
+    return choose(parser(description).parse_args(arguments))
 
 
 def machine() -> str:
@@ -72,13 +83,13 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(contestants: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
     """What each contestant returned, round by round. One more round goes first and is not counted.
 
     The order shifts by one each round, so that nobody always follows the same neighbour.
     """
     names = list(contestants)
-    results: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[Result]] = {name: [] for name in names}
     for turn in range(-1, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
