@@ -6,15 +6,14 @@ fdatasync is cheap), given its header, synced, and only then renamed. So a file 
 its full length.
 
 Direct I/O takes memory, offsets and lengths that are whole pages; where a file system refuses it, the
-same calls go through the page cache, and what they left there is dropped. The buffers made here are
-shared mappings: with private ones, a fork during a direct read could let the bytes land in a page that
-only the other process sees.
+same calls go through the page cache, and what they left there is dropped.
 
 System calls only: what fails, fails as OSError from the call itself, and ``faults`` turns it into a
 DeviceFault that says where.
 
-The sum: a call moves a block of 2 MiB in 1.3 ms; the interpreter's share of it is some 20 us. Writing
-zeros runs at the speed of the disk and happens once a segment.
+The sum: a call moves a block of 2 MiB in 1.3 ms at 1.6 GB/s, and 20 us of it are the interpreter's. The
+kernel's share is in pinning memory: 50 ms a GB in pages of 4 KiB, 15 ms in huge ones. Writing zeros runs
+at the speed of the disk and happens once a segment.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvcache.tiers.nvme_format import PAGE_BYTES
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
+HUGE_PAGE_BYTES = 2 << 20
 OPEN_FILES_MAX = 256
 SPARE_BUFFERS_MAX = 16
 ZERO_BYTES = 4 << 20
@@ -85,26 +85,28 @@ def is_direct(view: memoryview) -> bool:
 
 
 class Buffers:
-    """Page-aligned memory, used again. Any thread."""
+    """Page-aligned memory for direct I/O, ``length`` bytes a piece, used again. Any thread.
 
-    def __init__(self) -> None:
-        self._spare: list[mmap.mmap] = []
+    Of huge pages where the kernel has them: then a call pins one page instead of 512, which for a read of
+    2 MiB saves two thirds of its CPU time and more than a copy out of the buffer costs. Hidden from forked
+    children: a fork during a read could otherwise let its bytes land in a page that only the child sees."""
+
+    def __init__(self, length: int) -> None:
+        self._length = round_up(length)
+        self._spare: list[memoryview] = []
 
     @contextmanager
-    def take(self, length: int) -> Iterator[memoryview]:
-        """``length`` bytes of undefined content, until the end of the block."""
+    def take(self) -> Iterator[memoryview]:
+        """Of undefined content, until the end of the block."""
         try:
-            memory = self._spare.pop()
+            view = self._spare.pop()
         except IndexError:
-            memory = mmap.mmap(-1, round_up(length))
-        if len(memory) < length:
-            memory = mmap.mmap(-1, round_up(length))
-        view = memoryview(memory)[:length]
+            view = _aligned_memory(self._length)
         try:
             yield view
         finally:
             if len(self._spare) < SPARE_BUFFERS_MAX:
-                self._spare.append(memory)
+                self._spare.append(view)
 
 
 def write_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:
@@ -140,7 +142,7 @@ def takes_direct(folder: Path) -> bool:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, FILE_MODE)
         try:
-            page = memoryview(mmap.mmap(-1, PAGE_BYTES))
+            page = _aligned_memory(PAGE_BYTES)
             write_all(descriptor, [page], PAGE_BYTES)
             return read_all(descriptor, [page], PAGE_BYTES) == PAGE_BYTES
         finally:
@@ -159,7 +161,7 @@ def reads_direct(folder: Path) -> bool:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             try:
-                os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)
+                read_all(descriptor, [_aligned_memory(PAGE_BYTES)], 0)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -326,9 +328,22 @@ class _Open:
         self.users = 0
 
 
+def _aligned_memory(length: int) -> memoryview:
+    """Zeros. REQUIRES: ``length`` is whole pages."""
+    slack = HUGE_PAGE_BYTES if length >= HUGE_PAGE_BYTES else 0
+    memory = mmap.mmap(-1, length + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
+    if not slack:
+        return memoryview(memory)
+    with suppress(OSError):  # A kernel without huge pages.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_BYTES
+    return memoryview(memory)[start : start + length]
+
+
 def _fill(descriptor: int, length: int, header: bytes) -> None:
     """The header, then zeros. REQUIRES: ``length`` is whole pages."""
-    memory = memoryview(mmap.mmap(-1, min(ZERO_BYTES, length)))
+    memory = _aligned_memory(min(ZERO_BYTES, length))
     for offset in range(0, length, len(memory)):
         write_all(descriptor, [memory[: length - offset]], offset)
     memory[: len(header)] = header

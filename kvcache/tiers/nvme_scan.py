@@ -59,8 +59,7 @@ class Contents:
 def survey(files: SegmentFiles, superblock: Superblock, segment_count: int, findings: list[str]) -> Contents:
     """The segments that are whole. Of each other file ``findings`` says what is wrong. RAISES DeviceFault."""
     found = Contents({})
-    buffers = Buffers()
-    with faults(f"reading {files.folder}"), buffers.take(PAGE_BYTES) as page:
+    with faults(f"reading {files.folder}"), Buffers(PAGE_BYTES).take() as page:
         for number in files.numbers():
             if number >= segment_count:
                 continue
@@ -109,7 +108,7 @@ def scan(
     total = sum(len(slots) for _, slots in jobs)
     entries: list[Entry] = []
     done = damaged = 0
-    buffers = Buffers()
+    buffers = Buffers(PAGE_BYTES)
     with ThreadPoolExecutor(SCAN_THREADS, "kvcache-scan") as pool:
         tasks = [
             pool.submit(_scan_slots, files, buffers, number, segment_bytes, slots) for number, slots in jobs
@@ -166,7 +165,7 @@ def _scan_slots(
     entries: list[Entry] = []
     damaged = 0
     what = f"reading slot headers of {files.path(number)}"
-    with faults(what), files.hold(number) as descriptor, buffers.take(PAGE_BYTES) as page:
+    with faults(what), files.hold(number) as descriptor, buffers.take() as page:
         for inside in slots:
             if read_all(descriptor, [page], inside) < PAGE_BYTES:
                 damaged += 1

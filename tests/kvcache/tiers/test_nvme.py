@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -71,17 +72,33 @@ def test_it_is_there_after_a_restart(device: Device) -> None:
 
 
 @pytest.mark.parametrize("direct", ["auto", "on", "off"])
-@pytest.mark.parametrize("block_bytes", [1, 64, 5000, PAGE, PAGE + 64, 3 * PAGE, 100_032])
-@pytest.mark.parametrize("skew", [0, 64])
-def test_any_size_and_any_memory(direct: str, block_bytes: int, skew: int, path: Path) -> None:
+def test_any_size_and_any_memory(direct: str, path: Path) -> None:
     device = open_device(path, direct=direct)
-    chunk_bytes = 64 if block_bytes % 64 == 0 else block_bytes
-    puts = [
-        block_of(seed, offset_of(0, seed, block_bytes), block_bytes, chunk_bytes, skew) for seed in range(2)
-    ]
+    for block_bytes, skew in product([1, 64, 5000, PAGE, PAGE + 64, 3 * PAGE, 100_032], [0, 64]):
+        chunk_bytes = 64 if block_bytes % 64 == 0 else block_bytes
+        puts = [
+            block_of(seed, offset_of(0, seed, block_bytes), block_bytes, chunk_bytes, skew)
+            for seed in range(2)
+        ]
+        final = device.write(puts, [], durable=False)
+        for seed, entry in enumerate(final):
+            assert fetch(device, entry, skew) == content_of(seed, block_bytes)
+    device.close()
+
+
+@pytest.mark.parametrize("direct", ["auto", "off"])
+@pytest.mark.parametrize("skew", [0, 64])
+@pytest.mark.parametrize(("chunk_bytes", "chunk_count"), [(65_520, 70), (65_536, 64), (640, 6_554)])
+def test_a_block_of_several_pieces(
+    chunk_bytes: int, chunk_count: int, skew: int, direct: str, path: Path
+) -> None:
+    """Pieces are whole chunks, and chunks need not be whole pages."""
+    size = chunk_bytes * chunk_count
+    device = Device.open(path, 16 << 20, 16 << 20, direct=direct)
+    puts = [block_of(seed, offset_of(0, seed, size, 16 << 20), size, chunk_bytes, skew) for seed in range(2)]
     final = device.write(puts, [], durable=False)
     for seed, entry in enumerate(final):
-        assert fetch(device, entry, skew) == content_of(seed, block_bytes)
+        assert fetch(device, entry, skew) == content_of(seed, size)
     device.close()
 
 
