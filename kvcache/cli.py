@@ -31,6 +31,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "serve": Subcommand("kvcache.server.cli:serve", "Run one node."),
     "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),
+    "check": Subcommand("kvcache.cli_check:check", "Verify every block on NVMe, and drop what is wrong."),
 }
 
 
