@@ -27,14 +27,17 @@ def info(address: str, as_json: bool) -> None:
     A token, where the node wants one, is read from KVCACHE_TOKEN.
     """
     where = address or default_address()
-    welcome, values = ask(where, os.environ.get("KVCACHE_TOKEN", ""))
+    welcome, told = ask(where, os.environ.get("KVCACHE_TOKEN", ""))
     if as_json:
-        click.echo(json.dumps({"address": where, "node": welcome.node, "values": values}))
-    else:
-        click.echo(table(where, welcome, values))
+        found = {"address": where, "node": welcome.node, "values": told.values, "troubles": told.troubles}
+        click.echo(json.dumps(found))
+        return
+    click.echo(table(where, welcome, told.values))
+    for trouble in told.troubles:
+        click.echo(f"trouble: {trouble}", err=True)
 
 
-def ask(address: str, token: str) -> tuple[Welcome, dict[str, float]]:
+def ask(address: str, token: str) -> tuple[Welcome, StatsReply]:
     """One Stats call. RAISES Unavailable, BadInput, NotAllowed."""
     deadline_ns = SystemClock().now_ns() + DEADLINE_S * NS_PER_S
     hello = Hello(PROTOCOL_VERSION, token=token, client="kvcache info")
@@ -46,7 +49,7 @@ def ask(address: str, token: str) -> tuple[Welcome, dict[str, float]]:
     try:
         reply = channel.call(Stats(), deadline_ns)
         assert isinstance(reply, StatsReply), reply
-        return channel.welcome, reply.values
+        return channel.welcome, reply
     finally:
         channel.close()
 

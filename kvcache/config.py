@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -47,6 +47,15 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     handshake_ms: Milliseconds = 5_000
     connections_max: Count = 1_024
     namespaces_max: Count = 4_096
+    nvme: str = "none"
+    nvme_segment: str = "auto"
+    nvme_write: Literal["through", "back", "evict"] = "through"
+    nvme_back_ms: Milliseconds = 10_000
+    nvme_admission: Literal["all", "second-touch"] = "all"
+    nvme_writes_a_day: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    nvme_late_ms: Milliseconds = 2_000
+    nvme_direct: Literal["auto", "on", "off"] = "auto"
+    nvme_scrub_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
 
     @property
     def capacity_bytes(self) -> int:
@@ -59,6 +68,21 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             return parse_size(self.unit, "unit")
         wanted = max(1, self.capacity_bytes // 32)
         return min(max(1 << (wanted.bit_length() - 1), 256 << 10), 256 << 20)
+
+    @property
+    def nvme_places(self) -> list[tuple[Path, int]]:
+        """Directory and bytes of each device. RAISES BadInput for what is no ``PATH:SIZE``."""
+        if self.nvme == "none":
+            return []
+        return [_parse_place(text) for text in self.nvme.split(",")]
+
+    @property
+    def nvme_segment_bytes(self) -> int:
+        """Bytes a segment file: a 32nd of the smallest device, a power of two between 16 and 512 MiB."""
+        if self.nvme_segment != "auto":
+            return parse_size(self.nvme_segment, "nvme_segment")
+        smallest = min(size for _, size in self.nvme_places)
+        return min(max(1 << (max(1, smallest // 32).bit_length() - 1), 16 << 20), 512 << 20)
 
 
 def load(flags: Mapping[str, str | int | bool], environment: Mapping[str, str]) -> NodeConfig:
@@ -121,6 +145,8 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"huge_pages is {config.huge_pages!r}", "it is auto, on or off")
     if config.capacity_bytes < 1 or config.unit_bytes < 1:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
+    if config.nvme_places:
+        _check_nvme(config)
     if config.unit_bytes % 4096 or config.unit_bytes > config.capacity_bytes:
         raise BadInput(
             "bad_config",
@@ -128,6 +154,36 @@ def _check(config: NodeConfig) -> None:
             "extents are whole 4 KiB pages and fit in the capacity",
             "leave unit at auto, or give a power of two",
         )
+
+
+def _check_nvme(config: NodeConfig) -> None:
+    places, segment = config.nvme_places, config.nvme_segment_bytes
+    if segment < 8192 or segment % 4096:
+        raise BadInput(
+            "bad_config", f"nvme_segment is {segment} bytes", "it is a multiple of 4 KiB, at least 8 KiB"
+        )
+    for path, size in places:
+        if size < segment:
+            raise BadInput(
+                "bad_config",
+                f"{size} bytes in {path}",
+                f"a device holds at least one segment of {segment} bytes",
+                "give it more, or a smaller nvme_segment",
+            )
+    if len({path.resolve() for path, _ in places}) < len(places):
+        raise BadInput("bad_config", f"nvme is {config.nvme!r}", "a directory is named twice", "one a device")
+
+
+def _parse_place(text: str) -> tuple[Path, int]:
+    path, colon, size = text.strip().rpartition(":")
+    if not colon or not path:
+        raise BadInput(
+            "bad_config",
+            f"nvme is {text!r}",
+            "that is no PATH:SIZE",
+            "write for instance /mnt/nvme0/kvcache:200GiB, several with commas between them, or none",
+        )
+    return Path(path), parse_size(size, "nvme")
 
 
 def _check_names(values: Mapping[str, object], origin: str) -> None:

@@ -25,6 +25,7 @@ from kvcache.namespace import Namespace
 from kvcache.wire import BODY_BYTES_MAX, BlockEvent, EventBatch
 
 TIER_HOST = "host"
+TIER_NVME = "nvme"
 RUN_BLOCKS_MAX = 16_384
 BATCH_EVENTS_MAX = 8_192
 BATCH_BYTES_MAX = BODY_BYTES_MAX // 4

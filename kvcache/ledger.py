@@ -128,6 +128,11 @@ class Ledger:
         block = self._tree.find(key)
         return block != NONE and bool(self._tree.ready[block])
 
+    def slot_of(self, key: StorageKey) -> Slot | None:
+        """Where a block lies that can be found."""
+        block = self._tree.find(key)
+        return self._holdings.holding[block].slot if block != NONE and self._tree.ready[block] else None
+
     def ancestors(self, key: StorageKey) -> Iterator[StorageKey]:
         """The block itself, then those before it, nearest first, as far as they are held, be it only
         reserved. REQUIRES: nothing is changed before the last is taken."""

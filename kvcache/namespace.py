@@ -166,6 +166,15 @@ def shape_of(spec: BlockSpec) -> str:
     return f"{spec.plane_count}x{spec.head_count}x{spec.head_bytes}"
 
 
+def spec_of_shape(namespace: Namespace) -> BlockSpec:
+    """The blocks that a namespace's ``shape`` describes. RAISES BadInput when it describes none."""
+    parts = namespace.shape.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise _bad("shape", f"is {namespace.shape[:80]!r}", "it is planes x heads x bytes a head")
+    planes, heads, head_bytes = map(int, parts)
+    return BlockSpec(namespace.block_tokens, planes, heads, head_bytes)
+
+
 def _shown(value: str | int) -> str:
     return "(empty)" if value == "" else str(value)
 

@@ -31,6 +31,15 @@ SETTINGS: dict[str, str] = {
     "handshake_ms": "how long a new connection may take to say who it is",
     "connections_max": "most connections at once",
     "namespaces_max": "most namespaces at once",
+    "nvme": "PATH:SIZE of a directory for blocks, several with commas, one a device; or none",
+    "nvme_segment": "bytes a file of the NVMe tier, or auto",
+    "nvme_write": "through (at once), back (after nvme_back_ms), or evict (before memory lets go)",
+    "nvme_back_ms": "how long a block must have lived to be written, with nvme_write back",
+    "nvme_admission": "all, or second-touch: only blocks that were wanted twice",
+    "nvme_writes_a_day": "drive writes a day: how often its capacity is written in 24 hours (0: no limit)",
+    "nvme_late_ms": "a read that takes longer is late; several in a row fence the device",
+    "nvme_direct": "auto, on or off: past the page cache",
+    "nvme_scrub_share": "share of the read bandwidth that verifying what is stored may take (0: off)",
 }
 
 

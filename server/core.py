@@ -8,8 +8,9 @@ is assumed to hold across the wait.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,14 +18,17 @@ from kvcache.block import BlockSpec, NamespaceId, Slot, StorageKey, split_hashes
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
-from kvcache.events import Publisher
-from kvcache.ledger import Lease, Ledger
-from kvcache.namespace import Namespace
+from kvcache.events import TIER_HOST, TIER_NVME, Publisher
+from kvcache.ledger import Change, Lease, Ledger
+from kvcache.namespace import Namespace, spec_of_shape
 from kvcache.policy import RequestContext
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space
+from kvcache.tiers.stack import Stack
 from kvcache.wire import TEXT_CHARS_MAX, EventBatch
+
+log = logging.getLogger("kvcache.server")
 
 HELD_STATS = (
     "leases",
@@ -80,6 +84,8 @@ class Core:
         self._arenas: dict[tuple[int, str], int] = {}
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
+        self.stack: Stack | None = None
+        """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
     # --- namespaces and arenas ------------------------------------------------------------------
 
@@ -108,6 +114,24 @@ class Core:
                 "send Open first; the clients in kvcache.client do so by themselves",
             )
         return opened
+
+    def remember(self, fields: Mapping[str, str | int]) -> None:
+        """A namespace of blocks that were found on NVMe. One that is none, or too many, is not entered:
+        its blocks are then not found before somebody opens it."""
+        try:
+            namespace = Namespace.from_map(fields)
+            opened = Opened(namespace.namespace_id(), namespace, spec_of_shape(namespace))
+        except BadInput as error:
+            log.warning("a namespace on NVMe cannot be used: %s", error)
+            return
+        if opened.namespace_id not in self._namespaces and len(self._namespaces) < self.config.namespaces_max:
+            self._publisher.announce(namespace)
+            self._namespaces[opened.namespace_id] = opened
+
+    def spec_of(self, namespace_id: NamespaceId) -> tuple[BlockSpec, Mapping[str, str | int]] | None:
+        """What blocks of this namespace are, None for one that nobody opened."""
+        opened = self._namespaces.get(namespace_id)
+        return None if opened is None else (opened.spec, opened.namespace.to_map())
 
     def tenant_of(self, namespace_id: bytes) -> str:
         return self._namespaces[NamespaceId(namespace_id)].tenant
@@ -193,16 +217,27 @@ class Core:
     def _make_room(self, arena: int, block_bytes: int, count: int) -> None:
         context = RequestContext(now_ns=self.clock.now_ns())
         self.ledger.make_room(context, arena, block_bytes, count)
+        if self.stack is not None:
+            self.stack.cool()
         self.settle()
 
     def _tell(self) -> None:
         self._telling = False
         changes = self.ledger.take_changes()
-        if not changes:
-            return
         for change in changes:
             self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
-        for batch in self._publisher.publish(changes):
+        self._publish(changes, TIER_HOST)
+        if self.stack is not None:
+            changes = self.stack.take_changes()
+            for change in changes:
+                if change.kind == "removed":
+                    self.counters[f"nvme_removed_blocks:{change.reason}"] += len(change.keys)
+            self._publish(changes, TIER_NVME)
+
+    def _publish(self, changes: Sequence[Change], tier: str) -> None:
+        if not changes:
+            return
+        for batch in self._publisher.publish(changes, tier):
             self.counters["events"] += 1
             for watcher in list(self._watchers.values()):
                 watcher(batch)
@@ -219,6 +254,8 @@ class Core:
     def expire(self) -> None:
         """Called by the node's timer."""
         self.ledger.expire(self.clock.now_ns())
+        if self.stack is not None:
+            self.stack.tick()
         self.settle()
 
     # --- bytes ----------------------------------------------------------------------------------
@@ -261,6 +298,7 @@ class Core:
         """The numbers of ``metrics.STATS``, and no others."""
         held = self.ledger.stats()
         return {
+            **({} if self.stack is None else self.stack.stats()),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -272,9 +310,15 @@ class Core:
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
         }
 
+    def troubles(self) -> list[str]:
+        """In plain words, what of this node does not work as it should."""
+        return [] if self.stack is None else self.stack.troubles()
+
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
         self._tell()
+        if self.stack is not None:
+            self.stack.check()
         self.ledger.check()
         self._space.check()
         self._publisher.check()

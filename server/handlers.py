@@ -7,9 +7,8 @@ at them while the lease still holds their slots.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-
-import msgspec
 
 from kvcache import wire
 from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, Slot, StorageKey, split_hashes, storage_key
@@ -20,11 +19,13 @@ from kvcache.namespace import Namespace
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
 from kvcache.server.identity import Identity
-from kvcache.server.session import Answer, Following, Later, Outgoing
+from kvcache.server.session import Answer, Later, Outgoing
+from kvcache.server.watching import Watching
 from kvcache.sums import SUM_BYTES
 from kvcache.tiers.space import slot_arena, slot_offset
 
 OFFSET_ELSEWHERE = -1
+WAIT_MS_MAX = 60_000
 
 
 class Connection:
@@ -34,9 +35,8 @@ class Connection:
         """``push`` sends an event batch under the call number of the Watch."""
         self._core = core
         self._identity = identity
-        self._push = push
         self._written: dict[int, set[int]] = {}  # by reservation, while it is open
-        self._watching = False
+        self._watching = Watching(core, identity, push)
         self.kept_aside = False
         """Ended with reserved slots into which copies may still be in flight."""
 
@@ -71,9 +71,9 @@ class Connection:
                 return self._scrub()
             case wire.Stats():
                 identity.require("reader", "writer", "router", "operator")
-                return wire.StatsReply(core.stats())
+                return wire.StatsReply(core.stats(), core.troubles())
             case wire.Watch():
-                return self._watch(call)
+                return self._watching.begin(call)
             case wire.Hello():
                 raise BadInput("bad_message", "a second Hello", "Hello comes first, once")
 
@@ -119,23 +119,55 @@ class Connection:
         self._identity.require("reader", "writer", "router")
         opened = self._core.namespace(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
-        count = self._core.ledger.match(keys)
+        count = self._ask(opened, keys, request.prefill_tokens_s)
         self._core.counters["match_blocks"] += len(keys)
         self._core.counters["match_hit_blocks"] += count
         return wire.Matched(count)
 
-    def _lease(self, request: wire.TakeLease) -> wire.Reply:
+    def _ask(self, opened: Opened, keys: Sequence[StorageKey], prefill_tokens_s: int) -> int:
+        """How many leading blocks can be had. What is on NVMe starts to be read into memory."""
+        core = self._core
+        if core.stack is None:
+            return core.ledger.match(keys)
+        arena = self._identity.arena
+        if "writer" not in self._identity.roles:
+            arena = core.arena(os.getuid(), self._identity.tenant)
+        return core.stack.ask(keys, arena, opened.spec.block_tokens, prefill_tokens_s)
+
+    def _lease(self, request: wire.TakeLease) -> Answer | Later:
         self._identity.require("reader")
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        if core.stack is not None:
+            count = self._ask(opened, keys, request.prefill_tokens_s)
+            held = core.ledger.match(keys)
+            if held < count and request.wait_ms:
+                return self._wait_and_lease(request, opened, keys, held)
+        return self._grant(request, opened, keys)
+
+    async def _wait_and_lease(
+        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], held: int
+    ) -> Answer:
+        stack = self._core.stack
+        assert stack is not None
+        await stack.wait(keys[held:], min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS)
+        return self._grant(request, opened, keys)
+
+    def _grant(self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey]) -> wire.Reply:
+        core = self._core
         duration_ms = min(max(request.duration_ms, 1), core.config.lease_ms_max)
         now_ns = core.clock.now_ns()
         context = RequestContext(now_ns=now_ns)
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+        coming = 0
+        if core.stack is not None:
+            core.stack.touched(lease.keys)
+            coming = core.stack.coming(keys[len(lease.keys) :])
+        if not coming:  # Else it is asked again.
+            core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),
@@ -144,6 +176,7 @@ class Connection:
             checksums=b"".join(lease.checksums),
             expires_ns=lease.expires_ns,
             remaining_ms=max(0, lease.expires_ns - now_ns) // NS_PER_MS,
+            coming=coming,
         )
 
     def _offsets(self, slots: Sequence[Slot]) -> list[int]:
@@ -315,6 +348,8 @@ class Connection:
         checksums = core.checksums(opened, reservation.keys, sums)
         count = core.ledger.commit(reservation.reservation_id, self._identity.owner, checksums, sums)
         core.counters["saved_tokens"] += count * opened.spec.block_tokens
+        if core.stack is not None:
+            core.stack.committed(reservation.keys)
         self._forget(reservation.reservation_id)
         return wire.Committed(count)
 
@@ -338,29 +373,21 @@ class Connection:
 
     def _persist(self, request: wire.Persist) -> Answer | Later:
         self._identity.require("writer")
-        self._core.namespace(request.namespace, self._identity.tenant)
-        return wire.Matched(0)
+        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
+        if self._core.stack is None or not keys:
+            return wire.Matched(0)
+        return self._persist_and_count(keys, min(request.wait_ms, WAIT_MS_MAX))
+
+    async def _persist_and_count(self, keys: Sequence[StorageKey], wait_ms: int) -> Answer:
+        assert self._core.stack is not None
+        return wire.Matched(await self._core.stack.persist(keys, wait_ms * NS_PER_MS))
 
     def _scrub(self) -> wire.Reply:
         self._identity.require("operator")
-        raise BadInput("bad_tier", "there is nothing to scrub", "this node has no NVMe tier", "give --nvme")
-
-    def _watch(self, call: int) -> Answer:
-        self._identity.require("router", "operator")
-        if self._watching:
-            raise BadInput("bad_message", "a second Watch", "a connection is told everything once")
-        self._watching = True
-
-        def deliver(batch: wire.EventBatch) -> None:
-            self._push(self._visible(batch), call)
-
-        return Following(map(self._visible, self._core.watch(self._identity.owner, deliver)))
-
-    def _visible(self, batch: wire.EventBatch) -> wire.EventBatch:
-        """The batch as this tenant may see it. Empty ones stay: their numbers show that none was lost."""
-        if self._identity.inside:
-            return batch
-        tenant = self._identity.tenant
-        mine = [event for event in batch.events if self._core.tenant_of(event.namespace) == tenant]
-        names = [namespace for namespace in batch.namespaces if namespace["tenant"] == tenant]
-        return msgspec.structs.replace(batch, events=mine, namespaces=names, digests={})
+        if self._core.stack is None:
+            raise BadInput(
+                "bad_tier", "there is nothing to scrub", "this node has no NVMe tier", "give --nvme"
+            )
+        self._core.stack.scrub()
+        return wire.Done()

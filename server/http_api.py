@@ -130,7 +130,8 @@ class Health(Answer, frozen=True, kw_only=True):
 
 
 class Readiness(Answer, frozen=True, kw_only=True):
-    """``degraded`` says in plain words what is wrong; empty when ready."""
+    """``degraded`` says in plain words what is wrong: what a node that is not ready lacks, and what one
+    that is does without (a device of the NVMe tier, for instance)."""
 
     ready: bool
     degraded: list[str]

@@ -157,9 +157,10 @@ class HttpApp:
         return _json(api.Health(alive=True))
 
     async def _readyz(self, request: web.Request, _: Credential) -> web.Response:
-        degraded = self._follower.degraded()
-        status = HTTPStatus.SERVICE_UNAVAILABLE if degraded else HTTPStatus.OK
-        return _json(api.Readiness(ready=not degraded, degraded=degraded), status)
+        unready = self._follower.degraded()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
+        degraded = [*unready, *self._follower.troubles]
+        return _json(api.Readiness(ready=not unready, degraded=degraded), status)
 
     async def _show_metrics(self, request: web.Request, _: Credential) -> web.Response:
         """What the index and this process count is there even while the node is not."""

@@ -57,6 +57,8 @@ class Follower:
         self.index = index
         self.node = ""
         self.incarnation = 0
+        self.troubles: list[str] = []
+        """What the node said last of itself that does not work; it serves all the same."""
         self._connect = connect
         self._metrics = metrics
         self._clock = clock
@@ -101,6 +103,7 @@ class Follower:
                 reply = await self._calls.call(Stats(), asked_ns + CALL_NS)
                 assert isinstance(reply, StatsReply), reply
                 self._values, self._values_ns = reply.values, asked_ns
+                self.troubles = reply.troubles
                 self._metrics.node.update(reply.values)
                 return reply.values, 0
         if not self._values:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from kvcache import wire
 from kvcache.address import default_address
-from kvcache.clock import NS_PER_S, Clock, SystemClock
+from kvcache.clock import NS_PER_MS, NS_PER_S, Clock, SystemClock
 from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput, KVCacheError
@@ -37,12 +37,18 @@ from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
 from kvcache.server.session import Session, failure
 from kvcache.server.writers import Writers
+from kvcache.tiers.admission import hours_since
+from kvcache.tiers.demote import Rules
+from kvcache.tiers.drive import Place
 from kvcache.tiers.host import HUGE_PAGE_BYTES, HostTier, huge_pages_free_bytes, memory_available_bytes
+from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
+from kvcache.tiers.stack import Stack, StackRules
 
 log = logging.getLogger("kvcache.server")
 
 EXPIRE_PERIOD_S = 0.25
+NVME_WAIT_S = 5.0
 NO_ARENA = -1
 ROLES_OF_A_MAP = frozenset({"reader", "writer"})
 ACCEPT_PAUSE_S = 0.1
@@ -86,8 +92,8 @@ class Node:
         """Bind, populate, serve. RAISES BadInput when another node serves here or memory runs out."""
         self._lock_descriptor = lock(Path(self.socket_path))
         home = self.core.arena(os.getuid(), self.credentials.default_tenant(os.getuid()))
-        if self.config.populate:
-            await self._populate(home)
+        # Both take seconds when there is much: the one in the kernel, the other on the disk.
+        await asyncio.gather(self._populate(home), self._open_nvme())
         self._listen()
         for listener in self._sockets:
             self._spawn(self._accept(listener))
@@ -96,7 +102,13 @@ class Node:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()
 
+    async def _open_nvme(self) -> None:
+        if self.core.stack is not None:
+            await self.core.stack.start(self.core.remember, NVME_WAIT_S)
+
     async def _populate(self, arena: int) -> None:
+        if not self.config.populate:
+            return
         log.info("taking %s of memory for blocks now; no client can connect meanwhile", self.config.capacity)
         start_ns = self._clock.now_ns()
         await asyncio.get_running_loop().run_in_executor(None, self.core.host.populate, arena)
@@ -117,6 +129,8 @@ class Node:
         self._sockets.clear()
         self._greeting.clear()
         self._writers.close()
+        if self.core.stack is not None:
+            await self.core.stack.close()
         if self._lock_descriptor >= 0:
             Path(self.socket_path).unlink(missing_ok=True)
             os.close(self._lock_descriptor)
@@ -272,7 +286,40 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     space = Space(config.capacity_bytes, config.unit_bytes)
     ledger = Ledger(space, policy_class(config.policy))
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
-    return Core(config, ledger, space, host, Publisher(name, incarnation), clock)
+    core = Core(config, ledger, space, host, Publisher(name, incarnation), clock)
+    if config.nvme_places:
+        core.stack = _build_stack(core, clock)
+    return core
+
+
+def _build_stack(core: Core, clock: Clock) -> Stack:
+    config = core.config
+    places = [
+        Place(
+            path,
+            size,
+            config.nvme_segment_bytes,
+            config.nvme_direct,
+            config.nvme_late_ms * NS_PER_MS,
+            int(config.nvme_writes_a_day * size) or None,
+        )
+        for path, size in config.nvme_places
+    ]
+    return Stack(
+        StackRules(
+            places,
+            Rules(config.nvme_write, config.nvme_admission, config.nvme_back_ms * NS_PER_MS),
+            hours_since(time.time(), clock),
+            ScrubSettings(config.nvme_scrub_share),
+        ),
+        core.ledger,
+        core.host,
+        policy_class(config.policy),
+        core.spec_of,
+        clock,
+        core.counters,
+        core.settle,
+    )
 
 
 def _use_huge_pages(config: NodeConfig) -> bool:

@@ -53,6 +53,7 @@ from kvcache.tiers.nvme_format import (
     stride_of,
 )
 from kvcache.tiers.nvme_load import (
+    BUDGET,
     NAMESPACES,
     PROBE,
     SUPERBLOCK,
@@ -351,6 +352,20 @@ class Device:
                 if namespace.namespace_id().hex() == file.stem:
                     found.append(namespace.to_map())
         return found
+
+    def save_budget(self, state: Mapping[str, object]) -> None:
+        """Keep what was written in the last hours (``WriteBudget.state``). RAISES DeviceFault."""
+        file = self.path / BUDGET
+        with faults(f"writing {file}"):
+            replace_file(file, json.dumps(state).encode())
+
+    def load_budget(self) -> dict[str, object]:
+        """What was kept, as far as it can be read; nothing when it cannot."""
+        try:
+            state = json.loads((self.path / BUDGET).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return state if isinstance(state, dict) else {}
 
     def close(self) -> None:
         """Give the directory back. REQUIRES: no call is under way. May be called twice."""

@@ -47,12 +47,13 @@ from kvcache.tiers.nvme_scan import Contents, Progress, scan, sift, survey
 
 LOCK = "LOCK"
 SUPERBLOCK = "tier.json"
+BUDGET = "budget.json"
 SEGMENTS = "segments"
 INDEX = "index"
 NAMESPACES = "namespaces"
 PROBE = "probe"
 
-_OURS = frozenset({LOCK, SUPERBLOCK, SEGMENTS, INDEX, NAMESPACES, PROBE, "lost+found"})
+_OURS = frozenset({LOCK, SUPERBLOCK, BUDGET, SEGMENTS, INDEX, NAMESPACES, PROBE, "lost+found"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from kvcache import __version__, cli, cli_info
 from kvcache.errors import BadInput
-from kvcache.wire import PROTOCOL_VERSION, Welcome
+from kvcache.wire import PROTOCOL_VERSION, StatsReply, Welcome
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = ("aiohttp", "asyncio", "msgpack", "msgspec", "numpy", "prometheus_client", "torch", "uvloop")
@@ -115,9 +115,9 @@ def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"capacity_bytes": float(3 << 30), "blocks": 1234.0}
     tokens: list[str] = []
 
-    def ask(address: str, token: str) -> tuple[Welcome, dict[str, float]]:
+    def ask(address: str, token: str) -> tuple[Welcome, StatsReply]:
         tokens.append(token)
-        return WELCOME, values
+        return WELCOME, StatsReply(values, ["the NVMe directory /x is not used: it broke"])
 
     monkeypatch.setattr(cli_info, "ask", ask)
     runner = CliRunner(env={**os.environ, "KVCACHE_TOKEN": "secret"})
@@ -129,11 +129,13 @@ def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         "roles           reader, writer",
         "blocks          1,234",
         "capacity_bytes  3.0 GiB",
+        "trouble: the NVMe directory /x is not used: it broke",
     ]
     as_json = runner.invoke(cli_info.info, ["--address", "tcp://h:1", "--json"]).output
     assert as_json == (
         '{"address": "tcp://h:1", "node": "host-1", '
-        '"values": {"capacity_bytes": 3221225472.0, "blocks": 1234.0}}\n'
+        '"values": {"capacity_bytes": 3221225472.0, "blocks": 1234.0}, '
+        '"troubles": ["the NVMe directory /x is not used: it broke"]}\n'
     )
     assert tokens == ["secret", "secret"]
 

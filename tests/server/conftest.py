@@ -52,7 +52,11 @@ class EmbeddedNode:
 
 async def _started(config: NodeConfig) -> Node:
     node = Node(config)
-    await node.start()
+    try:
+        await node.start()
+    except BaseException:
+        await node.close()
+        raise
     return node
 
 

@@ -377,12 +377,12 @@ class TestStarting:
             serve(policy="no-such-policy")
 
 
-def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(
-    node: EmbeddedNode, wired: BlockingChannel
-) -> None:
-    opened(wired)
-    with pytest.raises(BadInput):
-        wired.call(wire.Release(12345), deadline())
+def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(serve: Serve, tmp_path: Path) -> None:
+    node = serve(nvme=f"{tmp_path / 'tier'}:16MiB")
+    with connected(node.node.address) as wired:
+        opened(wired)
+        with pytest.raises(BadInput):
+            wired.call(wire.Release(12345), deadline())
     values = node.call(node.node.core.stats)
     assert unknown_names(values) == []
     assert values["requests:open"] == 1

@@ -1,0 +1,378 @@
+"""One device of the NVMe tier, as the event loop sees it: its threads, its health, how fast it is.
+
+    closed ── open ──► ok ◄── a write works again ── read_only     (no space, or mounted read-only)
+                       │ └──────── a write fails so ──────▲
+                       └── an I/O error, vanished, too slow ──► fenced ── probed and opened again ──► ok
+
+``nvme.Device`` does the I/O and blocks; it is called only from the threads made here: one that writes,
+a few that read. A read whose thread does not return keeps what it reads into: the memory is used again
+only after it has returned, however late.
+
+Invariants: a device is closed only when no job of its threads is running; the state changes on the event
+loop only; every fault has its words in ``trouble`` until it is over.
+
+The sum: handing a job to a thread and back costs about 60 us, so jobs are groups of blocks, megabytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from kvcache.clock import NS_PER_S, Clock
+from kvcache.errors import BadInput
+from kvcache.tiers.admission import WriteBudget
+from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
+from kvcache.tiers.nvme_format import Entry
+from kvcache.tiers.rates import Rate
+
+log = logging.getLogger("kvcache.nvme")
+
+READERS = 4
+LATE_JOBS_MAX = 3
+HUNG_FACTOR = 5
+PROBE_S_MIN = 1.0
+PROBE_S_MAX = 8.0
+SAVE_BUDGET_NS = 10 * NS_PER_S
+
+State = Literal["closed", "loading", "ok", "read_only", "fenced"]
+_READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_WORDS = {
+    errno.ENOSPC: "the file system is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "it is mounted read-only",
+}
+T = TypeVar("T")
+NamespaceMap = Mapping[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a device is and what it may hold. ``late_ns``: a job that takes longer is late.
+    ``bytes_a_day``: what may be written in 24 hours, None for no limit."""
+
+    path: Path
+    capacity_bytes: int
+    segment_bytes: int
+    direct: str
+    late_ns: int
+    bytes_a_day: int | None
+
+
+class Drive:
+    """``number`` is the arena of its slots. All methods are for the event loop's thread."""
+
+    def __init__(
+        self,
+        number: int,
+        place: Place,
+        clock: Clock,
+        wall_hour: Callable[[], int],
+        lost: Callable[[Drive], None],
+    ) -> None:
+        """``lost`` is called when the drive is fenced: what is on it cannot be had any more.
+        ``wall_hour`` is that of ``WriteBudget``."""
+        self.number = number
+        self.place = place
+        self.state: State = "closed"
+        self.why = ""
+        self.entries: dict[int, Entry] = {}
+        self.rate = Rate()
+        self.budget = WriteBudget(place.bytes_a_day, wall_hour)
+        self.unsynced = False
+        self.fences = 0
+        self._clock = clock
+        self._lost = lost
+        self._device: Device | None = None
+        self._reading = ThreadPoolExecutor(READERS, f"kvcache-read-{number}")
+        self._writing = ThreadPoolExecutor(1, f"kvcache-write-{number}")
+        self._jobs: dict[int, int] = {}  # number -> when it began
+        self._job_numbers = count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._mark_ns = 0
+        self._late_jobs = 0
+        self._queued_bytes = 0
+        self._deletes: list[int] = []
+        self._told: set[bytes] = set()
+        self._budget_known = False
+        self._save_budget_ns = 0
+        self._progress = ""
+
+    # --- its life -------------------------------------------------------------------------------
+
+    async def open(self) -> list[Entry]:
+        """Take the directory and read what it holds; then ``ready`` is to be called.
+
+        RAISES BadInput, DeviceFault; then it is fenced."""
+        self.state, self._progress = "loading", ""
+        place = self.place
+        try:
+            device = await self._run(
+                self._writing,
+                lambda: Device.open(
+                    place.path,
+                    place.capacity_bytes,
+                    place.segment_bytes,
+                    direct=place.direct,
+                    progress=self._loading,
+                ),
+            )
+        except (BadInput, DeviceFault) as error:
+            self.state, self.why = "fenced", str(error)
+            raise
+        self._device = device
+        if not self._budget_known:
+            self._budget_known = self.budget.restore(device.load_budget())
+        entries = device.take_entries()
+        self.entries = {entry.offset: entry for entry in entries}
+        self._deletes, self._told = [], set()
+        self._late_jobs = 0
+        self.rate.forget()
+        for finding in device.findings:
+            log.warning("%s: %s", place.path, finding)
+        return entries
+
+    def ready(self) -> None:
+        """What it holds can be found: from now on it is read and written."""
+        self.state, self.why = "ok", ""
+
+    async def namespaces(self) -> list[NamespaceMap]:
+        """Those of its blocks, as far as they are known there. RAISES DeviceFault."""
+        device = self._opened()
+        return list(await self._run(self._reading, device.namespaces))
+
+    async def close(self) -> None:
+        """Wait for its jobs and give the directory back. REQUIRES: nobody starts another."""
+        await self._idle.wait()
+        device, self._device = self._device, None
+        self.state = "closed"
+        if device is not None:
+            await asyncio.get_running_loop().run_in_executor(self._writing, device.close)
+        self._reading.shutdown(wait=False)
+        self._writing.shutdown(wait=False)
+
+    async def heal(self) -> list[Entry] | None:
+        """See whether a drive that is not ok works again. What it holds, as after ``open``, if it had been
+        fenced.
+
+        RAISES BadInput, DeviceFault when it does not."""
+        if self.state == "read_only":
+            await self._run(self._writing, self._opened().probe)
+            self.state, self.why = "ok", ""
+            log.warning("%s: writes work again", self.place.path)
+            return None
+        await self._idle.wait()
+        device = self._device
+        if device is not None:
+            before_ns = self._clock.now_ns()
+            await self._run(self._writing, device.probe)
+            if self._clock.now_ns() - before_ns > self.place.late_ns:
+                raise DeviceFault(errno.ETIMEDOUT, "the device is still too slow")
+            self._device = None
+            await self._run(self._writing, device.close)
+        entries = await self.open()
+        log.warning("%s: the device works again, %d blocks are back", self.place.path, len(entries))
+        return entries
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    @property
+    def readable(self) -> bool:
+        return self.state in ("ok", "read_only")
+
+    @property
+    def writable(self) -> bool:
+        return self.state == "ok"
+
+    @property
+    def is_busy(self) -> bool:
+        """Is a thread of it at work?"""
+        return bool(self._jobs)
+
+    @property
+    def queue_ns(self) -> int:
+        """How long what is asked of it already will take; 0 while that is not known."""
+        rate = self.rate.value()
+        return int(self._queued_bytes / rate * NS_PER_S) if rate else 0
+
+    async def read(
+        self, wanted: Sequence[Entry], into: Sequence[memoryview]
+    ) -> list[bytes | BlockFault | DeviceFault]:
+        """Fill ``into[i]`` with the block of ``wanted[i]``, verified: its chunk sums, or why not.
+
+        ``into`` is written until this returns, cancelled or not: it is shielded, wait for it."""
+        device = self._opened()
+        size = sum(map(len, into))
+        self._queued_bytes += size
+        try:
+            found = await self._run(self._reading, lambda: _read_all(device, wanted, into), size)
+        finally:
+            self._queued_bytes -= size
+        for each in found:
+            if isinstance(each, DeviceFault):
+                self.failed(each)
+                break
+        return found
+
+    async def write(
+        self,
+        puts: Sequence[tuple[Entry, memoryview]],
+        namespaces: Mapping[bytes, NamespaceMap],
+        *,
+        durable: bool,
+    ) -> None:
+        """Write and publish in the drive's index. ``durable``: a power cut does not lose them.
+
+        RAISES DeviceFault; then nothing of it is published, and the state says what is wrong."""
+        device = self._opened()
+        deletes, self._deletes = self._deletes, []
+        fresh = {name: fields for name, fields in namespaces.items() if name not in self._told}
+        spent = self._spent_to_save()
+        try:
+            final = await self._run(
+                self._writing, lambda: _write_all(device, puts, deletes, list(fresh.values()), spent, durable)
+            )
+        except DeviceFault as error:
+            self._deletes = deletes + self._deletes
+            self.failed(error)
+            raise
+        self._told |= fresh.keys()
+        self.unsynced = not durable
+        if self.readable:
+            self.entries.update((entry.offset, entry) for entry in final)
+
+    def _spent_to_save(self) -> Mapping[str, object]:
+        """Now and then: saving costs two syncs, and a crash may forget a few seconds."""
+        now_ns = self._clock.now_ns()
+        if self.budget.bytes_a_day is None or now_ns < self._save_budget_ns:
+            return {}
+        self._save_budget_ns = now_ns + SAVE_BUDGET_NS
+        return self.budget.state()
+
+    async def sync(self) -> None:
+        """What was written so far is durable. RAISES DeviceFault."""
+        if self.unsynced:
+            await self.write((), {}, durable=True)
+
+    def forget(self, offset: int) -> None:
+        """This block is not to come back at the next start."""
+        self.entries.pop(offset, None)
+        self._deletes.append(offset)
+
+    # --- its health -----------------------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str:
+        """In plain words, what is wrong and what is done about it; empty when nothing is."""
+        where = f"the NVMe directory {self.place.path}"
+        if self.state == "loading":
+            return f"{where} is being read{self._progress}; its blocks are not found yet"
+        if self.state == "read_only":
+            return f"{where} takes no new blocks: {self.why}; those it has are served; it is tried again"
+        if self.state == "fenced":
+            return f"{where} is not used: {self.why}; blocks are served from memory; it is tried again"
+        return ""
+
+    def failed(self, fault: DeviceFault) -> None:
+        """The device refused. Reads go on where only writes cannot; else it is fenced."""
+        if not self.readable:
+            return
+        if fault.errno in _READ_ONLY:
+            if self.state == "ok":
+                log.error("%s: no more writes: %s", self.place.path, fault)
+            self.state, self.why = "read_only", _WORDS[fault.errno]
+            return
+        self.fence(str(fault))
+
+    def fence(self, why: str) -> None:
+        if not self.readable:
+            return
+        self.state, self.why = "fenced", why
+        self.fences += 1
+        self.entries = {}
+        log.error("%s: fenced: %s", self.place.path, why)
+        self._lost(self)
+
+    def tick(self) -> None:
+        """Called now and then: a job that hangs is found here, as nobody may be waiting for it."""
+        if self._jobs and self.readable:
+            oldest_ns = self._clock.now_ns() - min(self._jobs.values())
+            if oldest_ns > HUNG_FACTOR * self.place.late_ns:
+                self.fence(f"it has not answered for {oldest_ns / NS_PER_S:.0f} s")
+
+    # --- threads --------------------------------------------------------------------------------
+
+    def _opened(self) -> Device:
+        assert self._device is not None, "the drive is not open"
+        return self._device
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T], size: int = 0) -> T:
+        """Run in a thread; counted until the thread has returned, whoever has stopped waiting."""
+        number = next(self._job_numbers)
+        began_ns = self._clock.now_ns()
+        if not self._jobs:
+            self._mark_ns = began_ns
+        self._jobs[number] = began_ns
+        self._idle.clear()
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
+        future.add_done_callback(lambda done: self._done(done, number, size))
+        return await asyncio.shield(future)
+
+    def _done(self, future: asyncio.Future[T], number: int, size: int) -> None:
+        if not future.cancelled():
+            future.exception()  # Whoever waited has it; if nobody does any more, it is no news.
+        now_ns = self._clock.now_ns()
+        took_ns = now_ns - self._jobs.pop(number)
+        if not self._jobs:
+            self._idle.set()
+        if not size:
+            return
+        if now_ns > self._mark_ns:
+            self.rate.add(size, now_ns - self._mark_ns)
+        self._mark_ns = now_ns
+        self._late_jobs = self._late_jobs + 1 if took_ns > self.place.late_ns else 0
+        if self._late_jobs >= LATE_JOBS_MAX:
+            self.fence(f"it is too slow: {self._late_jobs} reads in a row took over their deadline")
+
+    def _loading(self, what: str, done: int, total: int) -> None:
+        """Called in a thread, by the device that is being opened."""
+        self._progress = f" ({what}: {done:,} of {total:,})"
+
+
+def _read_all(
+    device: Device, wanted: Sequence[Entry], into: Sequence[memoryview]
+) -> list[bytes | BlockFault | DeviceFault]:
+    """In order; behind a fault of the device itself nothing more is tried."""
+    found: list[bytes | BlockFault | DeviceFault] = []
+    for entry, view in zip(wanted, into, strict=True):
+        if found and isinstance(found[-1], DeviceFault):
+            found.append(found[-1])
+            continue
+        try:
+            found.append(device.read(entry, view))
+        except (BlockFault, DeviceFault) as fault:
+            found.append(fault)
+    return found
+
+
+def _write_all(
+    device: Device,
+    puts: Sequence[tuple[Entry, memoryview]],
+    deletes: Sequence[int],
+    namespaces: Sequence[NamespaceMap],
+    spent: Mapping[str, object],
+    durable: bool,
+) -> list[Entry]:
+    if spent:
+        device.save_budget(spent)
+    for fields in namespaces:
+        device.save_namespace(fields)
+    return device.write(puts, deletes, durable=durable)
