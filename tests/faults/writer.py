@@ -1,0 +1,190 @@
+"""A process that uses a device as a node would, at random, and tells what it does: see ``work``.
+
+It keeps no promise of its own: it is killed, stopped, traced and lied to, and what it told is then held
+against what the next process finds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+from pathlib import Path
+
+from kvcache.errors import BadInput
+from kvcache.sums import block_checksum, sum_chunks
+from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
+from kvcache.tiers.nvme_format import SEGMENT_HEADER_BYTES, Entry, slots_in, stride_of
+from tests.faults.work import (
+    CAPACITY_BYTES,
+    NUMBER_OF,
+    NUMBERS,
+    SEGMENT_BYTES,
+    SIZES,
+    Job,
+    Teller,
+    content,
+    entry_of,
+    is_right,
+    size_of,
+)
+
+BATCH_MAX = 8
+OPENINGS_MAX = 8
+OPENING_S = 0.05
+"""A process that was killed while it started another leaves its lock to that one, until it runs."""
+FIELDS: dict[str, str | int] = {}
+
+
+def run(job: Job) -> None:
+    """RAISES AssertionError and whatever the device should not raise."""
+    if job.waits:
+        signal.sigwait([signal.SIGUSR1])
+    if job.lazy:
+        os.posix_fadvise = lambda *_: None
+    if job.unsynced:
+        os.fdatasync = lambda _: None
+    Writer(job).run()
+
+
+class Writer:
+    """``_held``: what is stored, by offset, as far as it knows."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._random = random.Random(job.seed)
+        self._tell = Teller(job.record).tell
+        self._held: dict[int, Entry] = {}
+        self._aligned = mmap.mmap(-1, max(block_bytes for block_bytes, _ in SIZES))
+
+    def run(self) -> None:
+        device = self._open()
+        done = 0
+        while device is not None and (not self._job.steps or done < self._job.steps):
+            done += 1
+            try:
+                self._step(device)
+            except DeviceFault as fault:
+                self._tell("f", fault.errno, fault.what)
+                if self._random.random() < 0.5:
+                    device.close()
+                    device = self._open()
+        if device is not None:
+            device.close()
+
+    def _open(self) -> Device | None:
+        """None: it could not be opened so often that there is no use in trying again."""
+        for _ in range(OPENINGS_MAX):
+            try:
+                device = Device.open(
+                    Path(self._job.directory), CAPACITY_BYTES, SEGMENT_BYTES, direct=self._job.direct
+                )
+            except (BadInput, DeviceFault) as error:
+                self._tell("o", str(error).replace("\n", " "))
+                signal.sigtimedwait([], OPENING_S)
+            else:
+                self._look(device)
+                return device
+        return None
+
+    def _look(self, device: Device) -> None:
+        """At all that is there."""
+        for entry, why in device.rejected:
+            self._tell("r", NUMBER_OF[entry.key], why)
+        self._held = {}
+        found = []
+        whole = True
+        for entry in device.take_entries():
+            try:
+                if self._read(device, entry):
+                    self._held[entry.offset] = entry
+                    found.append(NUMBER_OF[entry.key])
+            except DeviceFault as fault:
+                whole = False
+                self._tell("f", fault.errno, fault.what)
+        if whole:
+            self._tell("c", *found)
+
+    def _read(self, device: Device, entry: Entry) -> bool:
+        """Right, as what was told says too. RAISES DeviceFault."""
+        number = NUMBER_OF.get(entry.key, -1)
+        block = bytearray(entry.block_bytes)
+        try:
+            device.read(entry, memoryview(block))
+        except BlockFault as fault:
+            self._tell("r", number, fault.reason)
+            device.drop([entry.offset])
+            return False
+        if number < 0 or len(block) != SIZES[size_of(number)][0] or not is_right(number, block):
+            self._tell("w", number, entry.offset)
+            return False
+        return True
+
+    def _step(self, device: Device) -> None:
+        choice = self._random.random()
+        if choice < 0.7:
+            self._put(device)
+        elif choice < 0.8:
+            self._delete(device)
+        elif choice < 0.98:
+            for offset in self._some(BATCH_MAX):
+                if not self._read(device, self._held[offset]):
+                    del self._held[offset]
+        else:
+            device.probe()
+
+    def _put(self, device: Device) -> None:
+        segment = self._random.randrange(device.segment_count)
+        size, gone = self._size(device, segment)
+        stride = stride_of(SIZES[size][0])
+        places = range(slots_in(SEGMENT_BYTES, stride))
+        chosen = self._random.sample(places, self._random.randint(1, BATCH_MAX))
+        numbers = self._random.sample(range(size, NUMBERS, len(SIZES)), len(chosen))
+        first = segment * SEGMENT_BYTES + SEGMENT_HEADER_BYTES
+        puts = [
+            self._block(number, first + place * stride) for number, place in zip(numbers, chosen, strict=True)
+        ]
+        targets = {entry.offset for entry, _ in puts}
+        gone |= {
+            offset for offset, entry in self._held.items() if NUMBER_OF[entry.key] in numbers
+        } | targets & self._held.keys()
+        self._give_up(gone)
+        durable = self._random.random() < 0.5
+        for entry in device.write(puts, sorted(gone - targets), durable=durable):
+            self._held[entry.offset] = entry
+        self._tell("d" if durable else "s", *numbers)
+
+    def _size(self, device: Device, segment: int) -> tuple[int, set[int]]:
+        """What the segment is for from now on, and what must go for that."""
+        within = {offset for offset in self._held if offset // SEGMENT_BYTES == segment}
+        if within and self._random.random() < 0.95:
+            return size_of(NUMBER_OF[self._held[min(within)].key]), set()
+        size = self._random.randrange(len(SIZES))
+        stays = within and size == size_of(NUMBER_OF[self._held[min(within)].key])
+        return size, set() if stays else within
+
+    def _block(self, number: int, offset: int) -> tuple[Entry, memoryview]:
+        """Half of them in memory that direct I/O takes as it is."""
+        block = memoryview(content(number))
+        if self._random.random() < 0.5:
+            memory = mmap.mmap(-1, len(block))
+            memory[:] = block
+            block = memoryview(memory)
+        blank = entry_of(number, offset, bytes(16))
+        sums = sum_chunks([block], blank.chunk_bytes)
+        checksum = block_checksum(blank.key, blank.block_bytes, blank.chunk_bytes, sums)
+        return entry_of(number, offset, checksum), block
+
+    def _delete(self, device: Device) -> None:
+        gone = self._some(BATCH_MAX)
+        self._give_up(set(gone))
+        device.write((), gone, durable=self._random.random() < 0.5)
+
+    def _give_up(self, offsets: set[int]) -> None:
+        if offsets:
+            self._tell("e", *sorted(NUMBER_OF[self._held.pop(offset).key] for offset in offsets))
+
+    def _some(self, most: int) -> list[int]:
+        held = sorted(self._held)
+        return self._random.sample(held, min(len(held), self._random.randint(1, most)))
