@@ -12,10 +12,10 @@ import pytest
 
 from kvcache.client.link import BACKOFF_NS_MAX, BACKOFF_NS_MIN, Link, Options, Outage, Tally, options_for
 from kvcache.client.local import Slab
-from kvcache.client.steps import BadReply, Call
+from kvcache.client.steps import BadReply, Call, Post
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, Unavailable
-from kvcache.wire import PROTOCOL_VERSION, Stats, Welcome
+from kvcache.wire import PROTOCOL_VERSION, Persist, Release, Stats, TakeLease, Welcome
 
 PAGE = mmap.PAGESIZE
 WELCOME = Welcome(PROTOCOL_VERSION, "node", 1, "default", [], b"", 4 * PAGE)
@@ -44,6 +44,27 @@ class TestOutage:
         outage.failed(0)
         assert outage.may_try(BACKOFF_NS_MIN)
         assert not outage.may_try(BACKOFF_NS_MIN - 1)
+
+
+class TestDeadlines:
+    def test_a_call_has_its_timeout_and_the_wait_it_asked_for(self) -> None:
+        link, options = Link(1, WELCOME, None), Options("tcp://h:1", timeout_ms=100)
+        assert link.deadline_ns(options, 0, Call(Stats())) == 100 * NS_PER_MS
+        assert link.deadline_ns(options, 0, Call(TakeLease(b"", b"", wait_ms=50))) == 150 * NS_PER_MS
+
+    def test_behind_a_wait_time_counts_from_its_end(self) -> None:
+        link, options = Link(1, WELCOME, None), Options("tcp://h:1", timeout_ms=100)
+        link.deadline_ns(options, 0, Call(Persist(b"", b"", wait_ms=50)))
+        for now_ms, deadline_ms in ((0, 150), (40, 150), (60, 160)):
+            deadline_ns = link.deadline_ns(options, now_ms * NS_PER_MS, Post(Release(1)))
+            assert deadline_ns == deadline_ms * NS_PER_MS
+
+    def test_waits_that_follow_one_another_do_not_add_up(self) -> None:
+        """Else many short ones, soon over, would leave a dead node undetected for their sum."""
+        link, options = Link(1, WELCOME, None), Options("tcp://h:1", timeout_ms=100)
+        for _ in range(1_000):
+            link.deadline_ns(options, 0, Call(TakeLease(b"", b"", wait_ms=50)))
+        assert link.deadline_ns(options, 0, Call(Stats())) == 150 * NS_PER_MS
 
 
 class TestHolders:
