@@ -4,9 +4,10 @@
       └── prompts, one at a time (kvcache.demo_feed) ──────────────────►│
       ◄── outcomes ─────────────────────────────────────────────────────┘
 
-Half way the node is killed with SIGKILL and started again; clients compute what they cannot load, and
-find the new node by themselves. Every byte loaded is compared with what its key says it must be.
-The tier is smaller than what the prompts need, so that blocks are evicted all the time.
+Half way the node is killed with SIGKILL and started again; clients compute what they cannot load, find
+the new node by themselves, and find there, on NVMe, what the old one had written. Every byte loaded is
+compared with what its key says it must be. Memory is smaller than what the prompts need, so that blocks
+are evicted all the time, and read back from NVMe.
 
 All processes end with this one: clients when their input does, the node when it is told to. Nothing is
 left behind but what was printed.
@@ -15,6 +16,7 @@ left behind but what was printed.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +37,7 @@ from kvcache.config import parse_size
 from kvcache.demo_client import Setup
 from kvcache.demo_feed import Client, Feed, full_blocks
 from kvcache.demo_locate import Located, ask_locate
-from kvcache.demo_report import MODEL, Kill, Report, Totals
+from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace, read_trace
@@ -45,6 +47,8 @@ from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply
 CLIENTS = 3
 SECONDS = 20.0
 CAPACITY = "1GiB"
+NVME = "3GiB"
+DISK_SHARE = 2
 BLOCKS_HELD = 4_096
 """About as many blocks fit in the tier, fewer for a small trace: their size follows from the capacity."""
 HELD_SHARE = 3
@@ -66,6 +70,7 @@ class Options:
     seconds: float = SECONDS
     seed: int = 1
     capacity: str = CAPACITY
+    nvme: str = NVME
     clients: int = CLIENTS
 
 
@@ -105,6 +110,9 @@ class Demo:
         self._capacity_bytes = parse_size(options.capacity, "capacity")
         self._directory = tempfile.TemporaryDirectory(prefix="kvcache-demo-")
         self._home = Path(self._directory.name)
+        self._nvme_bytes = self._room_on_disk(
+            parse_size(options.nvme, "nvme") if options.nvme != "none" else 0
+        )
         self._setup = Setup(
             address=f"unix://{self._home / 'node.sock'}",
             block_tokens=self._trace.block_tokens,
@@ -159,6 +167,12 @@ class Demo:
             kill=self._kill,
             hit_again_s=self._feed.hit_again_s,
             evicted_blocks=int(self._values["removed_blocks:evicted"]),
+            nvme=Nvme(
+                self._nvme_bytes,
+                self._values["nvme_written_blocks"],
+                self._values["nvme_restored_blocks"],
+                self._values["nvme_read_blocks"],
+            ),
             located=self._located,
         )
 
@@ -185,6 +199,16 @@ class Demo:
         self._node.start()
         self._kill = Kill(killed_s, requests, self._elapsed_s - killed_s)
         self._happened(f"a new node answers on the same socket, {self._node.http}")
+        if self._nvme_bytes:
+            self._happened(f"it found {self._restored_blocks():,} blocks on NVMe")
+
+    def _room_on_disk(self, wanted_bytes: int) -> int:
+        """A demo must not fill the disk of who tries it: nothing, if that is near."""
+        free_bytes = shutil.disk_usage(self._home).free
+        if wanted_bytes * DISK_SHARE <= free_bytes:
+            return wanted_bytes
+        self._tell.line(f"no NVMe tier: {self._home} has only {free_bytes:,} bytes free")
+        return 0
 
     def _locate(self) -> Located:
         """Ask over HTTP, as a router would: who holds how much of a prompt that was just hit?"""
@@ -200,8 +224,14 @@ class Demo:
             self._located = self._locate()
             time.sleep(TICK_S)
 
+    def _restored_blocks(self) -> int:
+        return int(self._ask_node().get("nvme_restored_blocks", 0))
+
     def _count_node(self) -> None:
         """Add the node's counters to those of the nodes before it."""
+        self._values.update({name: int(value) for name, value in self._ask_node().items()})
+
+    def _ask_node(self) -> dict[str, float]:
         deadline_ns = SystemClock().now_ns() + ASK_S * NS_PER_S
         hello = Hello(PROTOCOL_VERSION, client="kvcache demo")
         channel = BlockingChannel.connect(self._setup.address, hello, deadline_ns)
@@ -210,7 +240,7 @@ class Demo:
         finally:
             channel.close()
         assert isinstance(reply, StatsReply), reply
-        self._values.update({name: int(value) for name, value in reply.values.items()})
+        return reply.values
 
     # --- words ----------------------------------------------------------------------------------
 
@@ -232,6 +262,7 @@ class Demo:
                 f"trace      {self._source}, in blocks of {setup.block_tokens} tokens",
                 f"node       {self._options.capacity} of host memory, process {self._node.pid}, "
                 f"{self._setup.address}",
+                f"NVMe       {self._nvme_bytes:,} bytes of disk in {self._home / 'tier'}, written behind",
                 f"HTTP       {self._node.http}  (/metrics, /v1/stats, /v1/locate; while this runs)",
                 f"clients    {self._options.clients} processes over shared memory",
                 f"blocks     {setup.block_bytes:,} bytes that follow from the key; one of {MODEL.name} "
@@ -247,6 +278,8 @@ class Demo:
             "capacity": self._options.capacity,
             "name": "demo",
         }
+        if self._nvme_bytes:
+            settings["nvme"] = f"{self._home / 'tier'}:{self._nvme_bytes}"
         return NodeProcess(settings, self._home / "node.log")
 
 
@@ -295,6 +328,7 @@ def _with_engines(context: click.Context, as_json: bool) -> int:
     "--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, show_default=True, help="of trace and bytes"
 )
 @click.option("--capacity", default=CAPACITY, show_default=True, help="host memory of the node")
+@click.option("--nvme", default=NVME, show_default=True, help="disk of the node, or none")
 @click.option("--clients", type=click.IntRange(1, 64), default=CLIENTS, show_default=True, help="processes")
 @click.option("--engine", is_flag=True, help="two real vLLM processes instead; takes --json beside it")
 @click.option("--json", "as_json", is_flag=True, help="end with one JSON object, and print nothing else")
@@ -306,6 +340,7 @@ def demo(
     seconds: float,
     seed: int,
     capacity: str,
+    nvme: str,
     clients: int,
     engine: bool,
     as_json: bool,
@@ -316,7 +351,7 @@ def demo(
     signal.signal(signal.SIGTERM, _stop)
     if engine:
         sys.exit(_with_engines(context, as_json))
-    options = Options(trace, requests or 0, seconds, seed, capacity, clients)
+    options = Options(trace, requests or 0, seconds, seed, capacity, nvme, clients)
     with Demo(options, Teller(quiet=as_json)) as run:
         report = run.run()
     click.echo(json.dumps(demo_report.as_json(report)) if as_json else demo_report.summary(report))

@@ -111,6 +111,17 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Nvme:
+    """What went to disk and came from there. ``capacity_bytes`` is 0 without an NVMe tier;
+    ``restored_blocks`` are those that the new node found after the kill."""
+
+    capacity_bytes: int = 0
+    written_blocks: int = 0
+    restored_blocks: int = 0
+    read_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything the summary says. ``hit_again_s`` is the time from the kill to the next hit, below 0
     when there was none."""
@@ -124,10 +135,12 @@ class Report:
     hit_again_s: float
     evicted_blocks: int
     located: Located
+    nvme: Nvme = Nvme()
 
     @property
     def exit_status(self) -> int:
-        return 1 if self.totals.wrong_bytes or not self.totals.hit_tokens else 0
+        lost_all = self.nvme.capacity_bytes and self.kill and not self.nvme.restored_blocks
+        return 1 if self.totals.wrong_bytes or not self.totals.hit_tokens or lost_all else 0
 
 
 def rate(count_bytes: int, time_ns: int) -> float:
@@ -174,6 +187,10 @@ def as_json(report: Report) -> dict[str, object]:
         "restart_seconds": round(kill.back_s, 3) if kill else 0.0,
         "requests_without_node": totals.away_requests,
         "hit_again_seconds": round(report.hit_again_s, 3),
+        "nvme_capacity_bytes": report.nvme.capacity_bytes,
+        "nvme_written_blocks": report.nvme.written_blocks,
+        "nvme_restored_blocks": report.nvme.restored_blocks,
+        "nvme_read_blocks": report.nvme.read_blocks,
         "located": msgspec.to_builtins(report.located),
     }
 
@@ -189,6 +206,7 @@ def summary(report: Report) -> str:
         ("out", _moved(totals.loaded_bytes, totals.load_gb_a_second)),
         ("in", _moved(totals.saved_bytes, totals.save_gb_a_second)),
         ("evicted", _evicted(report)),
+        ("NVMe", _nvme(report)),
         ("wrong bytes", _wrong(totals)),
         *[("node killed", line) for line in _kill_lines(report)],
         ("who has it?", _located(report.located)),
@@ -229,6 +247,16 @@ def _evicted(report: Report) -> str:
     capacity_blocks = report.capacity_bytes // report.totals.block_bytes
     return (
         f"{report.evicted_blocks:,} blocks, least recently used leaves first; {capacity_blocks:,} fit at once"
+    )
+
+
+def _nvme(report: Report) -> str:
+    nvme = report.nvme
+    if not nvme.capacity_bytes:
+        return "not used"
+    return (
+        f"{nvme.written_blocks:,} blocks written, {nvme.read_blocks:,} read back; "
+        f"{nvme.restored_blocks:,} found again after the kill"
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from kvcache.demo import Options, block_bytes_for
 from kvcache.demo_client import Outcome, Prompt, Replayer, Setup, namespace_of, run, spec_of, tokens_of
 from kvcache.demo_feed import Feed
 from kvcache.demo_locate import Located
-from kvcache.demo_report import MODEL, Kill, Report, Totals, as_json, progress, summary
+from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals, as_json, progress, summary
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import write_trace
 from kvcache.namespace import Namespace
@@ -136,6 +137,14 @@ def test_a_hit_ends_where_a_block_could_not_be_had() -> None:
     client.replay(PROMPT)
     store.lost = {3}
     assert counted(client.replay(PROMPT)) == (3, 2, 0, 0)
+
+
+def test_nothing_found_again_on_nvme_is_a_failure() -> None:
+    totals = Totals(16, 4_096, hit_tokens=16)
+    killed = Report("t", 1, 1, 1.0, totals, Kill(1.0, 1, 1.0), 1.0, 0, Located(), Nvme(1 << 30, 9, 0, 0))
+    assert killed.exit_status == 1
+    assert replace(killed, nvme=Nvme(1 << 30, 9, 5, 0)).exit_status == 0
+    assert replace(killed, nvme=Nvme()).exit_status == 0
 
 
 def test_a_full_store_saves_less() -> None:
@@ -288,6 +297,8 @@ def test_the_demo_runs_through(tmp_path: Path) -> None:
     assert 0 < result["hit_tokens"] < result["prompt_tokens"]
     assert result["node_kills"] == 1
     assert result["evicted_blocks"] > 0
+    assert result["nvme_restored_blocks"] > 0, "the killed node's blocks are found on NVMe"
+    assert result["nvme_read_blocks"] > 0, "and served"
     assert result["located"]["error"] == ""
     assert result["located"]["source"] == "demo"
     assert result["located"]["blocks"] > 0
