@@ -36,8 +36,8 @@ from pathlib import Path
 
 from kvcache.tiers.nvme_format import INDEX_RECORD_BYTES, Entry, pack_key, pack_value, parse_values
 
-STALL_S = 30.0
-"""So long may a process say nothing: a commit on a slow disk takes a second, not thirty."""
+STALL_S = 20.0
+"""So long may a process say nothing: on a slow disk a commit takes a second, not twenty."""
 COMMIT_ENTRIES_MAX = 65_536
 
 # As in nvme_index_child.py, which cannot import them.
@@ -159,8 +159,8 @@ class Index:
             self._lost = f"{self._directory}: the index is damaged and was removed: {text}"
             with contextlib.suppress(OSError):
                 discard(self._directory)
-            text = self._lost
-        return OSError(number, text)
+            return OSError(number, self._lost)
+        return OSError(number, f"{self._directory}: the index: {text}")
 
 
 def read_index(

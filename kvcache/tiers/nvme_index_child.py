@@ -17,6 +17,7 @@ a request is a head and its records; an answer an errno and a text (``nvme_index
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -35,6 +36,7 @@ BATCH = 4_096
 EXIT_DAMAGED = 3
 REQUEST = struct.Struct("=II?")
 ANSWER = struct.Struct("=iI")
+NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 def main(mode: str, lock_directory: str, directory: str, *map_bytes: str) -> int:
@@ -88,6 +90,9 @@ def records(batch: list[bytes]) -> bytes:
 
 def open_to_write(directory: str, map_bytes: int) -> lmdb.Environment:
     """Without LMDB's own lock file: the directory's lock leaves no reader and no other writer."""
+    with contextlib.suppress(FileNotFoundError):
+        # The capacity may be lower than it was.
+        map_bytes = max(map_bytes, 2 * os.stat(f"{directory}/data.mdb").st_size)  # noqa: PTH116
     resource.setrlimit(resource.RLIMIT_FSIZE, (map_bytes, map_bytes))
     environment = lmdb.open(
         directory,
@@ -142,16 +147,14 @@ def answer(error: OSError | lmdb.Error | None) -> int:
 
 
 def errno_of(error: OSError | lmdb.Error) -> int:
-    """EUCLEAN when LMDB finds its file damaged."""
+    """EUCLEAN when LMDB finds its file damaged. LMDB gives the system's errors as their texts."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     if isinstance(error, lmdb.MapFullError):
         return errno.ENOSPC
-    code: int = getattr(error, "code", 0)
-    if code > 0:
-        # Beyond the file's limit: only a damaged list of free pages sends it there.
-        return errno.EUCLEAN if code == errno.EFBIG else code
-    return errno.EUCLEAN if code < 0 else errno.EIO
+    number = NUMBERS.get(str(error).rpartition(": ")[2], errno.EUCLEAN)
+    # Beyond the file's limit: only a damaged list of free pages sends it there.
+    return errno.EUCLEAN if number == errno.EFBIG else number
 
 
 def receive(size: int) -> bytes:

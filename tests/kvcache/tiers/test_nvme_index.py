@@ -165,6 +165,7 @@ def test_an_entry_of_another_length_is_left_out(folder: Path) -> None:
     assert findings == [f"{folder}: 2 entries of the index are damaged and were left out"]
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_refused_or_read_whole(folder: Path) -> None:
     entries = entries_of(400)
     data = filled(folder, entries)
@@ -174,6 +175,104 @@ def test_a_truncated_file_is_refused_or_read_whole(folder: Path) -> None:
     for length in lengths:
         (folder / "data.mdb").write_bytes(data[:length])
         assert read_index(folder) in (None, entries), length
+
+
+def test_a_file_cut_short_under_a_writer_loses_the_index_and_not_this_process(
+    folder: Path, index: Index
+) -> None:
+    index.commit(entries_of(300), [], durable=True)
+    os.truncate(folder / "data.mdb", 8_192)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"index is damaged and was removed: .* signal 7") as caught:
+            index.commit([entry_of(1, 2)], [], durable=False)
+        assert caught.value.errno == errno.EUCLEAN
+    assert read_index(folder) is None
+    Index.create(folder, 100, entries_of(2)).close()
+    assert read_index(folder) == entries_of(2)
+
+
+def test_an_index_that_cannot_be_opened_is_removed(folder: Path) -> None:
+    filled(folder, entries_of(4))
+    (folder / "data.mdb").write_bytes(b"x" * 8_192)
+    with pytest.raises(OSError, match=r"damaged and was removed: .*not an LMDB file") as caught:
+        Index.open(folder, 100)
+    assert caught.value.errno == errno.EUCLEAN
+    Index.open(folder, 100).close()
+
+
+def child_of(index: Index) -> int:
+    assert index._process is not None
+    return index._process._child.pid
+
+
+def test_a_process_that_ends_is_replaced_by_the_next_commit(folder: Path, index: Index) -> None:
+    index.commit([entry_of(1)], [], durable=False)
+    os.kill(child_of(index), signal.SIGKILL)
+    with pytest.raises(OSError, match="ended by signal 9") as caught:
+        index.commit([entry_of(2)], [], durable=False)
+    assert caught.value.errno == errno.EIO
+    index.commit([entry_of(3)], [], durable=False)
+    index.close()
+    assert read_index(folder) == [entry_of(1), entry_of(3)]
+
+
+def test_a_process_that_hangs_is_given_up(folder: Path, index: Index) -> None:
+    assert index._process is not None
+    index._process._socket.settimeout(0.1)
+    os.kill(child_of(index), signal.SIGSTOP)
+    with pytest.raises(OSError, match="did not answer within 20 s") as caught:
+        index.commit([entry_of(1)], [], durable=False)
+    assert caught.value.errno == errno.ETIMEDOUT
+    index.commit([entry_of(2)], [], durable=False)
+    index.close()
+    assert read_index(folder) == [entry_of(2)]
+
+
+def test_signals_to_the_nodes_group_do_not_end_the_process(folder: Path, index: Index) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(child_of(index), number)
+    index.commit([entry_of(1)], [], durable=True)
+
+
+def test_a_reader_waits_for_the_writer_that_is_not_gone_yet(folder: Path, index: Index) -> None:
+    """As after a node was killed: what its process was told is finished before anything is read."""
+    findings: list[str] = []
+    assert read_index(folder, findings, stall_s=0.1) is None
+    assert findings == [f"{folder}: the index cannot be read: timed out"]
+    index.close()
+    assert read_index(folder, stall_s=60) == []
+
+
+def test_a_directory_that_has_vanished_is_an_error(tmp_path: Path, folder: Path, index: Index) -> None:
+    with pytest.raises(OSError) as caught:
+        Index.open(tmp_path / "no" / "where", 100)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_smaller_index_opens_a_larger_file(folder: Path) -> None:
+    entries = entries_of(2_000)
+    filled(folder, entries)
+    index = Index.open(folder, -60_000)
+    index.commit(entries_of(2_000, generation=2), [], durable=False)
+    index.close()
+    assert read_index(folder) == entries_of(2_000, generation=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (lmdb.MapFullError("mdb_put: MDB_MAP_FULL: Environment mapsize limit reached"), errno.ENOSPC),
+        (lmdb.DiskError(f"mdb_put: {os.strerror(errno.ENOSPC)}"), errno.ENOSPC),
+        (lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EIO)}"), errno.EIO),
+        (lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EROFS)}"), errno.EROFS),
+        (lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EDQUOT)}"), errno.EDQUOT),
+        (lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EFBIG)}"), errno.EUCLEAN),
+        (lmdb.CorruptedError("mdb_get: MDB_CORRUPTED: Located page was wrong type"), errno.EUCLEAN),
+        (OSError(errno.EACCES, "no"), errno.EACCES),
+    ],
+)
+def test_what_lmdb_raises_has_an_errno(error: OSError | lmdb.Error, number: int) -> None:
+    assert nvme_index_child.errno_of(error) == number
 
 
 def check_flipped(folder: Path, data: bytes, known: set[Entry], random: Random) -> None:
