@@ -1,0 +1,108 @@
+"""A disk that can lose its power: a file system in an image file, mounted through a loop device.
+
+What was written to the loop device is in the image at once; what the file system holds back in its page
+cache, because nobody asked for it to be synced, is not. So a copy of the image, taken while the writers
+are stopped, is the disk as a power cut would leave it. Mounting the copy replays its journal, as a reboot
+does. A disk's own cache is not played: with direct I/O nothing that was written is ever lost here.
+
+The sum: 32 MiB in memory are read twice and written once in 30 ms; unmounting, attaching and mounting
+take another 40 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+IMAGE_BYTES = 32 << 20
+RUN_S = 30.0
+
+
+class Disk:
+    """Mounted at ``path``: the first of two images. A copy goes to the second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "mnt"
+        self._images = [folder / "disk-0.img", folder / "disk-1.img"]
+        self._contents = [bytearray(IMAGE_BYTES), bytearray(IMAGE_BYTES)]
+        self._device = ""
+
+    def make(self) -> None:
+        """Empty. RAISES AssertionError with what the system says."""
+        self.path.mkdir()
+        with self._images[0].open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        # All of its tables at once: a file system that is still being made would be busy by itself.
+        options = ("-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
+        command("mkfs.ext4", "-q", "-F", "-b", "4096", *options, str(self._images[0]))
+        self._mount()
+
+    def copy(self) -> None:
+        """Keep the disk as it is now. REQUIRES: its writers are stopped.
+
+        The kernel may be writing back at this moment: a copy counts when the image did not change."""
+        content, again = self._contents
+        self._read(content)
+        while self._read(again) != content:
+            content, again = again, content
+        self._images[1].touch()
+        with self._images[1].open("r+b") as file:
+            file.write(content)
+
+    def lose_power(self) -> None:
+        """Be what the copy is. REQUIRES: nobody has a file of the disk open."""
+        self.remove()
+        self._images.reverse()
+        self._mount()
+
+    def remove(self) -> None:
+        """Unmount. May be called twice."""
+        if self._device:
+            command("umount", str(self.path))
+            self._detach()
+
+    def _read(self, content: bytearray) -> bytearray:
+        with self._images[0].open("rb", buffering=0) as file:
+            assert file.readinto(content) == IMAGE_BYTES
+        return content
+
+    def _mount(self) -> None:
+        self._device = command("losetup", "--find", "--show", "--direct-io=off", str(self._images[0]))
+        try:
+            command("mount", "-t", "ext4", self._device, str(self.path))
+        except BaseException:
+            self._detach()
+            raise
+
+    def _detach(self) -> None:
+        device, self._device = self._device, ""
+        command("losetup", "--detach", device)
+
+
+def command(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=RUN_S)
+    assert not done.returncode, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def mounted(folder: Path) -> Iterator[Disk]:
+    """A fresh disk. Skips where this machine lets nobody mount one."""
+    if os.geteuid():
+        pytest.skip("not on this machine: only root can mount a disk image")
+    if not Path("/dev/loop-control").exists():
+        pytest.skip("not on this machine: no loop devices")
+    if missing := [name for name in ("mkfs.ext4", "losetup", "mount") if shutil.which(name) is None]:
+        pytest.skip(f"{missing[0]} is missing: install e2fsprogs and mount")
+    disk = Disk(folder)
+    try:
+        disk.make()
+        yield disk
+    finally:
+        disk.remove()
