@@ -240,8 +240,10 @@ def _headers(folder: Path) -> Iterator[SegmentHeader]:
 
 def _chosen(direct: str, folder: Path, findings: list[str]) -> bool:
     """Is direct I/O to be used? RAISES BadInput, OSError."""
-    if direct == "off" or takes_direct(folder):
-        return direct != "off"
+    if direct == "off":
+        return False
+    if reads_direct(folder) or takes_direct(folder):  # The first also on a disk that is full.
+        return True
     if direct == "on":
         raise BadInput(
             "bad_config",

@@ -4,7 +4,7 @@ An entry, from the index or from a slot header, is taken only when its segment i
 for its size and of its epoch, and when it is the newest of its key; the rest is *rejected*, with the
 reason. What is taken may still be wrong in its bytes: a read finds that. Nothing here writes.
 
-The sum: 300,000 entries are sifted in about 0.3 s; a header read from disk costs 65 us of waiting, eight
+The sum: 300,000 entries are sifted in about 0.1 s; a header read from disk costs 65 us of waiting, eight
 at a time, so as many headers take some 4 s where the disk gives them.
 """
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import itemgetter
 
-from kvcache.block import StorageKey
 from kvcache.tiers.nvme_files import Buffers, SegmentFiles, faults, read_all
 from kvcache.tiers.nvme_format import (
     PAGE_BYTES,
@@ -33,6 +34,10 @@ from kvcache.tiers.nvme_format import (
 
 SCAN_THREADS = 8
 SCAN_SLOTS = 256
+
+_OFFSET = Entry._fields.index("offset")
+_KEY = Entry._fields.index("key")
+_GENERATION = Entry._fields.index("generation")
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,29 +78,26 @@ def survey(files: SegmentFiles, superblock: Superblock, segment_count: int, find
 
 
 def sift(found: Contents, entries: Sequence[Entry], segment_bytes: int) -> None:
-    """Sort ``entries`` into those that are taken and those that are rejected."""
-    newest: dict[StorageKey, Entry] = {}
-    strides: dict[int, int] = {}
-    segments, rejected = found.segments, found.rejected
-    for entry in entries:
-        offset, key, _, block_bytes, _, _, _, epoch = entry
-        stride = strides.get(block_bytes) or strides.setdefault(block_bytes, stride_of(block_bytes))
-        number, inside = divmod(offset, segment_bytes)
-        segment = segments.get(number)
-        if segment is None:
-            rejected.append((entry, "its segment is not there"))
-        elif segment.epoch != epoch or segment.stride != stride:
-            rejected.append((entry, "its segment was formatted anew"))
-        elif (inside - SEGMENT_HEADER_BYTES) % stride or not 0 < inside <= segment_bytes - stride:
-            rejected.append((entry, "no slot begins there"))
-        else:
-            other = newest.setdefault(key, entry)
-            if other is not entry:
-                older = min(entry, other, key=_generation)
-                newest[key] = other if older is entry else entry
-                rejected.append((older, "a newer copy is there"))
+    """Sort ``entries`` into those that are taken and those that are rejected. REQUIRES: by offset."""
+    fitting: list[Entry] = []
+    for number, run in _runs(entries, segment_bytes):
+        segment = found.segments.get(number)
+        if segment is not None and _all_fit(run, number * segment_bytes, segment_bytes, segment):
+            fitting += run
+            continue
+        for entry in run:
+            if why := _misfit(entry, segment_bytes, segment):
+                found.rejected.append((entry, why))
+            else:
+                fitting.append(entry)
+    keys, generations = itemgetter(_KEY), itemgetter(_GENERATION)
+    newest = dict(zip(map(keys, fitting), fitting, strict=True))
+    if len(newest) < len(fitting):
+        newest = {entry.key: entry for entry in sorted(fitting, key=generations)}
+        older = [entry for entry in fitting if newest[entry.key] is not entry]
+        found.rejected += [(entry, "a newer copy is there") for entry in older]
     found.entries = list(newest.values())
-    found.newest = max(found.newest, max(map(_generation, entries), default=0))
+    found.newest = max(found.newest, max(map(generations, entries), default=0))
 
 
 def scan(
@@ -127,10 +129,6 @@ def scan(
     return entries, damaged
 
 
-def _generation(entry: Entry) -> int:
-    return entry.generation
-
-
 def _read_header(
     files: SegmentFiles, number: int, superblock: Superblock, page: memoryview
 ) -> SegmentHeader | str:
@@ -148,6 +146,39 @@ def _read_header(
     if (header.directory_id, header.segment_bytes) != (superblock.directory_id, superblock.segment_bytes):
         return "it is a segment of another directory"
     return header if header.number == number else f"it is segment {header.number} under another's name"
+
+
+def _runs(entries: Sequence[Entry], segment_bytes: int) -> Iterator[tuple[int, Sequence[Entry]]]:
+    """Segment number and the entries in it."""
+    first = 0
+    while first < len(entries):
+        number = entries[first].offset // segment_bytes
+        last = bisect_left(entries, (number + 1) * segment_bytes, lo=first, key=itemgetter(_OFFSET))
+        yield number, entries[first:last]
+        first = last
+
+
+def _all_fit(run: Sequence[Entry], base: int, segment_bytes: int, segment: Segment) -> bool:
+    """``_misfit`` of none of them, at a quarter of the price. REQUIRES: by offset, not empty."""
+    first = base + SEGMENT_HEADER_BYTES
+    return (
+        {entry.epoch for entry in run} == {segment.epoch}
+        and {stride_of(size) for size in {entry.block_bytes for entry in run}} == {segment.stride}
+        and {(entry.offset - first) % segment.stride for entry in run} == {0}
+        and first <= run[0].offset <= run[-1].offset <= base + segment_bytes - segment.stride
+    )
+
+
+def _misfit(entry: Entry, segment_bytes: int, segment: Segment | None) -> str:
+    """Why the entry cannot be taken; empty when it can."""
+    if segment is None:
+        return "its segment is not there"
+    if segment.epoch != entry.epoch or segment.stride != stride_of(entry.block_bytes):
+        return "its segment was formatted anew"
+    inside = entry.offset % segment_bytes
+    if (inside - SEGMENT_HEADER_BYTES) % segment.stride or not 0 < inside <= segment_bytes - segment.stride:
+        return "no slot begins there"
+    return ""
 
 
 def _scan_jobs(segments: Mapping[int, Segment], segment_bytes: int) -> Iterator[tuple[int, range]]:

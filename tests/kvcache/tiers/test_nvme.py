@@ -33,6 +33,8 @@ from tests.kvcache.tiers.nvme_blocks import (
     segment_file,
 )
 
+FACTOR = int(os.environ.get("KVCACHE_FAULT_FACTOR", "1"))
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -86,8 +88,8 @@ def test_any_size_and_any_memory(direct: str, path: Path) -> None:
     device.close()
 
 
-@pytest.mark.parametrize("direct", ["auto", "off"])
-@pytest.mark.parametrize("skew", [0, 64])
+@pytest.mark.slow
+@pytest.mark.parametrize(("direct", "skew"), [("auto", 0), ("auto", 64), ("off", 0)])
 @pytest.mark.parametrize(("chunk_bytes", "chunk_count"), [(65_520, 70), (65_536, 64), (640, 6_554)])
 def test_a_block_of_several_pieces(
     chunk_bytes: int, chunk_count: int, skew: int, direct: str, path: Path
@@ -278,6 +280,16 @@ def test_an_old_header_in_a_segment_formatted_anew_is_not_believed(device: Devic
 
 
 # --- what is damaged is not served ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_header_is_a_miss(device: Device) -> None:
+    entry = device.write(blocks([1]), [], durable=False)[0]
+    for bit in range(0, 8 * PAGE, 1 if FACTOR > 1 else 7):
+        flip(segment_file(device), 8 * entry.offset + bit)
+        assert reason(device, entry) == "header"
+        flip(segment_file(device), 8 * entry.offset + bit)
+    assert fetch(device, entry) == content_of(1)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -236,6 +237,33 @@ def test_a_directory_that_others_may_write_is_refused(path: Path) -> None:
     path.chmod(0o777)
     with pytest.raises(BadInput, match="others may write"):
         open_device(path)
+
+
+def test_without_direct_io_the_page_cache_is_used_and_it_is_said(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(file: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(file, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    device = open_device(path)
+    assert not device.direct
+    assert "direct I/O" in device.findings[0]
+    final = device.write(blocks([1]), [], durable=True)
+    assert fetch(device, final[0]) == content_of(1)
+    device.probe()
+    device = reopened(device)
+    assert device.take_entries() == final
+    device.close()
+    with pytest.raises(BadInput, match="direct I/O"):
+        open_device(path, direct="on")
+    device = open_device(path, direct="off")
+    assert device.findings == []
+    device.close()
 
 
 def test_a_file_is_no_directory(path: Path) -> None:
