@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -11,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache.block import BLOCK_BYTES_MAX, CHUNK_BYTES_MAX, StorageKey
-from kvcache.sums import guard_sum
+from kvcache.sums import block_checksum, guard_sum, sum_chunks
 from kvcache.tiers.nvme_format import (
     FORMAT_VERSION,
     INDEX_RECORD_BYTES,
@@ -37,6 +42,7 @@ from kvcache.tiers.nvme_format import (
 )
 from kvcache.tiers.space import CAPACITY_BYTES_MAX
 
+ROOT = Path(__file__).parents[3]
 _DISK_U64 = st.integers(0, (1 << 64) - 1)
 
 
@@ -320,6 +326,70 @@ def test_no_text_makes_the_superblock_parser_fall_over(text: bytes) -> None:
 def test_deep_json_is_refused() -> None:
     refused(lambda: parse_superblock(b"[" * PAGE_BYTES))
     refused(lambda: parse_superblock(b'{"a":' * 800 + b"1" + b"}" * 80))
+
+
+def tables(page: str) -> list[dict[str, slice]]:
+    """Of each table of bytes in a page of docs/: where its fields lie."""
+    row = re.compile(r"\| ([\d,]+) \| ([\d,]+) \| (\w+) \|")
+    found: list[dict[str, slice]] = []
+    for line in (ROOT / "docs" / page).read_text().splitlines():
+        if line.startswith("| offset | bytes |"):
+            found.append({})
+        elif match := row.match(line):
+            start, size = (int(number.replace(",", "")) for number in match.groups()[:2])
+            expected = max((field.stop for field in found[-1].values()), default=0)
+            assert start == expected, f"{page}: a gap before {line}"
+            found[-1][f"zero at {start}" if match[3] == "zero" else match[3]] = slice(start, start + size)
+    return found
+
+
+def said(where: dict[str, slice], record: bytes) -> dict[str, object]:
+    """The fields of a record, read as the page says."""
+    texts = ("directory_id", "key", "parent", "checksum", "magic", "guard")
+    assert max(field.stop for field in where.values()) == len(record)
+    fields = {name: record[field] for name, field in where.items()}
+    assert not any(any(fields.pop(name)) for name in list(fields) if name.startswith("zero"))
+    return {name: value if name in texts else int.from_bytes(value, "big") for name, value in fields.items()}
+
+
+def test_the_pages_on_the_formats_say_where_the_fields_lie() -> None:
+    segment, slot = tables("format-segment.md")
+    key, value = tables("format-index.md")
+    page = pack_segment_header(SEGMENT)
+    head = {"magic": b"kvc.segm", "version": 1, "guard": guard_sum(page[:-8])}
+    assert said(segment, page) == asdict(SEGMENT) | head
+    page = pack_slot_header(ENTRY)
+    head = {"magic": b"kvc.slot", "version": 1, "guard": guard_sum(page[:-8])}
+    assert said(slot, page) == ENTRY._asdict() | head
+    joined = pack_key(ENTRY.offset) + pack_value(ENTRY)
+    guard = {"guard": guard_sum(joined[:-8])}
+    assert said(key, joined[:8]) | said(value, joined[8:]) == ENTRY._asdict() | guard
+
+
+def test_the_superblock_in_the_page_is_one() -> None:
+    text = (ROOT / "docs" / "format-segment.md").read_text()
+    example = text.split("```json\n")[1].split("```")[0].encode()
+    assert parse_superblock(example) == SUPERBLOCK
+
+
+def test_the_reader_in_the_page_reads_a_segment(tmp_path: Path) -> None:
+    block, chunk_bytes, stride = Random(1).randbytes(6_000), 2_000, stride_of(6_000)
+    key = StorageKey(bytes(range(32)))
+    checksum = block_checksum(key, len(block), chunk_bytes, sum_chunks([block], chunk_bytes))
+    segment = SegmentHeader(bytes(16), 2, 64 << 10, stride, 5)
+    pages = [pack_segment_header(segment)]
+    for slot, (epoch, content) in enumerate([(5, block), (4, block), (5, b"x" + block[1:])]):
+        offset = 2 * segment.segment_bytes + PAGE_BYTES + slot * stride
+        entry = Entry(offset, key, PARENT_ROOT, len(block), chunk_bytes, 9 + slot, checksum, epoch)
+        pages += [pack_slot_header(entry), content.ljust(stride - PAGE_BYTES, b"\0")]
+    (tmp_path / "000002.seg").write_bytes(b"".join(pages).ljust(segment.segment_bytes, b"\0"))
+    reader = (ROOT / "docs" / "format-segment.md").read_text().split("```python\n")[1].split("```")[0]
+    command = [sys.executable, "-c", reader, str(tmp_path / "000002.seg")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines() == [
+        f"135168 {key.hex()} 6000 9 whole",
+        f"{135_168 + 2 * stride} {key.hex()} 6000 11 damaged",
+    ]
 
 
 def test_a_first_block_has_a_parent_that_no_block_has() -> None:
