@@ -65,6 +65,7 @@ class Node:
         self.up = True
         self.open: list[Connection] = []
         self.values = {"hit_tokens": 7.0, "requests:lease": 2.0}
+        self.troubles: list[str] = []
         self.snapshots = 0
 
     async def connect(self) -> Connection:
@@ -100,7 +101,7 @@ class Connection:
         assert isinstance(request, Stats)
         if self.closed:
             raise Unavailable("unavailable", "the connection ended")
-        return StatsReply(self._node.values)
+        return StatsReply(self._node.values, self._node.troubles)
 
     async def events(self) -> AsyncIterator[EventBatch]:
         self._node.snapshots += 1

@@ -46,6 +46,17 @@ async def test_readiness_says_in_words_what_is_wrong() -> None:
 
 
 @in_loop
+async def test_a_node_that_serves_in_spite_of_a_trouble_is_ready_and_says_it() -> None:
+    node = Node()
+    node.troubles = ["the NVMe directory /x is not used: it broke"]
+    async with running(node) as here:
+        await here.synced()
+        assert (await here.get("/v1/stats")).status == 200
+        response = await here.get("/readyz")
+        assert (response.status, await response.json()) == (200, {"ready": True, "degraded": node.troubles})
+
+
+@in_loop
 async def test_stats_are_fresh_while_the_node_answers_and_old_after() -> None:
     node = Node()
     async with running(node) as here:
