@@ -244,10 +244,10 @@ def test_without_direct_io_the_page_cache_is_used_and_it_is_said(
 ) -> None:
     real = os.open
 
-    def refuse(file: Path, flags: int, mode: int = 0o777) -> int:
+    def refuse(file: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(file, flags, mode)
+        return real(file, flags, mode, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", refuse)
     device = open_device(path)
