@@ -34,7 +34,7 @@ from pathlib import Path
 
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace
-from kvcache.sums import block_checksum, copy_and_sum, sum_chunks
+from kvcache.sums import block_checksum, copy_and_sum
 from kvcache.tiers.nvme_files import BlockFault as BlockFault
 from kvcache.tiers.nvme_files import Buffers, faults, is_direct, read_all, replace_file, round_up, write_all
 from kvcache.tiers.nvme_files import DeviceFault as DeviceFault
@@ -65,6 +65,7 @@ from kvcache.tiers.nvme_load import (
 from kvcache.tiers.nvme_scan import Progress, Segment
 
 LATE_DELETES_MAX = 4_096
+PIECE_BYTES = 2 << 20
 
 _ZEROS = memoryview(bytes(PAGE_BYTES))
 
@@ -99,8 +100,8 @@ class Device:
         self._indexed = {entry.offset for entry in contents.entries} | self._late_deletes
         self._newest = newest
         self._wanted_bytes = 0  # What the file system had no room for.
-        self._pages = Buffers()
-        self._bounce = Buffers()
+        self._pages = Buffers(PAGE_BYTES)
+        self._pieces = Buffers(SLOT_HEADER_BYTES + PIECE_BYTES + PAGE_BYTES)
         self._counting = threading.Lock()
 
     @classmethod
@@ -217,7 +218,7 @@ class Device:
             self.zeroed_bytes += self.segment_bytes
         else:
             with faults(f"formatting the segment file {file}"), self._files.hold(number) as descriptor:
-                with self._pages.take(PAGE_BYTES) as memory:
+                with self._pages.take() as memory:
                     memory[:] = page
                     write_all(descriptor, [memory], 0)
                 os.fdatasync(descriptor)
@@ -245,22 +246,31 @@ class Device:
                 self._files.forget_cached(descriptor)
 
     def _write_block(self, descriptor: int, inside: int, entry: Entry, view: memoryview) -> None:
-        padding = round_up(view.nbytes) - view.nbytes
         header = pack_slot_header(entry)
         if not self.direct:
-            write_all(descriptor, [memoryview(header), view, _ZEROS[:padding]], inside)
+            padding = _ZEROS[: round_up(view.nbytes) - view.nbytes]
+            write_all(descriptor, [memoryview(header), view, padding], inside)
         elif is_direct(view):
-            with self._pages.take(PAGE_BYTES) as page:
+            with self._pages.take() as page:
                 page[:] = header
                 write_all(descriptor, [page, view], inside)
         else:
-            with self._bounce.take(stride_of(view.nbytes)) as memory:
-                memory[:SLOT_HEADER_BYTES] = header
-                end = SLOT_HEADER_BYTES + view.nbytes
-                memory[SLOT_HEADER_BYTES:end] = view
-                memory[end:] = _ZEROS[:padding]
-                write_all(descriptor, [memory], inside)
+            self._write_pieces(descriptor, inside, header, view)
         self.written_bytes += view.nbytes
+
+    def _write_pieces(self, descriptor: int, inside: int, header: bytes, view: memoryview) -> None:
+        """Through memory that direct I/O can use."""
+        with self._pieces.take() as memory:
+            memory[:SLOT_HEADER_BYTES] = header
+            start = SLOT_HEADER_BYTES  # Where in memory the piece begins; the header goes with the first.
+            for first in range(0, view.nbytes, PIECE_BYTES):
+                piece = view[first : first + PIECE_BYTES]
+                end = start + piece.nbytes
+                copy_and_sum([piece], [memory[start:end]], piece.nbytes)
+                memory[end : round_up(end)] = _ZEROS[: round_up(end) - end]
+                write_all(descriptor, [memory[: round_up(end)]], inside)
+                inside += round_up(end)
+                start = 0
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -270,10 +280,7 @@ class Device:
         assert into.nbytes == expected.block_bytes
         number, inside = divmod(expected.offset, self.segment_bytes)
         with faults(f"reading {self._files.path(number)}"), self._files.hold(number) as descriptor:
-            if not self.direct or is_direct(into):
-                sums = self._read_straight(descriptor, inside, expected, into)
-            else:
-                sums = self._read_bounced(descriptor, inside, expected, into)
+            sums = self._read_pieces(descriptor, inside, expected, into)
             self._files.forget_cached(descriptor, inside, stride_of(into.nbytes))
         checksum = block_checksum(expected.key, expected.block_bytes, expected.chunk_bytes, sums)
         if checksum != expected.checksum:
@@ -282,21 +289,25 @@ class Device:
             self.read_bytes += into.nbytes
         return sums
 
-    def _read_straight(self, descriptor: int, inside: int, expected: Entry, into: memoryview) -> bytes:
-        with self._pages.take(PAGE_BYTES) as page:
-            if read_all(descriptor, [page, into], inside) < PAGE_BYTES + into.nbytes:
-                raise BlockFault("short")
-            _check_header(page, expected)
-        return sum_chunks([into], expected.chunk_bytes)
-
-    def _read_bounced(self, descriptor: int, inside: int, expected: Entry, into: memoryview) -> bytes:
-        stride = stride_of(into.nbytes)
-        with self._bounce.take(stride) as memory:
-            if read_all(descriptor, [memory], inside) < stride:
-                raise BlockFault("short")
-            _check_header(memory[:SLOT_HEADER_BYTES], expected)
-            block = memory[SLOT_HEADER_BYTES : SLOT_HEADER_BYTES + into.nbytes]
-            return copy_and_sum([block], [into], expected.chunk_bytes)
+    def _read_pieces(self, descriptor: int, inside: int, expected: Entry, into: memoryview) -> bytes:
+        """The header and up to ``PIECE_BYTES`` in one call, then more of whole chunks; each is summed while
+        it is copied, out of a processor's cache."""
+        chunk_bytes = expected.chunk_bytes
+        step = PIECE_BYTES // chunk_bytes * chunk_bytes
+        sums = []
+        with self._pieces.take() as memory:
+            for start in range(0, into.nbytes, step):
+                end = min(start + step, into.nbytes)
+                first = SLOT_HEADER_BYTES + start - start % PAGE_BYTES if start else 0
+                length = SLOT_HEADER_BYTES + round_up(end) - first
+                if read_all(descriptor, [memory[:length]], inside + first) < length:
+                    raise BlockFault("short")
+                if not start:
+                    _check_header(memory[:SLOT_HEADER_BYTES], expected)
+                at = SLOT_HEADER_BYTES + start - first
+                piece = memory[at : at + end - start]
+                sums.append(copy_and_sum([piece], [into[start:end]], chunk_bytes))
+        return b"".join(sums)
 
     # --- its health, and what else it keeps -----------------------------------------------------
 
@@ -323,7 +334,7 @@ class Device:
 
     def _write_and_compare(self, descriptor: int) -> None:
         pattern = os.urandom(PAGE_BYTES)
-        with self._pages.take(PAGE_BYTES) as page:
+        with self._pages.take() as page:
             page[:] = pattern
             write_all(descriptor, [page], 0)
             os.fdatasync(descriptor)
