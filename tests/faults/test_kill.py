@@ -27,8 +27,9 @@ READY_S = 30.0
 
 def look(nursery: Nursery, tier: Path, record: Record) -> None:
     """All that is there, once more."""
-    child = nursery.start(Job(str(tier), str(record.path), 0, steps=-1))
+    record.read()
     looks = record.looks
+    child = nursery.start(Job(str(tier), str(record.path), 0, steps=-1))
     assert child.end() == 0, child.said()
     record.read()
     assert record.looks == looks + 1
