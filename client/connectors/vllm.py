@@ -68,13 +68,15 @@ class KVCacheMetadata(KVConnectorMetadata):
 
 @dataclass
 class KVCacheWorkerMetadata(KVConnectorWorkerMetadata):
-    """Workers to scheduler: how many saves of which request have ended, over all ranks."""
+    """Workers to scheduler: how many saves of which request have ended, over all ranks, and the number of
+    the step that ends with this, if it is timed."""
 
     saved: dict[str, int]
+    timed: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVCacheWorkerMetadata:
         assert isinstance(other, KVCacheWorkerMetadata)
-        return KVCacheWorkerMetadata(merged(self.saved, other.saved))
+        return KVCacheWorkerMetadata(merged(self.saved, other.saved), max(self.timed, other.timed))
 
 
 class CpuPages:
@@ -164,10 +166,10 @@ class KVCacheConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
-        saved = meta.saved if isinstance(meta, KVCacheWorkerMetadata) else {}
+        saved, timed = (meta.saved, meta.timed) if isinstance(meta, KVCacheWorkerMetadata) else ({}, 0)
         received = connector_output.finished_recving or ()
         bad_blocks = connector_output.invalid_block_ids or ()
-        self._guard("absorb", None, lambda: self._scheduling.absorb(received, bad_blocks, saved))
+        self._guard("absorb", None, lambda: self._scheduling.absorb(received, bad_blocks, saved, timed))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._guard("ended", False, lambda: self._scheduling.ended(request.request_id)), None
@@ -218,8 +220,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         return bad
 
     def build_connector_worker_meta(self) -> KVCacheWorkerMetadata | None:
-        saved = self._working.take_saved()
-        return KVCacheWorkerMetadata(saved) if saved else None
+        saved, timed = self._working.take_saved(), self._plan.timed
+        return KVCacheWorkerMetadata(saved, timed) if saved or timed else None
 
     # --- both -------------------------------------------------------------------------------------
 
@@ -310,6 +312,7 @@ class KVCacheConnector(KVConnectorBase_V1):
             loads=self._kv_transfer_config.is_kv_consumer,
             saves=self._kv_transfer_config.is_kv_producer,
             save_generated=self._settings.save_generated and vllm_config.speculative_config is None,
+            load_wait_ms=self._settings.load_wait_ms,
             adapter_digest=adapter_digest,
             clock=self._clock,
             tally=self._tally,

@@ -63,6 +63,7 @@ class StepPlan:
 
     ``abandoned`` are loads that cannot be done, reported as failed. ``preempted`` lose their pages in
     this step. ``freeing`` have ended and wait for their saves; ``forgotten`` have ended and wait for nothing.
+    ``timed`` is the number that the workers give back at the end of the step; 0: it is not timed.
     """
 
     loads: tuple[LoadJob, ...] = ()
@@ -71,6 +72,7 @@ class StepPlan:
     preempted: tuple[str, ...] = ()
     freeing: tuple[str, ...] = ()
     forgotten: tuple[str, ...] = ()
+    timed: int = 0
 
 
 class Placeholder(Protocol):

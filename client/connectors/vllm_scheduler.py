@@ -6,7 +6,15 @@ deadline and by ``STEP_BUDGET_NS`` for all requests of one step together (after 
 A request goes through these states (all of one ``_State``):
 
     known -> looked up (lease held) -> loading -> running -> ended
-                    \\_ nothing to load _________/  \\_ preempted: looked up again
+      |  ^          \\_ nothing to load _________/  \\_ preempted: looked up again
+      v  |
+     coming (from NVMe; nothing held)
+
+While blocks are coming the engine is told to ask again, and goes on with its other requests: vLLM steps
+over such a request and keeps its place in the queue. With nothing else to do vLLM asks each millisecond, or
+without a pause where engine and caller share a process. So an idle engine waits ``IDLE_WAIT_MS`` in the
+store, which answers as soon as the blocks are there; a busy one asks in growing intervals. After
+``load_wait_ms`` of that a request takes what is there.
 
 Invariants:
 
@@ -22,14 +30,15 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvcache.block import BlockHash, chain, extra_keys
+from kvcache.block import BlockHash
 from kvcache.client.connectors.attach import Attachment
-from kvcache.client.connectors.vllm_plan import EngineRequest, Feature, LoadJob, SaveJob, StepPlan, Tally
+from kvcache.client.connectors.vllm_names import Names
+from kvcache.client.connectors.vllm_plan import EngineRequest, LoadJob, SaveJob, StepPlan, Tally
+from kvcache.client.connectors.vllm_rate import PrefillMeter
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 
 if TYPE_CHECKING:
@@ -37,7 +46,9 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
-ERA_BYTES = 16
+IDLE_WAIT_MS = 5
+ASK_AGAIN_NS_MIN = 5 * NS_PER_MS
+ASK_AGAIN_NS_MAX = 100 * NS_PER_MS
 FAULTS = ("missed_calls:", "ended:", "refused_connects")
 
 
@@ -59,6 +70,8 @@ class _State:
     adapter: bytes = b""
     hashes: list[BlockHash] = field(default_factory=list)
     lookup: _Lookup | None = None
+    coming_ns: int = 0  # Since when blocks of it were coming; 0: never.
+    again_ns: int = 0  # Not asked again before, unless the engine is idle.
     loading: LoadJob | None = None
     bad_blocks: set[int] = field(default_factory=set)
     load_failed: bool = False
@@ -69,8 +82,8 @@ class _State:
 class SchedulerSide:
     """Called by the engine's scheduler only, from one thread.
 
-    ``engine`` tells this engine's requests from another's. ``adapter_digest`` names a LoRA adapter by
-    content, given its path and the engine's number for it; it returns b"" when it cannot.
+    ``engine`` tells this engine's requests from another's. ``load_wait_ms`` is how long a request waits, at
+    most, for blocks that the store reads from NVMe. ``adapter_digest``: see ``Names``.
     """
 
     def __init__(
@@ -82,6 +95,7 @@ class SchedulerSide:
         loads: bool,
         saves: bool,
         save_generated: bool,
+        load_wait_ms: int,
         adapter_digest: Callable[[str, int], bytes],
         clock: Clock,
         tally: Tally,
@@ -92,7 +106,8 @@ class SchedulerSide:
         self._may_load = loads
         self._may_save = saves
         self._save_generated = save_generated
-        self._adapter_digest = adapter_digest
+        self._load_wait_ns = load_wait_ms * NS_PER_MS
+        self._names = Names(block_tokens, adapter_digest)
         self._clock = clock
         self._tally = tally
         self._states: dict[str, _State] = {}
@@ -100,13 +115,14 @@ class SchedulerSide:
         self._abandoned: list[LoadJob] = []
         self._freeing: list[str] = []
         self._forgotten: list[str] = []
+        self._meter = PrefillMeter()
         self._spent_ns = 0
-        self._era = b""
+        self._idle = True  # The last step had nothing to compute, and this one has not waited yet.
 
     def known(self, request: EngineRequest) -> None:
         """The engine has taken the request in. May be called again for the same one."""
         if request.request_id not in self._states:
-            adapter, uncacheable = self._identity(request)
+            adapter, uncacheable = self._names.identity(request)
             self._states[request.request_id] = _State(request, uncacheable, adapter)
 
     def lookup(self, request: EngineRequest, computed_tokens: int) -> tuple[int | None, bool]:
@@ -122,12 +138,15 @@ class SchedulerSide:
             self._release(state)
             return 0, False
         fresh = state.lookup is not None and state.lookup.start == start and not self._stale(state.lookup)
+        if not fresh and self._clock.now_ns() < state.again_ns and not self._idle:
+            return None, False
         if not fresh and self._spent_ns >= STEP_BUDGET_NS:
             self._tally.add("lookups", reason="deferred")
             return None, False
         if not fresh:
             self._release(state)
-            self._ask(state, start, end)
+            if not self._ask(state, start, end):
+                return None, False
         if state.lookup is None:
             return 0, False
         return (state.lookup.held - start) * self._block_tokens, True
@@ -156,10 +175,11 @@ class SchedulerSide:
         """End of a scheduling step: all loads decided in it, and a save for each block that it completes.
 
         Loads and ended requests are in the plan even when planning the saves fails."""
-        self._spent_ns = 0
+        self._spent_ns, self._idle, timed = 0, not scheduled_tokens, 0
         gone = tuple(preempted)
         saves: list[SaveJob] = []
         try:
+            timed = self._timed(scheduled_tokens)
             for request_id in gone:
                 if state := self._states.get(request_id):
                     self._release(state)
@@ -174,14 +194,21 @@ class SchedulerSide:
             preempted=gone,
             freeing=tuple(self._freeing),
             forgotten=tuple(self._forgotten),
+            timed=timed,
         )
         self._loads, self._abandoned, self._freeing, self._forgotten = [], [], [], []
         return plan
 
     def absorb(
-        self, received: Collection[str], bad_blocks: Collection[int], saved: Mapping[str, int]
+        self,
+        received: Collection[str],
+        bad_blocks: Collection[int],
+        saved: Mapping[str, int],
+        timed: int = 0,
     ) -> None:
-        """What the workers report: loads that ended, pages that could not be filled, saves that ended."""
+        """What the workers report at the end of a step: loads that ended, pages that could not be filled,
+        saves that ended, and the number of the step if it is timed."""
+        self._meter.ended(self._clock.now_ns(), timed)
         for state in self._states.values() if bad_blocks else ():
             if state.loading is not None:
                 state.bad_blocks.update(set(state.loading.block_ids).intersection(bad_blocks))
@@ -206,7 +233,7 @@ class SchedulerSide:
     def reset(self) -> None:
         """The engine has dropped its cache, perhaps for new weights: from now on blocks have names that
         only this engine knows, so that nothing computed before is found by it, nor the new by others."""
-        self._era = os.urandom(ERA_BYTES)
+        self._names.begin_era()
         for state in self._states.values():
             self._release(state)
             state.uncacheable, state.saved = "before_reset", 0
@@ -241,29 +268,71 @@ class SchedulerSide:
             return "failed_before"
         return "" if end > start else "too_short"
 
-    def _ask(self, state: _State, start: int, end: int) -> None:
-        """Lease the prefix at every rank; keep the leases when they are worth a load."""
+    def _ask(self, state: _State, start: int, end: int) -> bool:
+        """Lease the prefix at every rank; keep the leases when they are worth a load. False: blocks that
+        would make it worth more are coming."""
         began_ns = self._clock.now_ns()
         handles = self._attachment.handles()
         if not handles:
             self._spent_ns += self._clock.now_ns() - began_ns
             self._tally.add("lookups", reason="unavailable")
-            return
+            return True
         prefix = self._prefix(state, handles[0], end)[:end]
-        name = self._name(state.request.request_id)
-        leases = [self._attachment.store.lease(handle, prefix, name) for handle in handles]
+        leases = self._leases(state, handles, prefix)
         now_ns = self._clock.now_ns()
         self._spent_ns += now_ns - began_ns
-        held = min(lease.count for lease in leases)
-        state.saved = held
-        state.lookup = _Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
         faults = self._faults()
+        held = min(lease.count for lease in leases)
+        coming = min(lease.count + lease.coming for lease in leases) > max(held, start)
+        state.lookup = _Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
+        if coming and self._asks_again(state, began_ns, now_ns):
+            self._release(state)
+            self._tally.add("lookups", reason="coming")
+            return False
+        state.saved = held
         if held <= start:
             self._release(state)
-            self._tally.add("lookups", reason="unavailable" if faults else "miss")
-            return
+            late = "not_in_time" if coming else "miss"
+            self._tally.add("lookups", reason="unavailable" if faults else late)
+            return True
         self._tally.add("lookups", reason="hit")
         self._tally.add("hit_tokens", (held - start) * self._block_tokens)
+        return True
+
+    def _leases(self, state: _State, handles: Sequence[Handle], prefix: Sequence[BlockHash]) -> list[Lease]:
+        """One a rank. An idle engine waits for blocks that are coming, all ranks together once a step."""
+        store, name = self._attachment.store, self._name(state.request.request_id)
+        store.prefill_tokens_s = self._meter.tokens_s
+        now_ns = self._clock.now_ns()
+        most_ns = IDLE_WAIT_MS * NS_PER_MS if self._idle else 0
+        end_ns = now_ns + min(most_ns, self._wait_left_ns(state, now_ns))
+        leases: list[Lease] = []
+        for handle in handles:
+            wait_ms = max(0, end_ns - self._clock.now_ns()) // NS_PER_MS
+            leases.append(store.lease(handle, prefix, name, wait_ms=wait_ms))
+            self._idle = self._idle and not leases[-1].coming
+        return leases
+
+    def _wait_left_ns(self, state: _State, now_ns: int) -> int:
+        passed_ns = now_ns - state.coming_ns if state.coming_ns else 0
+        return max(0, self._load_wait_ns - passed_ns)
+
+    def _asks_again(self, state: _State, began_ns: int, now_ns: int) -> bool:
+        """Blocks are coming: is there time left to wait for them? Says when to ask next."""
+        state.coming_ns = state.coming_ns or began_ns
+        left_ns = self._wait_left_ns(state, now_ns)
+        pause_ns = max((now_ns - state.coming_ns) // 4, ASK_AGAIN_NS_MIN)
+        state.again_ns = now_ns + min(pause_ns, ASK_AGAIN_NS_MAX, left_ns)
+        return left_ns > 0
+
+    def _timed(self, scheduled_tokens: Mapping[str, int]) -> int:
+        """The number of this step, if it is one that tells how fast the engine prefills."""
+        prefill_tokens = 0
+        for request_id, token_count in scheduled_tokens.items():
+            if state := self._states.get(request_id):
+                left = state.request.num_prompt_tokens - state.request.num_computed_tokens
+                prefill_tokens += max(0, min(left, token_count))
+        return self._meter.planned(self._clock.now_ns(), prefill_tokens, sum(scheduled_tokens.values()))
 
     def _faults(self) -> int:
         """Hand on what the store's client counted; how many calls to the store went wrong."""
@@ -312,50 +381,5 @@ class SchedulerSide:
 
     def _prefix(self, state: _State, handle: Handle, block_count: int) -> list[BlockHash]:
         """The request's hashes, at least ``block_count``. REQUIRES: so many full blocks of known tokens."""
-        done = len(state.hashes)
-        if done < block_count:
-            tokens = state.request.all_token_ids[done * self._block_tokens : block_count * self._block_tokens]
-            extra = [self._extra(state, index) for index in range(done, block_count)]
-            root = state.hashes[-1] if state.hashes else handle.root
-            state.hashes += chain(root, handle.tenant_key, tokens, self._block_tokens, extra)
+        self._names.extend(state.hashes, state.request, state.adapter, handle, block_count)
         return state.hashes
-
-    def _extra(self, state: _State, block_index: int) -> bytes:
-        """What a block depends on besides its tokens: adapter and salt (the first), multimodal items."""
-        parts: list[tuple[str, bytes]] = []
-        if block_index == 0 and self._era:
-            parts.append(("era", self._era))
-        if block_index == 0 and state.adapter:
-            parts.append(("lora", state.adapter))
-        if block_index == 0 and state.request.cache_salt:
-            parts.append(("salt", _text(state.request.cache_salt)))
-        start = block_index * self._block_tokens
-        for feature in state.request.mm_features:
-            if _overlaps(feature, start, start + self._block_tokens):
-                place = (feature.mm_position.offset - start).to_bytes(8, "little", signed=True)
-                parts.append(("mm", place + _text(feature.identifier)))
-        return extra_keys(parts)
-
-    def _identity(self, request: EngineRequest) -> tuple[bytes, str]:
-        """(adapter digest, why this request cannot be cached, if so)."""
-        if request.prompt_embeds is not None:
-            return b"", "prompt_embeds"
-        if request.resumable:
-            return b"", "streaming_input"
-        adapter = request.lora_request
-        if adapter is None:
-            return b"", ""
-        if adapter.load_inplace:
-            return b"", "adapter_in_place"
-        digest = self._adapter_digest(adapter.lora_path, adapter.lora_int_id)
-        return digest, "" if digest else "adapter_unknown"
-
-
-def _overlaps(feature: Feature, start: int, end: int) -> bool:
-    place = feature.mm_position
-    return place.offset < end and start < place.offset + place.length
-
-
-def _text(value: str) -> bytes:
-    """Any string the engine lets through, lone surrogates too, as bytes that no other string has."""
-    return value.encode("utf-8", "surrogatepass")

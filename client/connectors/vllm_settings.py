@@ -29,6 +29,8 @@ class Settings:
     """How long the engine's scheduler may wait for the store's answer; the engine stands meanwhile."""
     move_timeout_ms: int = 1_000
     """How long a load or save waits for the store, beside the engine."""
+    load_wait_ms: int = 2_000
+    """How long a request waits, at most, for blocks that the node reads from NVMe; others go on meanwhile."""
     save_generated: bool = True
     """Save the blocks of generated tokens too, not only of prompts."""
 
@@ -54,6 +56,8 @@ class Settings:
         for name in ("lookup_timeout_ms", "move_timeout_ms"):
             if getattr(settings, name) < 1:
                 raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is at least 1")
+        if settings.load_wait_ms < 0:
+            raise BadInput("bad_config", f"load_wait_ms is {settings.load_wait_ms}", "it is at least 0")
         return settings
 
     @property

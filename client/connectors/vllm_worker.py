@@ -196,7 +196,8 @@ class WorkerSide:
             self._tally.add("failed_blocks", len(job.block_ids), "unavailable")
             return set(job.block_ids)
         store = self._attachment.store
-        lease = store.lease(handles[0], split_hashes(job.prefix), job.lease_name)
+        # The scheduler has waited for what it leased; where that was lost, others' loads do not wait.
+        lease = store.lease(handles[0], split_hashes(job.prefix), job.lease_name, wait_ms=0)
         asked = len(job.block_ids)
         count = min(max(lease.count - job.start, 0), asked)
         failed: set[int] = set()

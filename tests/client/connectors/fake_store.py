@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,8 @@ def namespace(tp_rank: int = 0, tp_size: int = 1) -> Namespace:
 
 
 class FakeStore:
-    """Keeps what it is given. ``away`` makes every call a miss; ``broken`` names blocks whose load fails."""
+    """Keeps what it is given. ``away`` makes every call a miss; ``broken`` names blocks whose load fails.
+    Blocks ``on_disk`` are coming when they are leased; ``pass_wait`` is what happens in a wait for them."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[bytes, bytes], bytes] = {}
@@ -44,6 +45,10 @@ class FakeStore:
         self.leases: dict[int, str] = {}
         self.saves: list[tuple[bytes, int]] = []
         self.closed = False
+        self.prefill_tokens_s = 0.0
+        self.on_disk: set[bytes] = set()
+        self.waits: list[int] = []
+        self.pass_wait: Callable[[int], None] = lambda wait_ms: None
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -60,16 +65,26 @@ class FakeStore:
         return held.index(True) if True in held else len(held)
 
     def lease(
-        self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = 30_000
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = 30_000,
+        wait_ms: int = 2_000,
     ) -> Lease:
-        count = self.match(handle, prefix)
+        self.waits.append(wait_ms)
+        found = self.match(handle, prefix)
         self.counts["missed_calls:away"] += self.away
+        if wait_ms and self.on_disk.intersection(prefix[:found]):
+            self.pass_wait(wait_ms)
+        slow = [at for at, name in enumerate(prefix[:found]) if name in self.on_disk]
+        count = slow[0] if slow else found
         if not count:
-            return Lease(handle, (), (), 1)
+            return Lease(handle, (), (), 1, found)
         self.lease_count += 1
         number = self.lease_count
         self.leases[number] = request
-        return Lease(handle, tuple(prefix[:count]), (Grant(number, 0, count, (), b"", 0),), 1)
+        return Lease(handle, tuple(prefix[:count]), (Grant(number, 0, count, (), b"", 0),), 1, found - count)
 
     def load(self, lease: Lease, into: Sequence[Sequence[Any]], start: int = 0) -> frozenset[int]:
         failed = set()
@@ -103,6 +118,9 @@ class FakeStore:
                 return index
             self.blocks[handle.namespace_id, name] = b"".join(bytes(piece) for piece in pieces)
         return len(prefix)
+
+    def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = 10_000) -> int:
+        return 0
 
     def release(self, lease: Lease) -> None:
         for grant in lease.grants:

@@ -136,7 +136,7 @@ def test_a_load_goes_before_saves_that_wait(rig: Rig) -> None:
     rig.store.open_gate.clear()
     order: list[str] = []
     save, lease = FakeStore.save, FakeStore.lease
-    rig.store.lease = lambda *a: (order.append("load"), lease(rig.store, *a))[1]  # type: ignore
+    rig.store.lease = lambda *a, **k: (order.append("load"), lease(rig.store, *a, **k))[1]  # type: ignore
     rig.store.save = lambda *a: (order.append("save"), Gate.save(rig.store, *a))[1]  # type: ignore
     rig.save(rig.saving("a", 0, [0]))
     assert rig.store.entered.wait(WAIT_S)
