@@ -25,12 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import repeat
 from typing import Literal
 
 from kvcache.block import Slot, StorageKey
-from kvcache.prefix import NONE, PrefixTree, Run, put
-from kvcache.restored import Restored, plan
+from kvcache.prefix import NONE, Graft, PrefixTree, put
+from kvcache.restored import Restored
 from kvcache.tiers.space import Space, slot_arena
 
 
@@ -53,31 +52,21 @@ class Change:
     reason: str
 
 
-class Holding:
-    """What the tree does not know of a block."""
-
-    __slots__ = ("checksum", "generation", "pinned", "slot", "state", "sums")
-
-    def __init__(
-        self, slot: Slot, generation: int, state: State = State.RESERVED, checksum: bytes = b""
-    ) -> None:
-        self.slot = slot
-        self.generation = generation
-        self.state = state
-        self.pinned = False
-        self.checksum = checksum
-        self.sums = b""
-
-
 Gone = Callable[[Sequence[int], str], None]
 
 
 class Holdings:
-    """``holding`` is indexed by block. ``gone`` is told of every block that leaves the tree."""
+    """What the tree does not know of a block is in lists indexed by it. ``gone`` is told of every block that
+    leaves the tree."""
 
     def __init__(self, space: Space, gone: Gone) -> None:
         self.tree = PrefixTree()
-        self.holding: list[Holding] = []
+        self.slot: list[Slot] = []
+        self.generation: list[int] = []
+        self.checksum: list[bytes] = []
+        self.sums: list[bytes] = []
+        self._state: list[State] = []
+        self._pinned: set[int] = set()
         self.space = space
         self._gone = gone
         self._block_of: dict[Slot, int] = {}
@@ -85,7 +74,7 @@ class Holdings:
         self._generation = 0
         self._held_bytes = 0
 
-    # --- a block's life -------------------------------------------------------------------------
+    # --- a block's life ---------------------------------------------------------------------------
 
     def reserve(
         self, keys: Sequence[StorageKey], slots: Sequence[Slot], parent: int, block_bytes: int
@@ -96,11 +85,16 @@ class Holdings:
         for key, slot in zip(keys, slots, strict=True):
             self._generation += 1
             before = self.tree.insert(key, before, block_bytes)
-            holding = Holding(slot, self._generation)
-            if before == len(self.holding):
-                self.holding.append(holding)
+            if before == len(self.slot):
+                self.slot.append(slot)
+                self.generation.append(self._generation)
+                self.checksum.append(b"")
+                self.sums.append(b"")
+                self._state.append(State.RESERVED)
             else:
-                self.holding[before] = holding
+                self.slot[before] = slot
+                self.generation[before] = self._generation
+                self._state[before] = State.RESERVED
             self._block_of[slot] = before
             blocks.append(before)
         self._held_bytes += block_bytes * len(blocks)
@@ -109,35 +103,30 @@ class Holdings:
     def restore(self, entries: Sequence[Restored]) -> tuple[list[list[int]], list[Restored]]:
         """What a device holds still. Paths of the blocks that are held now, parents first; and what is not:
         its key is known, its slot cannot be had, or the block before it is neither held nor restored."""
-        find = self.tree.find
-        known: set[StorageKey] = set()
-        fresh: list[Restored] = []
         refused: list[Restored] = []
-        for entry in entries:
-            (refused if entry.key in known or find(entry.key) != NONE else fresh).append(entry)
-            known.add(entry.key)
-        unplaced = set(
-            self.space.restore([entry.slot for entry in fresh], [entry.block_bytes for entry in fresh])
-        )
+        fresh = self._unknown(entries, refused)
+        slots, sizes = [each.slot for each in fresh], [each.block_bytes for each in fresh]
+        unplaced = self.space.restore(slots, sizes)
         if unplaced:
             refused += [fresh[at] for at in unplaced]
-            fresh = [entry for at, entry in enumerate(fresh) if at not in unplaced]
-        order, runs = plan([entry.key for entry in fresh], [entry.parent for entry in fresh], find)
-        if len(order) < len(fresh):
-            lost = set(range(len(fresh))).difference(order)
-            refused += [fresh[at] for at in lost]
-            for at in lost:
-                self.space.free(fresh[at].slot)
-        return self._graft([fresh[at] for at in order], runs) if runs else [], refused
+            without = set(unplaced)
+            fresh = [each for at, each in enumerate(fresh) if at not in without]
+            slots, sizes = [each.slot for each in fresh], [each.block_bytes for each in fresh]
+        graft = self.tree.graft([each.key for each in fresh], [each.parent for each in fresh], sizes)
+        self._fill(graft.blocks, slots, sizes, [each.checksum for each in fresh])
+        for at in graft.left_out:
+            self._vanish(graft.blocks[at])
+            refused.append(fresh[at])
+        self._publish_paths(graft)
+        return graft.paths, refused
 
     def commit(self, blocks: Sequence[int], checksums: Sequence[bytes], sums: Sequence[bytes]) -> None:
         """The bytes are there. Publishes what can be found now, and announces it."""
         for block, checksum, sums_of_block in zip(blocks, checksums, sums, strict=True):
-            holding = self.holding[block]
-            assert holding.state is State.RESERVED
-            holding.checksum = checksum
-            holding.sums = sums_of_block
-            holding.state = State.WAITING
+            assert self._state[block] is State.RESERVED
+            self.checksum[block] = checksum
+            self.sums[block] = sums_of_block
+            self._state[block] = State.WAITING
         self.tree.unhold(blocks)
         self._publish(blocks[0], "committed")
 
@@ -149,14 +138,14 @@ class Holdings:
     def give_up(self, blocks: Sequence[int]) -> None:
         """Park reserved blocks whose writer may still write to their slots."""
         for block in reversed(blocks):
-            assert self.holding[block].state is State.RESERVED
+            assert self._state[block] is State.RESERVED
             self._park(block)
         self.tree.unhold(blocks)
         self._gone(blocks[::-1], "aborted")
 
     def withdraw(self, block: int) -> None:
         """Park a committed block; what continues it waits for it, orphaned."""
-        assert self.holding[block].state in (State.WAITING, State.PUBLISHED)
+        assert self._state[block] in (State.WAITING, State.PUBLISHED)
         self._removed(self._lose([block]), "quarantined")
         self.unpin([block])
         self._park(block)
@@ -183,7 +172,7 @@ class Holdings:
     def unpark(self, blocks: Iterable[int]) -> None:
         """The slots of parked blocks are free. REQUIRES: nobody holds them."""
         for block in blocks:
-            assert self.holding[block].state is State.PARKED
+            assert self._state[block] is State.PARKED
             assert not self.tree.holds[block]
             self._vanish(block)
 
@@ -199,23 +188,24 @@ class Holdings:
         self._gone(blocks, reason)
 
     def pin(self, blocks: Sequence[int]) -> None:
-        fresh = [block for block in blocks if not self.holding[block].pinned]
-        for block in fresh:
-            self.holding[block].pinned = True
+        fresh = [block for block in blocks if block not in self._pinned]
+        self._pinned.update(fresh)
         self.tree.hold(fresh)
 
     def unpin(self, blocks: Sequence[int]) -> int:
         """How many were pinned. One that is named twice is unpinned once."""
-        pinned = [block for block in dict.fromkeys(blocks) if self.holding[block].pinned]
-        for block in pinned:
-            self.holding[block].pinned = False
+        pinned = list(self._pinned.intersection(blocks))
+        self._pinned.difference_update(pinned)
         self.tree.unhold(pinned)
         return len(pinned)
 
-    # --- looking --------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------------------
 
     def state(self, block: int) -> State:
-        return self.holding[block].state
+        return self._state[block]
+
+    def is_pinned(self, block: int) -> bool:
+        return block in self._pinned
 
     def at(self, slot: Slot) -> int:
         """The block in this slot; NONE while it is allocated for one that is not inserted yet."""
@@ -248,61 +238,75 @@ class Holdings:
         linked = set(self.tree.linked())
         generations = set()
         for slot, block in self._block_of.items():
-            holding = self.holding[block]
-            assert holding.slot == slot
-            assert 0 < holding.generation <= self._generation
-            generations.add(holding.generation)
-            assert holding.state is not State.ABSENT
-            assert (holding.state is State.PARKED) == (block not in linked)
-            assert bool(self.tree.ready[block]) == (holding.state is State.PUBLISHED)
-            assert not holding.pinned or holding.state in (State.WAITING, State.PUBLISHED)
-            if holding.state is State.RESERVED:
+            state = self._state[block]
+            assert self.slot[block] == slot
+            assert 0 < self.generation[block] <= self._generation
+            generations.add(self.generation[block])
+            assert state is not State.ABSENT
+            assert (state is State.PARKED) == (block not in linked)
+            assert bool(self.tree.ready[block]) == (state is State.PUBLISHED)
+            if state is State.RESERVED:
                 assert self.tree.holds[block] == 1
-            elif holding.state is State.WAITING:
+            elif state is State.WAITING:
                 assert not self._publishable(block)
-            elif holding.state is State.PUBLISHED:
+            elif state is State.PUBLISHED:
                 assert self._publishable(block)
         assert len(generations) == len(self._block_of)
+        assert all(self._state[block] in (State.WAITING, State.PUBLISHED) for block in self._pinned)
         assert linked <= set(self._block_of.values())
         assert self._held_bytes == sum(self.tree.block_bytes[block] for block in self._block_of.values())
 
-    # --- steps ----------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------
 
     def _publishable(self, block: int) -> bool:
         """Can all before it be found?"""
         parent = self.tree.parent[block]
         return bool(self.tree.ready[parent]) if parent != NONE else not self.tree.is_orphan(block)
 
-    def _graft(self, entries: Sequence[Restored], runs: Sequence[Run]) -> list[list[int]]:
-        """Hold these, which have their slots; publish what can be found now."""
-        tree, start = self.tree, self._generation + 1
-        keys = [entry.key for entry in entries]
-        sizes = [entry.block_bytes for entry in entries]
-        slots = [entry.slot for entry in entries]
-        blocks, adopted = tree.graft(keys, sizes, runs)
+    def _unknown(self, entries: Sequence[Restored], refused: list[Restored]) -> Sequence[Restored]:
+        """Those whose key is not held; of several with one key, the first. The others are ``refused``."""
+        keys = {entry.key for entry in entries}
+        known = self.tree.known(keys)
+        if len(keys) == len(entries) and not known:
+            return entries
+        fresh: dict[StorageKey, Restored] = {}
+        for entry in entries:
+            if entry.key in fresh or entry.key in known:
+                refused.append(entry)
+            else:
+                fresh[entry.key] = entry
+        return list(fresh.values())
+
+    def _fill(
+        self, blocks: Sequence[int], slots: Sequence[Slot], sizes: Sequence[int], checksums: Sequence[bytes]
+    ) -> None:
+        """These have their slots. For the time being they are all published."""
+        start = self._generation + 1
         self._generation += len(blocks)
         self._held_bytes += sum(sizes)
-        holdings = map(
-            Holding,
-            slots,
-            range(start, start + len(blocks)),
-            repeat(State.WAITING),
-            [entry.checksum for entry in entries],
-        )
-        put(self.holding, blocks, list(holdings))
         self._block_of.update(zip(slots, blocks, strict=True))
-        paths = [blocks[start:end] for start, end, _, _ in runs]
-        for path, (start, end, _, _) in zip(paths, runs, strict=True):
-            if self._publishable(path[0]):
-                parent = tree.parent[path[0]]
+        put(self.slot, blocks, slots)
+        put(self.generation, blocks, range(start, start + len(blocks)))
+        put(self.checksum, blocks, checksums)
+        put(self.sums, blocks, [b""] * len(blocks))
+        put(self._state, blocks, [State.PUBLISHED] * len(blocks))
+        for block in blocks:
+            self.tree.ready[block] = 1
+
+    def _publish_paths(self, graft: Graft) -> None:
+        """REQUIRES: all are published. Those that cannot be found yet wait instead."""
+        tree, ready = self.tree, self.tree.ready
+        for path in graft.paths:
+            if not self._publishable(path[0]):
                 for block in path:
-                    tree.ready[block] = 1
-                    self.holding[block].state = State.PUBLISHED
-                before = tree.key[parent] if parent != NONE else None
-                self._changes.append(Change("stored", tuple(keys[start:end]), before, "restored"))
-        for orphan in adopted:
+                    ready[block] = 0
+                    self._state[block] = State.WAITING
+                continue
+            parent = tree.parent[path[0]]
+            before = tree.key[parent] if parent != NONE else None
+            self._changes.append(Change("stored", self._keys(path), before, "restored"))
+        for orphan in graft.adopted:
             self._publish(orphan, "restored")
-        return paths
 
     def _publish(self, first: int, reason: str) -> None:
         """Publish a waiting block and all waiting ones that continue it, a run at a time."""
@@ -310,12 +314,10 @@ class Holdings:
         for start in starts:
             run = [start]
             for block in run:
-                self.holding[block].state = State.PUBLISHED
+                self._state[block] = State.PUBLISHED
                 self.tree.ready[block] = 1
                 waiting = [
-                    child
-                    for child in self.tree.children_of(block)
-                    if self.holding[child].state is State.WAITING
+                    child for child in self.tree.children_of(block) if self._state[child] is State.WAITING
                 ]
                 run += waiting[:1]
                 starts += waiting[1:]
@@ -331,7 +333,7 @@ class Holdings:
             walk = [first] if ready[first] else []
             for block in walk:
                 ready[block] = 0
-                self.holding[block].state = State.WAITING
+                self._state[block] = State.WAITING
                 walk += [child for child in self.tree.children_of(block) if ready[child]]
             lost += walk
         return lost
@@ -345,12 +347,13 @@ class Holdings:
 
     def _park(self, block: int) -> None:
         self.tree.unlink(block)
-        self.holding[block].state = State.PARKED
+        self._state[block] = State.PARKED
 
     def _vanish(self, block: int) -> None:
-        holding = self.holding[block]
-        holding.state = State.ABSENT
-        del self._block_of[holding.slot]
-        self.space.free(holding.slot)
+        slot = self.slot[block]
+        self._state[block] = State.ABSENT
+        self.checksum[block] = self.sums[block] = b""
+        del self._block_of[slot]
+        self.space.free(slot)
         self._held_bytes -= self.tree.block_bytes[block]
         self.tree.recycle(block)

@@ -15,7 +15,7 @@ The sum: a stamp or a victim costs 1 to 3 us. Held leaves met on the way are put
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
 from kvcache.policy import TreeView
@@ -37,13 +37,12 @@ class LeafOrder:
         """Entries in the heap, stale ones included."""
         return len(self._heap)
 
-    def stamp(self, blocks: Iterable[int], stamp: int) -> None:
-        """Track these blocks, or move them, to this stamp."""
+    def stamp(self, path: Sequence[int], stamp: int) -> None:
+        """Track these blocks, or move them, to this stamp. REQUIRES: each but the last has children."""
         children = self._tree.children
-        for block in blocks:
-            self._stamps[block] = stamp
-            if not children[block]:
-                heappush(self._heap, (stamp, block))
+        self._stamps.update(dict.fromkeys(path, stamp))
+        if path and not children[path[-1]]:
+            heappush(self._heap, (stamp, path[-1]))
         if len(self._heap) > 2 * len(self._stamps) + _SPARE_ENTRIES:
             self._heap = [(stamp, block) for block, stamp in self._stamps.items() if not children[block]]
             heapify(self._heap)

@@ -33,7 +33,7 @@ from kvcache.errors import BadInput
 from kvcache.guard import PolicyGuard
 from kvcache.holdings import Change, Holdings, State
 from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner, SharedName
-from kvcache.paths import fresh, held, parent_block
+from kvcache.paths import complete, missing, parent_block
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE
 from kvcache.reservations import OpenWrite, Reservation, WriteBook
@@ -58,7 +58,7 @@ class Ledger:
         self._writes = WriteBook()
         self._quarantine: list[tuple[int, int]] = []
 
-    # --- reading --------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def match(self, keys: Sequence[StorageKey]) -> int:
         """How many leading blocks can be found. Changes nothing."""
@@ -121,7 +121,7 @@ class Ledger:
     def chunk_sums(self, key: StorageKey) -> bytes:
         """The chunk sums of a block that can be found; empty when it cannot."""
         block = self._tree.find(key)
-        return self._holdings.holding[block].sums if block != NONE and self._tree.ready[block] else b""
+        return self._holdings.sums[block] if block != NONE and self._tree.ready[block] else b""
 
     def has(self, key: StorageKey) -> bool:
         """Can it be found?"""
@@ -131,7 +131,7 @@ class Ledger:
     def slot_of(self, key: StorageKey) -> Slot | None:
         """Where a block lies that can be found."""
         block = self._tree.find(key)
-        return self._holdings.holding[block].slot if block != NONE and self._tree.ready[block] else None
+        return self._holdings.slot[block] if block != NONE and self._tree.ready[block] else None
 
     def ancestors(self, key: StorageKey) -> Iterator[StorageKey]:
         """The block itself, then those before it, nearest first, as far as they are held, be it only
@@ -145,7 +145,7 @@ class Ledger:
         """At most ``count`` blocks that would go next, in this order. Changes nothing."""
         return [self._tree.key[block] for block in self._guard.victims(context, count)]
 
-    # --- writing --------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -161,23 +161,23 @@ class Ledger:
         Evicts as it must, but never what these blocks stand on. The parent may still be reserved, by
         the same owner. RAISES BadInput (bad_prefix) when the parent is not held, when a key comes
         twice, or when the keys skip a block that is known to come between."""
-        start, before = held(self._holdings, keys, parent_block(self._tree, parent))
-        missing, reason = fresh(self._holdings, self._writes, keys, start, before, owner)
-        admitted = self._guard.admit(context, before, len(missing)) if missing else 0
-        if admitted < len(missing):
-            missing, reason = missing[:admitted], "declined"
-        slots = self._slots(context, arena, block_bytes, len(missing), before) if missing else []
-        if len(slots) < len(missing):
-            missing, reason = missing[: len(slots)], "full"
-        if not missing:
+        start, before = complete(self._holdings, keys, parent_block(self._tree, parent))
+        fresh, reason = missing(self._holdings, self._writes, keys, start, before, owner)
+        admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
+        if admitted < len(fresh):
+            fresh, reason = fresh[:admitted], "declined"
+        slots = self._slots(context, arena, block_bytes, len(fresh), before) if fresh else []
+        if len(slots) < len(fresh):
+            fresh, reason = fresh[: len(slots)], "full"
+        if not fresh:
             return Reservation(0, start, (), (), (), block_bytes, reason)
-        blocks = self._holdings.reserve(missing, slots, before, block_bytes)
+        blocks = self._holdings.reserve(fresh, slots, before, block_bytes)
         reservation = Reservation(
             reservation_id=self._writes.new_number(),
             start=start,
-            keys=tuple(missing),
+            keys=tuple(fresh),
             slots=tuple(slots),
-            generations=tuple([self._holdings.holding[block].generation for block in blocks]),
+            generations=tuple([self._holdings.generation[block] for block in blocks]),
             block_bytes=block_bytes,
             reason=reason,
         )
@@ -246,7 +246,7 @@ class Ledger:
         self._guard.on_restored(_TIMELESS, paths)
         return refused
 
-    # --- time and people ------------------------------------------------------------------------
+    # --- time and people --------------------------------------------------------------------------
 
     def expire(self, now_ns: int) -> int:
         """End the leases whose time is over, and free what was long enough in quarantine. How many."""
@@ -297,7 +297,7 @@ class Ledger:
         block = self._tree.find(key)
         if block == NONE or self._holdings.state(block) is State.RESERVED:
             return False
-        if self._holdings.holding[block].generation != generation:
+        if self._holdings.generation[block] != generation:
             return False
         self._holdings.withdraw(block)
         heappush(self._quarantine, (until_ns, block))
@@ -312,7 +312,7 @@ class Ledger:
             heappush(self._quarantine, (until_ns, block))
         return count
 
-    # --- what it tells --------------------------------------------------------------------------
+    # --- what it tells ----------------------------------------------------------------------------
 
     def take_changes(self) -> list[Change]:
         """What changed for readers since the last call, in order. REQUIRES: called after every call."""
@@ -342,16 +342,17 @@ class Ledger:
         reserved = self._writes.reserved()
         parked = self._writes.limbo() + [block for _, block in self._quarantine]
         assert len(set(reserved + parked)) == len(reserved) + len(parked)
-        for block, holding in enumerate(self._holdings.holding):
-            if holding.state is State.ABSENT:
+        for block in range(len(self._holdings.slot)):
+            state = self._holdings.state(block)
+            if state is State.ABSENT:
                 assert block not in holds
                 continue
-            expected = holds.get(block, 0) + holding.pinned + (holding.state is State.RESERVED)
+            expected = holds.get(block, 0) + self._holdings.is_pinned(block) + (state is State.RESERVED)
             assert self._tree.holds[block] == expected
-            assert (holding.state is State.RESERVED) == (block in reserved)
-            assert (holding.state is State.PARKED) == (block in parked)
+            assert (state is State.RESERVED) == (block in reserved)
+            assert (state is State.PARKED) == (block in parked)
 
-    # --- steps ----------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------
 
     def _take(
         self,
@@ -361,13 +362,13 @@ class Ledger:
         expires_ns: int,
         name: SharedName | None,
     ) -> Lease:
-        holdings = [self._holdings.holding[block] for block in blocks]
+        held = self._holdings
         lease = Lease(
             lease_id=0,
             keys=tuple(keys[: len(blocks)]),
-            slots=tuple([holding.slot for holding in holdings]),
-            generations=tuple([holding.generation for holding in holdings]),
-            checksums=tuple([holding.checksum for holding in holdings]),
+            slots=tuple([held.slot[block] for block in blocks]),
+            generations=tuple([held.generation[block] for block in blocks]),
+            checksums=tuple([held.checksum[block] for block in blocks]),
             block_bytes=self._tree.block_bytes[blocks[0]],
             expires_ns=expires_ns,
         )

@@ -31,7 +31,7 @@ def parent_block(tree: PrefixTree, parent: StorageKey | None) -> int:
     return block
 
 
-def held(holdings: Holdings, keys: Sequence[StorageKey], before: int) -> tuple[int, int]:
+def complete(holdings: Holdings, keys: Sequence[StorageKey], before: int) -> tuple[int, int]:
     """How many leading blocks behind ``before`` are complete, and the last of them.
 
     RAISES BadInput (bad_prefix) when one of them lies elsewhere."""
@@ -55,7 +55,7 @@ def held(holdings: Holdings, keys: Sequence[StorageKey], before: int) -> tuple[i
     return start, before
 
 
-def fresh(
+def missing(
     holdings: Holdings,
     writes: WriteBook,
     keys: Sequence[StorageKey],
@@ -74,10 +74,10 @@ def fresh(
     end = start
     while end < len(keys) and tree.find(keys[end]) == NONE:
         end += 1
-    missing = list(keys[start:end])
-    if len(set(missing)) < len(missing):
+    fresh = list(keys[start:end])
+    if len(set(fresh)) < len(fresh):
         raise BadInput("bad_prefix", "a prefix names a block twice", "each block has one place in a prefix")
     if end == len(keys):
-        return missing, ""
+        return fresh, ""
     busy = holdings.state(tree.find(keys[end])) is State.RESERVED
-    return missing, "busy" if busy else "held"
+    return fresh, "busy" if busy else "held"

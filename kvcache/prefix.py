@@ -23,25 +23,28 @@ or unlink about 1 us.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence, Set
+from itertools import repeat
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from kvcache.block import StorageKey
+from kvcache.leaf_set import LeafSet
 
 NONE = -1
 
 Entry = TypeVar("Entry")
 
 
-class Run(NamedTuple):
-    """Entries ``start`` to ``end`` of a list, each continuing the one before it. The first continues the
-    linked block ``held``, or entry ``behind`` of the list, or neither: then it is a first block."""
+class Graft(NamedTuple):
+    """What became of keys that were inserted together. ``blocks`` has one a key, used ones first, then the
+    next ones; those at ``left_out`` are unlinked. ``paths``: the others, each path behind its parent's."""
 
-    start: int
-    end: int
-    held: int
-    behind: int
+    blocks: list[int]
+    left_out: list[int]
+    paths: list[list[int]]
+    adopted: list[int]
 
 
 class PrefixTree:
@@ -59,8 +62,7 @@ class PrefixTree:
         self._next: list[int] = []
         self._previous: list[int] = []
         self._blocks: dict[StorageKey, int] = {}
-        self._evictable: list[int] = []
-        self._place: list[int] = []  # of a block in _evictable, or NONE
+        self._evictable = LeafSet()
         self._misses: dict[int, StorageKey] = {}  # orphan -> the key before it
         self._waiting: dict[StorageKey, set[int]] = {}
         self._recycled: list[int] = []
@@ -68,11 +70,15 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    # --- looking --------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------------------
 
     def find(self, key: StorageKey) -> int:
         """The linked block of this key, or NONE."""
         return self._blocks.get(key, NONE)
+
+    def known(self, keys: Set[StorageKey]) -> Set[StorageKey]:
+        """Those that are linked."""
+        return self._blocks.keys() & keys
 
     def match(self, keys: Sequence[StorageKey]) -> list[int]:
         """The longest leading run of ``keys`` that is ready, each the child of the one before."""
@@ -94,10 +100,7 @@ class PrefixTree:
         return len(self._evictable)
 
     def sample_leaves(self, count: int, random: Random) -> list[int]:
-        leaves = self._evictable
-        if len(leaves) <= count:
-            return list(leaves)
-        return [leaves[int(random.random() * len(leaves))] for _ in range(count)]
+        return self._evictable.sample(count, random)
 
     def orphans(self) -> list[int]:
         return list(self._misses)
@@ -123,7 +126,7 @@ class PrefixTree:
     def linked(self) -> Iterator[int]:
         return iter(self._blocks.values())
 
-    # --- changing -------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------
 
     def insert(self, key: StorageKey, parent: int, block_bytes: int) -> int:
         """A new block, held once and not ready. Adopts the orphans that were missing it.
@@ -142,48 +145,106 @@ class PrefixTree:
         return block
 
     def graft(
-        self, keys: Sequence[StorageKey], block_bytes: Sequence[int], runs: Sequence[Run]
-    ) -> tuple[list[int], list[int]]:
-        """New blocks, not held and not ready, and the orphans they adopted. As many an ``insert`` and
-        ``unhold`` each, but a fifth of the time.
+        self, keys: Sequence[StorageKey], parents: Sequence[StorageKey | None], block_bytes: Sequence[int]
+    ) -> Graft:
+        """New blocks in any order, not held and not ready, each behind the block of its parent's key
+        (None: a first block). As many an ``insert`` and ``unhold`` each, in a quarter of the time.
+        Those whose parent is neither linked nor among them are left out.
 
-        REQUIRES: the keys are absent, none comes twice; the runs cover them, in order."""
+        A path ends where several blocks continue it. Paths whose last key is listed earlier come earlier.
+
+        REQUIRES: the keys are absent, and none comes twice."""
+        base = len(self.key)
         blocks = self._numbers(len(keys))
-        parent, first = [NONE, *blocks[:-1]], [*blocks[1:], NONE]
-        children = [1] * len(keys)
-        depth: list[int] = []
-        for start, end, held, behind in runs:
-            base = self.depth[held] if held != NONE else depth[behind] if behind != NONE else 0
-            depth += range(base + 1, base + 1 + end - start)
-            parent[start] = NONE
-            first[end - 1] = NONE
-            children[end - 1] = 0
-        for entries, values in (
-            (self.parent, parent),
-            (self._first, first),
-            (self.children, children),
-            (self.depth, depth),
-            (self.block_bytes, block_bytes),
-        ):
+        self._blocks.update(zip(keys, blocks, strict=True))
+        find = cast("Callable[[StorageKey | None, int], int]", self._blocks.get)
+        before = list(map(find, parents, repeat(NONE)))
+        for entries, values in ((self.parent, before), (self.block_bytes, block_bytes)):
             put(entries, blocks, values)
         put(self.key, blocks, keys)
         for entries, value in (
+            (self.children, 1),
+            (self.depth, 0),
+            (self.holds, 0),
+            (self._first, NONE),
             (self._next, NONE),
             (self._previous, NONE),
-            (self.holds, 0),
-            (self._place, NONE),
         ):
             put(entries, blocks, [value] * len(blocks))
-        self._blocks.update(zip(keys, blocks, strict=True))
-        for _, end, _, _ in runs:
-            self._now_evictable(blocks[end - 1])
-        for start, _, held, behind in runs:
-            if held != NONE or behind != NONE:
-                self._attach(blocks[start], held if held != NONE else blocks[behind])
+        reused = set(blocks[: bisect_left(blocks, base)])
+        starts, forks = self._link_all(blocks, before, base, reused)
+        starts += [block for block, key in zip(blocks, parents, strict=True) if key is None]
+        paths = self._paths(starts, forks)
+        left_out = self._leave_out(blocks) if sum(map(len, paths)) < len(blocks) else []
         adopted: list[int] = []
         for key in [key for key in self._waiting if key in self._blocks]:
             adopted += self._adopt(key, self._blocks[key])
-        return blocks, adopted
+        return Graft(blocks, left_out, paths, adopted)
+
+    def _link_all(
+        self, blocks: Sequence[int], before: Sequence[int], base: int, reused: Set[int]
+    ) -> tuple[list[int], Set[int]]:
+        """Make each the newest child of the one before it, where new blocks have one child beforehand.
+
+        Those behind a block that was linked already, which is one under ``base`` that is not ``reused``;
+        and the new blocks that several continue."""
+        first, following, previous, children = self._first, self._next, self._previous, self.children
+        starts: list[int] = []
+        forks: set[int] = set()
+        for block, parent in zip(blocks, before, strict=True):
+            if parent == NONE:
+                continue
+            newest = first[parent]
+            first[parent] = block
+            if newest != NONE:
+                following[block] = newest
+                previous[newest] = block
+            if parent < base and parent not in reused:
+                children[parent] += 1
+                self._evictable.discard(parent)
+                starts.append(block)
+            elif newest != NONE:
+                children[parent] += 1
+                forks.add(parent)
+        return starts, forks
+
+    def _paths(self, starts: list[int], forks: Set[int]) -> list[list[int]]:
+        """All that continues ``starts``, which grows. Sets depths, and finds the leaves."""
+        first, depth = self._first, self.depth
+        paths: list[list[int]] = []
+        ages: list[int] = []
+        forked: dict[int, int] = {}  # a fork -> the age of the path it ends
+        for block in starts:
+            before = self.parent[block]
+            at = depth[before] if before != NONE else 0
+            path: list[int] = []
+            end = block
+            while block != NONE:
+                at += 1
+                depth[block] = at
+                path.append(block)
+                end = block
+                block = NONE if block in forks else first[block]
+            age = max(end, forked.get(before, NONE))
+            if end in forks:
+                starts += reversed(list(self.children_of(end)))
+                forked[end] = age
+            else:
+                self.children[end] = 0
+                self._evictable.add(end)
+            paths.append(path)
+            ages.append(age)
+        return [paths[at] for at in sorted(range(len(paths)), key=ages.__getitem__)]
+
+    def _leave_out(self, blocks: Sequence[int]) -> list[int]:
+        """Unlink those that no path reached. Which, by their places."""
+        places = [at for at, block in enumerate(blocks) if not self.depth[block]]
+        for at in places:
+            block = blocks[at]
+            del self._blocks[self.key[block]]
+            self._first[block] = NONE
+            self.children[block] = NONE
+        return places
 
     def unlink(self, block: int) -> None:
         """The block is no longer found by its key; its children become orphans. Its entries stay
@@ -194,7 +255,7 @@ class PrefixTree:
             self._misses[child] = key
             self._waiting.setdefault(key, set()).add(child)
         self._first[block] = NONE
-        self._not_evictable(block)
+        self._evictable.discard(block)
         self.children[block] = NONE
         self.ready[block] = 0
         del self._blocks[key]
@@ -211,7 +272,7 @@ class PrefixTree:
         for block in blocks:
             holds[block] += 1
             if not children[block]:
-                self._not_evictable(block)
+                self._evictable.discard(block)
 
     def unhold(self, blocks: Sequence[int]) -> None:
         """Undo one ``hold``. The blocks may have been unlinked since."""
@@ -221,7 +282,7 @@ class PrefixTree:
             assert left >= 0
             holds[block] = left
             if not left and not children[block]:
-                self._now_evictable(block)
+                self._evictable.add(block)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -237,12 +298,11 @@ class PrefixTree:
             before = self.parent[block]
             assert before == NONE or self.children[before] > 0
             assert before == NONE or block not in self._misses
-            assert (self._place[block] != NONE) == self.is_evictable(block)
+            assert (block in self._evictable) == self.is_evictable(block)
             assert not self.ready[block] or before == NONE or self.ready[before]
             assert not self.ready[block] or block not in self._misses
-        for place, block in enumerate(self._evictable):
-            assert self._place[block] == place
-            assert self.is_evictable(block)
+        self._evictable.check()
+        assert len(self._evictable) == sum(map(self.is_evictable, self._blocks.values()))
         linked = set(self._blocks.values())
         for block in range(len(self.key)):
             assert (self.children[block] >= 0) == (block in linked)
@@ -253,14 +313,14 @@ class PrefixTree:
         assert sum(map(len, self._waiting.values())) == len(self._misses)
         assert not self._waiting.keys() & self._blocks.keys()
 
-    # --- numbers, links and the list of leaves --------------------------------------------------
+    # --- numbers and links ------------------------------------------------------------------------
 
     def _number(self) -> int:
         if self._recycled:
             return self._recycled.pop()
         block = len(self.key)
         self.key.append(StorageKey(b""))
-        for entries in (self.parent, self._first, self._next, self._previous, self._place):
+        for entries in (self.parent, self._first, self._next, self._previous):
             entries.append(NONE)
         self.children.append(NONE)
         self.depth.append(0)
@@ -272,7 +332,7 @@ class PrefixTree:
     def _numbers(self, count: int) -> list[int]:
         """Used ones first. The entries of the others are not there yet: ``put`` appends them."""
         used = max(0, len(self._recycled) - count)
-        blocks = self._recycled[used:]
+        blocks = sorted(self._recycled[used:])
         del self._recycled[used:]
         fresh = count - len(blocks)
         blocks += range(len(self.key), len(self.key) + fresh)
@@ -298,7 +358,7 @@ class PrefixTree:
             self._previous[newest] = block
         self._first[parent] = block
         self.children[parent] += 1
-        self._not_evictable(parent)
+        self._evictable.discard(parent)
 
     def _detach(self, block: int) -> None:
         """``parent`` stays readable: policies look at it when told that the block has gone."""
@@ -319,21 +379,7 @@ class PrefixTree:
             self._previous[following] = previous
         self.children[parent] -= 1
         if not self.children[parent] and not self.holds[parent]:
-            self._now_evictable(parent)
-
-    def _now_evictable(self, block: int) -> None:
-        self._place[block] = len(self._evictable)
-        self._evictable.append(block)
-
-    def _not_evictable(self, block: int) -> None:
-        place = self._place[block]
-        if place == NONE:
-            return
-        last = self._evictable.pop()
-        if last != block:
-            self._evictable[place] = last
-            self._place[last] = place
-        self._place[block] = NONE
+            self._evictable.add(parent)
 
 
 def put(entries: list[Entry], blocks: Sequence[int], values: Sequence[Entry]) -> None:

@@ -92,7 +92,7 @@ class Room:
         gone: dict[int, int] = {}
         seen: set[Slot] = set()
         for block in named:
-            slot = holdings.holding[block].slot
+            slot = holdings.slot[block]
             if holdings.space.same_class(slot, arena, block_bytes):
                 if holdings.tree.children[block] != gone.get(block, 0):
                     continue  # One that continues it was passed over, so this is still no leaf.
@@ -118,12 +118,12 @@ class Room:
         seen: set[Slot] = set()
         found: list[list[int]] = []
         for block in named:
-            slot = holdings.holding[block].slot
+            slot = holdings.slot[block]
             if slot in seen or len(found) == _COSTLY_MAX:
                 continue
             lying = holdings.space.in_the_way(arena, block_bytes, slot)
             seen.update(lying)
-            closure = self._closure(lying, len(holdings.holding))
+            closure = self._closure(lying, len(holdings.slot))
             if closure:
                 found.append(closure)
         if not found:
@@ -136,9 +136,9 @@ class Room:
         cannot be used now. (A tenant's trust domains continue one another's blocks, each in its arena.)"""
         holdings = self._holdings
         for block in named:
-            slot = holdings.holding[block].slot
+            slot = holdings.slot[block]
             if holdings.space.same_class(slot, arena, block_bytes):
-                closure = self._closure([slot], len(holdings.holding))
+                closure = self._closure([slot], len(holdings.slot))
                 if closure:
                     holdings.evict(closure, "evicted")
                     return True

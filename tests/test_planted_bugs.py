@@ -98,7 +98,7 @@ PLANTS = (
     Plant(
         "the generation not checked",
         "kvcache/ledger.py",
-        "        if self._holdings.holding[block].generation != generation:\n",
+        "        if self._holdings.generation[block] != generation:\n",
         "        if False:\n",
         "tests/kvcache/test_ledger_faults.py::test_what_was_written_anew_is_not_withdrawn_for_the_old",
     ),

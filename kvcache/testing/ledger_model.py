@@ -177,7 +177,7 @@ class LedgerModel:
     ) -> None:
         holdings = self.ledger._holdings
         for block in holdings.tree.linked():
-            if self.space.same_class(holdings.holding[block].slot, arena, block_bytes):
+            if self.space.same_class(holdings.slot[block], arena, block_bytes):
                 after = holdings.tree.subtree(block)
                 held = any(holdings.tree.holds[each] for each in after)
                 assert held or any(holdings.tree.key[each] in standing for each in after)
@@ -338,7 +338,7 @@ class LedgerModel:
             self.ledger.unpin(keys)
         self.ledger.expire(self.now_ns + 1_000)
         holdings = self.ledger._holdings
-        holdings.unpin([block for block in holdings.tree.linked() if holdings.holding[block].pinned])
+        holdings.unpin([block for block in holdings.tree.linked() if holdings.is_pinned(block)])
         for namespace, (arena, block_bytes) in SIZES.items():
             keys = chain(namespace, "c" * 40)
             made = self.ledger.reserve(arena, None, keys, block_bytes, "eve", self.context())

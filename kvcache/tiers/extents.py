@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import cast
 
 from kvcache.block import Slot
 
@@ -95,7 +96,7 @@ class SizeClass:
     def slots(self, unit: int) -> list[Slot]:
         """All slots of an extent that begins at ``unit``, first to last."""
         first = make_slot(self.arena, unit * self._unit_bytes + self._layout.extent_header_bytes)
-        return [Slot(first + at * self.stride) for at in range(self.slot_count)]
+        return cast("list[Slot]", list(range(first, first + self.slot_count * self.stride, self.stride)))
 
     def offer(self, extent: Extent) -> None:
         heappush(self._open, (-len(extent.used), extent.unit))

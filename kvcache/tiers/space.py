@@ -153,9 +153,22 @@ class Space:
         Which, by their places in ``slots``, could not be had: out of range, not where a slot of that
         size begins, in a unit that is another class's, or used already. REQUIRES: no runs."""
         assert not self.layout.runs
+        strides = {each: self.layout.stride(each) for each in set(block_bytes)}
         refused: list[int] = []
         for unit, places in self._by_unit(slots).items():
-            refused += self._restore_unit(slot_arena(unit), slot_offset(unit), places, slots, block_bytes)
+            first = block_bytes[places[0]]
+            extent = self._at_unit(slot_arena(unit), slot_offset(unit), first)
+            if extent is None:
+                refused += places
+                continue
+            if len(strides) > 1:
+                others = [at for at in places if strides[block_bytes[at]] != extent.size.stride]
+                refused += others
+                places = [at for at in places if at not in others] if others else places
+            elif strides[first] != extent.size.stride:
+                refused += places
+                continue
+            refused += self._restore_unit(extent, places, slots)
         return refused
 
     def same_class(self, slot: Slot, arena: int, block_bytes: int) -> bool:
@@ -215,7 +228,7 @@ class Space:
         held = sum(len(size.extents) * size.unit_count for size in self._classes.values())
         assert held == sum(units_used)
 
-    # --- classes and extents --------------------------------------------------------------------
+    # --- classes and extents ----------------------------------------------------------------------
 
     def _budget(self, arena: int) -> int:
         return arena if self.layout.own_budgets else 0
@@ -280,50 +293,51 @@ class Space:
             else:
                 self._moves[arena, unit] = used
 
-    # --- restoring ------------------------------------------------------------------------------
+    # --- restoring --------------------------------------------------------------------------------
 
     def _by_unit(self, slots: Sequence[Slot]) -> dict[Slot, list[int]]:
         """Places in ``slots`` by arena and unit, put together as a slot's arena and offset are."""
         units: dict[Slot, list[int]] = {}
-        unit_bytes = self.unit_bytes
+        places: list[int] = []
+        low = high = 0  # Of the unit of the slot before: the next one often lies in it, too.
         for at, slot in enumerate(slots):
-            offset = slot & OFFSET_MASK
-            unit = Slot(slot - offset + offset // unit_bytes)
-            if unit in units:
-                units[unit].append(at)
-            else:
-                units[unit] = [at]
+            if not low <= slot < high:
+                offset = slot & OFFSET_MASK
+                unit = offset // self.unit_bytes
+                low = slot - offset + unit * self.unit_bytes
+                high = low + self.unit_bytes
+                places = units.setdefault(make_slot(slot_arena(slot), unit), [])
+            places.append(at)
         return units
 
-    def _restore_unit(
-        self, arena: int, unit: int, places: list[int], slots: Sequence[Slot], block_bytes: Sequence[int]
-    ) -> list[int]:
-        """The places refused. A unit that is free becomes the class of the first block."""
+    def _at_unit(self, arena: int, unit: int, block_bytes: int) -> Extent | None:
+        """The extent there, or a new one for such blocks that is not claimed yet."""
         if not 0 <= arena < len(self._maps) or unit >= len(self._maps[arena]):
-            return places
-        extent = self._owners[arena].get(unit)
-        size = extent.size if extent else self._class(arena, block_bytes[places[0]])
-        extent = extent or Extent(size, unit)
-        was_used = bool(extent.used)
-        strides = {each: self.layout.stride(each) for each in {block_bytes[at] for at in places}}
+            return None
+        return self._owners[arena].get(unit) or Extent(self._class(arena, block_bytes), unit)
+
+    def _restore_unit(self, extent: Extent, places: list[int], slots: Sequence[Slot]) -> list[int]:
+        """The places refused. REQUIRES: all are of the extent's class."""
         free = set(extent.free)
+        taken = {slots[at] for at in places}
         refused: list[int] = []
-        for at in places:
-            slot = slots[at]
-            if slot in free and strides[block_bytes[at]] == size.stride:
-                free.remove(slot)
-                extent.used.add(slot)
-            else:
-                refused.append(at)
-        if extent.used and not was_used:
-            size.extents[unit] = extent
+        if len(taken) < len(places) or not taken <= free:
+            taken.clear()
+            for at in places:
+                if slots[at] in free and slots[at] not in taken:
+                    taken.add(slots[at])
+                else:
+                    refused.append(at)
+        if taken and not extent.used:
+            extent.size.extents[extent.unit] = extent
             self._claim(extent, used=True)
-        extent.free = [slot for slot in extent.free if slot in free]
+        extent.used |= taken
+        extent.free = [slot for slot in extent.free if slot not in taken]
         if extent.used and extent.free:
-            size.offer(extent)
+            extent.size.offer(extent)
         return refused
 
-    # --- room for runs --------------------------------------------------------------------------
+    # --- room for runs ----------------------------------------------------------------------------
 
     def _window(self, arena: int, wanted: int, extent: Extent) -> list[Slot]:
         """The used slots in the run of ``wanted`` units that touches ``extent`` and is emptiest."""

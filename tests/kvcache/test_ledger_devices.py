@@ -8,6 +8,7 @@ from kvcache.block import Slot, StorageKey
 from kvcache.leaf_lru import LeafLru
 from kvcache.ledger import Change, Ledger, Reservation, Restored
 from kvcache.policy import RequestContext
+from kvcache.prefix import NONE
 from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot
 from tests.kvcache.test_ledger import ANN, LATE, NOW, joined, key, keys
 
@@ -93,7 +94,8 @@ def test_it_is_told_in_runs_that_continue_a_parent() -> None:
     desk.restore(*entries("abc", "a", "abd", "ab", "x"))
     told = desk.ledger.take_changes()
     assert [(joined(each.keys), each.parent) for each in told] == [
-        ("a ab abc", None),
+        ("a ab", None),
+        ("abc", key("ab")),
         ("abd", key("ab")),
         ("x", None),
     ]
@@ -194,10 +196,26 @@ def test_what_is_listed_first_is_the_oldest() -> None:
     assert joined(desk.ledger.coldest(NOW, 9)) == "ab a x y"
 
 
-def test_a_branch_is_no_older_than_what_it_continues() -> None:
+def test_each_branch_has_its_own_age() -> None:
     desk = Devices(2)
-    desk.restore(entry("abx", 0), entry("y", 1), entry("abc", 2), entry("ab", 3), entry("a", 4))
+    desk.restore(*entries("a", "ab", "abx", "y", "abc"))
     assert joined(desk.ledger.coldest(NOW, 9)) == "abx y abc ab a"
+
+
+def test_the_policy_hears_of_parents_first_however_they_are_listed() -> None:
+    told: list[int] = []
+
+    class Listening(LeafLru):
+        def on_admitted(self, context: RequestContext, blocks: Sequence[int]) -> None:
+            told.extend(blocks)
+            super().on_admitted(context, blocks)
+
+    desk = Devices(2)
+    desk.ledger = Ledger(desk.space, Listening)
+    desk.restore(*entries("abx", "y", "abcd", "ab", "abc", "a"))
+    tree = desk.ledger._holdings.tree
+    assert sorted(told) == list(range(6))
+    assert all(tree.parent[block] in [NONE, *told[:at]] for at, block in enumerate(told))
 
 
 def test_a_policy_that_fails_over_it_is_replaced() -> None:
