@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +25,14 @@ from tests.faults.test_kill import look
 from tests.faults.tracer import run_traced
 from tests.faults.work import Job, Record
 
-WRITES = ("pwritev2", "pwrite64", "writev", "fdatasync", "fsync", "fallocate")
-NAMES = ("openat", "rename", "unlink", "mkdir", "rmdir")
-READS = ("preadv2", "pread64", "newfstatat", "statfs", "getdents64")
-PROCESSES = ("vfork", "execve", "sendto", "recvfrom", "flock")
-ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
-TOLD = ("pwritev2", "fdatasync", "fallocate")
+OFTEN = ("pwritev2", "pwrite64", "writev", "fdatasync", "openat", "preadv2", "sendto", "recvfrom")
+SELDOM = ("fallocate", "fsync", "rename", "unlink", "mkdir", "newfstatat", "statfs", "getdents64", "flock")
+"""Mostly while a directory is new, so these have one of their own each time."""
+ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EINTR")
+WRITES = ("pwritev2", "pwrite64", "writev", "fdatasync", "fallocate", "fsync")
+TOLD = ("pwritev2", "fdatasync", "fallocate", "fsync")
 """Of these the device must report the very error."""
-STEPS = 30
+STEPS = 24
 KILLS = 24
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3_600)]
@@ -40,14 +42,12 @@ def cases(factor: int) -> Iterator[tuple[str, str, str]]:
     """Call, error, when. An error that a call never gives in life must be survived as well."""
     way = random.Random(3)
     for _ in range(factor):
-        for call in WRITES:
-            for error in (*ERRORS, "EINTR"):
+        for call in OFTEN:
+            for error in ERRORS if call in WRITES else way.sample(ERRORS, 2):
                 yield call, error, f"{way.randint(1, 12)}+{way.randint(5, 12)}"
-        for call in NAMES:
-            for error in way.sample(ERRORS, 2):
-                yield call, error, f"{way.randint(1, 6)}+{way.randint(3, 8)}"
-        for call in (*READS, *PROCESSES):
-            yield call, way.choice(("EIO", "ENOMEM", "EMFILE")), f"{way.randint(1, 12)}+{way.randint(5, 12)}"
+        for call in SELDOM:
+            for error in ERRORS[:4] if call in WRITES else way.sample(ERRORS, 2):
+                yield call, error, f"{way.randint(1, 6)}+{way.randint(2, 6)}"
 
 
 def errors_told(record: Path, after_bytes: int) -> set[str]:
@@ -58,23 +58,28 @@ def errors_told(record: Path, after_bytes: int) -> set[str]:
 
 
 def test_nothing_is_lost_or_wrong(nursery: Nursery, scratch: Path, factor: int) -> None:
-    record = Record(scratch / "record", durable_only=False)
-    tampered = 0
+    tampered: Counter[str] = Counter()
+    common = Record(scratch / "record", durable_only=False)
     for seed, (call, error, when) in enumerate(cases(factor)):
         case = f"{call} {error} when={when}"
+        fresh = call in SELDOM
+        record = Record(scratch / f"record-{seed}", durable_only=False) if fresh else common
+        tier = scratch / (f"tier-{seed}" if fresh else "tier")
         told_bytes = record.path.stat().st_size
-        job = Job(str(scratch / "tier"), str(record.path), seed, steps=STEPS, waits=True)
-        child = nursery.start(job)
+        child = nursery.start(Job(str(tier), str(record.path), seed, steps=STEPS, waits=True))
         status, count = run_traced(child, scratch / "trace", call, f"error={error}", when)
         assert status == 0, f"{case}: {status}: {child.said()}"
-        tampered += count
-        if call in TOLD and error in ERRORS and count:
+        tampered[call] += count
+        if call in TOLD and error != "EINTR" and count:
             assert error in errors_told(record.path, told_bytes), case
-        look(nursery, scratch / "tier", record)
+        look(nursery, tier, record)
         assert not record.problems, f"{case}: {record.problems}"
-    assert tampered > 200
-    assert record.faults > 100
-    assert record.stored > 1_000
+        if fresh:
+            shutil.rmtree(tier)
+    assert not {*OFTEN, *SELDOM} - tampered.keys()
+    assert tampered.total() > 200
+    assert common.faults > 100
+    assert common.stored > 500
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_nothing_is_lost_or_wrong(nursery: Nursery, scratch: Path, factor: int) 
         ("preadv2", "retval=4096"),
         ("preadv2", "retval=20480"),
         ("preadv2", "retval=69632"),
-        ("pread64", "retval=4096"),
+        ("getdents64", "retval=0"),
     ],
 )
 def test_a_call_that_lies_makes_nothing_wrong(
@@ -103,15 +108,22 @@ def test_a_call_that_lies_makes_nothing_wrong(
 ) -> None:
     """It gives a length and has done nothing: what was in the file or in memory before is there still."""
     way = random.Random(5)
-    record = Record(scratch / "record", durable_only=False, lies=True)
+    tampered = 0
     for seed in range(factor):
-        job = Job(str(scratch / "tier"), str(record.path), seed, steps=2 * STEPS, waits=True)
-        child = nursery.start(job)
-        when = f"{way.randint(1, 40)}+{way.randint(3, 8)}"
-        status, _ = run_traced(child, scratch / "trace", call, what, when)
+        tier = scratch / f"tier-{seed}"
+        record = Record(scratch / f"record-{seed}", durable_only=False, lies=True)
+        if call in OFTEN:
+            filler = nursery.start(Job(str(tier), str(record.path), seed, steps=STEPS))
+            assert filler.end() == 0, filler.said()
+        child = nursery.start(Job(str(tier), str(record.path), seed, steps=STEPS, waits=True))
+        when = f"{way.randint(1, 6)}+{way.randint(3, 8)}"
+        status, count = run_traced(child, scratch / "trace", call, what, when)
         assert status == 0, f"{when}: {child.said()}"
-        look(nursery, scratch / "tier", record)
+        tampered += count
+        look(nursery, tier, record)
         assert not record.problems, when
+        shutil.rmtree(tier)
+    assert tampered
 
 
 def test_killed_at_a_call(nursery: Nursery, scratch: Path, factor: int) -> None:

@@ -31,7 +31,7 @@ from tests.faults.work import (
 )
 
 BATCH_MAX = 8
-OPENINGS_MAX = 8
+OPENINGS_MAX = 5
 OPENING_S = 0.05
 """A process that was killed while it started another leaves its lock to that one, until it runs."""
 FIELDS: dict[str, str | int] = {}
@@ -80,12 +80,14 @@ class Writer:
                 device = Device.open(
                     Path(self._job.directory), CAPACITY_BYTES, SEGMENT_BYTES, direct=self._job.direct
                 )
-            except (BadInput, DeviceFault) as error:
+            except DeviceFault as fault:
+                self._tell("f", fault.errno, fault.what)
+            except BadInput as error:
                 self._tell("o", str(error).replace("\n", " "))
-                signal.sigtimedwait([], OPENING_S)
             else:
                 self._look(device)
                 return device
+            signal.sigtimedwait([], OPENING_S)
         return None
 
     def _look(self, device: Device) -> None:
