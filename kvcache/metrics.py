@@ -88,6 +88,7 @@ STATS: tuple[Stat, ...] = (
     Stat("nvme_read_blocks", "counter", "Blocks read from NVMe into host memory, verified."),
     Stat("nvme_read_bytes", "counter", "Their bytes."),
     Stat("nvme_restored_blocks", "counter", "Blocks found on NVMe when a device was opened."),
+    Stat("nvme_unknown_blocks", "counter", "Blocks found on NVMe whose namespace is not known any more."),
     Stat(
         "nvme_removed_blocks",
         "counter",

@@ -50,6 +50,7 @@ BATCH_BYTES_MAX = 64 << 20
 BATCH_PARTS = 8
 BATCH_BLOCKS_MAX = 256
 WANTED_MAX = 65_536
+WALKED_BLOCKS_MAX = 4_096
 COLD_BLOCKS = 64
 HOLD_NS = 3_600 * NS_PER_S
 OWNER = "demote"
@@ -75,9 +76,8 @@ class _Wanted:
     due_ns: int
     ended: list[asyncio.Future[None]] = field(default_factory=list)
 
-    @property
-    def is_urgent(self) -> bool:
-        return bool(self.ended)
+
+_Wish = tuple[StorageKey, _Wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ class Demoter:
         self._settle = settle
         self._batch_bytes = min(BATCH_BYTES_MAX, memory.capacity_bytes // BATCH_PARTS)
         self._seen = Seen(1 << 20)
-        self._wanted: dict[StorageKey, _Wanted] = {}
+        self._wanted: dict[StorageKey, _Wanted] = {}  # Those due earlier come earlier, but for the urgent.
+        self._urgent: dict[StorageKey, None] = {}
         self._writing: set[StorageKey] = set()
         self._bells: dict[int, asyncio.Event] = {}
         self._ended: asyncio.Future[None] | None = None
@@ -151,6 +152,7 @@ class Demoter:
         wanted = self._wanted.setdefault(tip, _Wanted(0))
         wanted.ended.append(ended)
         wanted.due_ns = 0
+        self._urgent[tip] = None
         self._ring()
         await ended
 
@@ -166,7 +168,7 @@ class Demoter:
 
     def give_up(self) -> None:
         """No drive takes blocks: nobody is to wait for it."""
-        self._end_wishes([tip for tip, wanted in self._wanted.items() if wanted.is_urgent])
+        self._end_wishes([(tip, self._wanted[tip]) for tip in self._urgent])
 
     def wake(self) -> None:
         """Time has passed, or a drive takes blocks again."""
@@ -212,45 +214,50 @@ class Demoter:
         while True:
             bell.clear()
             while drive.writable and await self._write_batch(drive):
-                pass
+                await asyncio.sleep(0)  # A batch that wrote nothing has not waited for anything.
             await bell.wait()
 
     async def _write_batch(self, drive: Drive) -> bool:
         """False: there was nothing to write just now."""
-        tips = self._due()
-        parts, done = self._gather(drive, tips)
+        parts, tried, done = self._gather(drive, self._due())
         if parts and not await self._write(drive, parts):
-            done = [tip for tip in tips if tip in self._wanted]  # None is tried again at once.
+            done += tried  # They are not tried again at once: the fault may be theirs.
         self._end_wishes(done)
         return bool(parts or done)
 
-    def _end_wishes(self, tips: Sequence[StorageKey]) -> None:
-        for tip in tips:
-            for ended in self._wanted.pop(tip).ended:
+    def _end_wishes(self, wishes: Sequence[_Wish]) -> None:
+        """Those that have not been ended meanwhile. A later wish for the same tip stays."""
+        for tip, wanted in wishes:
+            if self._wanted.get(tip) is not wanted:
+                continue
+            del self._wanted[tip]
+            self._urgent.pop(tip, None)
+            for ended in wanted.ended:
                 if not ended.done():
                     ended.set_result(None)
 
-    def _due(self) -> list[StorageKey]:
+    def _due(self) -> list[_Wish]:
         """What somebody waits for first, then what is due, the oldest wish first."""
         now_ns = self._clock.now_ns()
-        urgent = (tip for tip, wanted in self._wanted.items() if wanted.is_urgent)
-        due = (tip for tip, each in self._wanted.items() if each.due_ns <= now_ns and not each.is_urgent)
-        return list(islice(chain(urgent, due), 4 * BATCH_BLOCKS_MAX))
+        urgent = ((tip, self._wanted[tip]) for tip in self._urgent)
+        due = takewhile(lambda wish: wish[1].due_ns <= now_ns, self._wanted.items())
+        rest = (wish for wish in due if not wish[1].ended)
+        return list(islice(chain(urgent, rest), 4 * BATCH_BLOCKS_MAX))
 
-    def _gather(self, drive: Drive, tips: Sequence[StorageKey]) -> tuple[list[_Part], list[StorageKey]]:
-        """Reserve a batch. The tips that are done with it, or cannot be done at all."""
+    def _gather(self, drive: Drive, wishes: Sequence[_Wish]) -> tuple[list[_Part], list[_Wish], list[_Wish]]:
+        """Reserve a batch. The wishes that it is for; those that are done with it, or cannot be done."""
         parts: list[_Part] = []
-        done: list[StorageKey] = []
-        blocks = size = 0
-        for tip in tips:
+        tried: list[_Wish] = []
+        done: list[_Wish] = []
+        blocks = size = walked = 0
+        for wish in wishes:
+            tip = wish[0]
             path = self._path(tip)
-            if not path:
-                if tip not in self._writing:  # Else another drive is at it: look again later.
-                    done.append(tip)
-                continue
-            spec = self._spec_of(NamespaceId(tip[:HASH_BYTES]))
+            walked += len(path)
+            spec = self._spec_of(NamespaceId(tip[:HASH_BYTES])) if path else None
             if spec is None:
-                done.append(tip)
+                if path or tip not in self._writing:  # Else another drive is at it: look again later.
+                    done.append(wish)
                 continue
             stride = stride_of(spec[0].block_bytes)
             room = min(
@@ -259,15 +266,16 @@ class Demoter:
             if room <= 0:
                 break
             part = self._reserve(drive, path[:room], spec[0], stride)
-            if part is None:
-                done.append(tip)
-                continue
-            parts.append(part)
-            blocks += len(part.puts)
-            size += len(part.puts) * stride
-            if len(part.puts) == len(path):
-                done.append(tip)
-        return parts, done
+            if part is not None:
+                parts.append(part)
+                tried.append(wish)
+                blocks += len(part.puts)
+                size += len(part.puts) * stride
+            if part is None or len(part.puts) == len(path):
+                done.append(wish)
+            if walked > WALKED_BLOCKS_MAX:
+                break
+        return parts, tried, done
 
     def _path(self, tip: StorageKey) -> list[StorageKey]:
         """What has to be written so that NVMe holds ``tip``, first to last. Nothing if it is known there,

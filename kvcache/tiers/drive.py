@@ -6,7 +6,8 @@
 
 ``nvme.Device`` does the I/O and blocks; it is called only from the threads made here: one that writes,
 a few that read. A read whose thread does not return keeps what it reads into: the memory is used again
-only after it has returned, however late.
+only after it has returned, however late. How long a job takes counts from when its thread begins: a long
+queue is no fault of the device. Reads that still queue when it is fenced are not begun any more.
 
 Invariants: a device is closed only when no job of its threads is running; the state changes on the event
 loop only; every fault has its words in ``trouble`` until it is over.
@@ -16,15 +17,14 @@ The sum: handing a job to a thread and back costs about 60 us, so jobs are group
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
@@ -32,6 +32,7 @@ from kvcache.tiers.admission import WriteBudget
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_format import Entry
 from kvcache.tiers.rates import Rate
+from kvcache.tiers.threads import Dropped, Threads
 
 log = logging.getLogger("kvcache.nvme")
 
@@ -41,6 +42,8 @@ HUNG_FACTOR = 5
 PROBE_S_MIN = 1.0
 PROBE_S_MAX = 8.0
 SAVE_BUDGET_NS = 10 * NS_PER_S
+RATE_NS_MAX = 30 * NS_PER_S
+ZEROING_BYTES_S_MIN = 50_000_000
 
 State = Literal["closed", "loading", "ok", "read_only", "fenced"]
 _READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -49,7 +52,6 @@ _WORDS = {
     errno.EDQUOT: "the quota is used up",
     errno.EROFS: "it is mounted read-only",
 }
-T = TypeVar("T")
 NamespaceMap = Mapping[str, str | int]
 
 
@@ -83,6 +85,8 @@ class Drive:
         self.place = place
         self.state: State = "closed"
         self.why = ""
+        self.refusal: BadInput | None = None
+        """Why it could not be opened when last tried, if that is not the device's fault."""
         self.entries: dict[int, Entry] = {}
         self.rate = Rate()
         self.budget = WriteBudget(place.bytes_a_day, wall_hour)
@@ -91,13 +95,12 @@ class Drive:
         self._clock = clock
         self._lost = lost
         self._device: Device | None = None
-        self._reading = ThreadPoolExecutor(READERS, f"kvcache-read-{number}")
-        self._writing = ThreadPoolExecutor(1, f"kvcache-write-{number}")
-        self._jobs: dict[int, int] = {}  # number -> when it began
-        self._job_numbers = count(1)
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._mark_ns = 0
+        # A write may have to fill new segments with zeros first.
+        zeroing_ns = 2 * place.segment_bytes * NS_PER_S // ZEROING_BYTES_S_MIN
+        patience_ns = HUNG_FACTOR * place.late_ns
+        self._reading = Threads(f"kvcache-read-{number}", READERS, clock, patience_ns)
+        self._writing = Threads(f"kvcache-write-{number}", 1, clock, patience_ns + zeroing_ns)
+        self._read_ns = 0  # The last read ended then.
         self._late_jobs = 0
         self._queued_bytes = 0
         self._deletes: list[int] = []
@@ -105,6 +108,7 @@ class Drive:
         self._budget_known = False
         self._save_budget_ns = 0
         self._progress = ""
+        self._opening: list[Device] = []
 
     # --- its life -------------------------------------------------------------------------------
 
@@ -112,33 +116,40 @@ class Drive:
         """Take the directory and read what it holds; then ``ready`` is to be called.
 
         RAISES BadInput, DeviceFault; then it is fenced."""
-        self.state, self._progress = "loading", ""
+        self.state, self._progress, self.refusal = "loading", "", None
         place = self.place
         try:
-            device = await self._run(
-                self._writing,
-                lambda: Device.open(
-                    place.path,
-                    place.capacity_bytes,
-                    place.segment_bytes,
-                    direct=place.direct,
-                    progress=self._loading,
-                ),
-            )
+            spent = await self._writing.run(self._open_device)
         except (BadInput, DeviceFault) as error:
             self.state, self.why = "fenced", str(error)
+            self.refusal = error if isinstance(error, BadInput) else None
             raise
-        self._device = device
+        self._device = device = self._opening.pop()
         if not self._budget_known:
-            self._budget_known = self.budget.restore(device.load_budget())
+            self.budget.restore(spent)
+            self._budget_known = True
         entries = device.take_entries()
         self.entries = {entry.offset: entry for entry in entries}
         self._deletes, self._told = [], set()
         self._late_jobs = 0
+        self._read_ns = self._clock.now_ns()
         self.rate.forget()
         for finding in device.findings:
             log.warning("%s: %s", place.path, finding)
         return entries
+
+    def _open_device(self) -> dict[str, object]:
+        """In a thread; what ``Device.load_budget`` says. Nobody may wait for it any more, but ``close``."""
+        place = self.place
+        device = Device.open(
+            place.path,
+            place.capacity_bytes,
+            place.segment_bytes,
+            direct=place.direct,
+            progress=self._loading,
+        )
+        self._opening.append(device)
+        return device.load_budget()
 
     def ready(self) -> None:
         """What it holds can be found: from now on it is read and written."""
@@ -147,17 +158,24 @@ class Drive:
     async def namespaces(self) -> list[NamespaceMap]:
         """Those of its blocks, as far as they are known there. RAISES DeviceFault."""
         device = self._opened()
-        return list(await self._run(self._reading, device.namespaces))
+        return list(await self._reading.run(device.namespaces))
 
     async def close(self) -> None:
         """Wait for its jobs and give the directory back. REQUIRES: nobody starts another."""
-        await self._idle.wait()
-        device, self._device = self._device, None
+        await self._idle()
+        devices, self._opening, self._device = [self._device, *self._opening], [], None
+        for device in devices:
+            if device is not None:
+                await self._writing.run(partial(self._close_device, device))
         self.state = "closed"
-        if device is not None:
-            await asyncio.get_running_loop().run_in_executor(self._writing, device.close)
-        self._reading.shutdown(wait=False)
-        self._writing.shutdown(wait=False)
+        self._reading.close()
+        self._writing.close()
+
+    def _close_device(self, device: Device) -> None:
+        if self._budget_known and self.budget.bytes_a_day is not None:
+            with suppress(DeviceFault):
+                device.save_budget(self.budget.state())
+        device.close()
 
     async def heal(self) -> list[Entry] | None:
         """See whether a drive that is not ok works again. What it holds, as after ``open``, if it had been
@@ -165,19 +183,20 @@ class Drive:
 
         RAISES BadInput, DeviceFault when it does not."""
         if self.state == "read_only":
-            await self._run(self._writing, self._opened().probe)
-            self.state, self.why = "ok", ""
-            log.warning("%s: writes work again", self.place.path)
+            await self._writing.run(self._opened().probe)
+            if self.state == "read_only":  # It may have been fenced meanwhile.
+                self.state, self.why = "ok", ""
+                log.warning("%s: writes work again", self.place.path)
             return None
-        await self._idle.wait()
+        await self._idle()
         device = self._device
         if device is not None:
             before_ns = self._clock.now_ns()
-            await self._run(self._writing, device.probe)
+            await self._writing.run(device.probe)
             if self._clock.now_ns() - before_ns > self.place.late_ns:
                 raise DeviceFault(errno.ETIMEDOUT, "the device is still too slow")
             self._device = None
-            await self._run(self._writing, device.close)
+            await self._writing.run(device.close)
         entries = await self.open()
         log.warning("%s: the device works again, %d blocks are back", self.place.path, len(entries))
         return entries
@@ -195,7 +214,7 @@ class Drive:
     @property
     def is_busy(self) -> bool:
         """Is a thread of it at work?"""
-        return bool(self._jobs)
+        return self._reading.is_busy or self._writing.is_busy
 
     @property
     def queue_ns(self) -> int:
@@ -213,7 +232,11 @@ class Drive:
         size = sum(map(len, into))
         self._queued_bytes += size
         try:
-            found = await self._run(self._reading, lambda: _read_all(device, wanted, into), size)
+            found = await self._reading.run(
+                lambda: _read_all(device, wanted, into), partial(self._has_read, size)
+            )
+        except Dropped:
+            return [DeviceFault(errno.ECANCELED, f"{self.place.path} was fenced")] * len(wanted)
         finally:
             self._queued_bytes -= size
         for each in found:
@@ -237,8 +260,8 @@ class Drive:
         fresh = {name: fields for name, fields in namespaces.items() if name not in self._told}
         spent = self._spent_to_save()
         try:
-            final = await self._run(
-                self._writing, lambda: _write_all(device, puts, deletes, list(fresh.values()), spent, durable)
+            final = await self._writing.run(
+                lambda: _write_all(device, puts, deletes, list(fresh.values()), spent, durable)
             )
         except DeviceFault as error:
             self._deletes = deletes + self._deletes
@@ -246,8 +269,10 @@ class Drive:
             raise
         self._told |= fresh.keys()
         self.unsynced = not durable
+        written = {entry.offset: entry for entry in final}
+        self._deletes = [offset for offset in self._deletes if offset not in written]
         if self.readable:
-            self.entries.update((entry.offset, entry) for entry in final)
+            self.entries.update(written)
 
     def _spent_to_save(self) -> Mapping[str, object]:
         """Now and then: saving costs two syncs, and a crash may forget a few seconds."""
@@ -262,10 +287,11 @@ class Drive:
         if self.unsynced:
             await self.write((), {}, durable=True)
 
-    def forget(self, offset: int) -> None:
-        """This block is not to come back at the next start."""
-        self.entries.pop(offset, None)
-        self._deletes.append(offset)
+    def forget(self, entry: Entry) -> None:
+        """This block is not to come back at the next start. Another that is in its slot by now stays."""
+        if self.entries.get(entry.offset) == entry:
+            del self.entries[entry.offset]
+            self._deletes.append(entry.offset)
 
     # --- its health -----------------------------------------------------------------------------
 
@@ -299,14 +325,18 @@ class Drive:
         self.fences += 1
         self.entries = {}
         log.error("%s: fenced: %s", self.place.path, why)
+        self._reading.drop_queued()
         self._lost(self)
 
     def tick(self) -> None:
-        """Called now and then: a job that hangs is found here, as nobody may be waiting for it."""
-        if self._jobs and self.readable:
-            oldest_ns = self._clock.now_ns() - min(self._jobs.values())
-            if oldest_ns > HUNG_FACTOR * self.place.late_ns:
-                self.fence(f"it has not answered for {oldest_ns / NS_PER_S:.0f} s")
+        """Called now and then: a job that hangs is found here, as nobody may be waiting for it. A rate that
+        was measured long ago is forgotten: because of it nothing may have been read since."""
+        now_ns = self._clock.now_ns()
+        if now_ns - self._read_ns > RATE_NS_MAX:
+            self.rate.forget()
+        hung_ns = max(self._reading.hung_ns(), self._writing.hung_ns())
+        if hung_ns and self.readable:
+            self.fence(f"it has not answered for {hung_ns / NS_PER_S:.0f} s")
 
     # --- threads --------------------------------------------------------------------------------
 
@@ -314,31 +344,16 @@ class Drive:
         assert self._device is not None, "the drive is not open"
         return self._device
 
-    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T], size: int = 0) -> T:
-        """Run in a thread; counted until the thread has returned, whoever has stopped waiting."""
-        number = next(self._job_numbers)
-        began_ns = self._clock.now_ns()
-        if not self._jobs:
-            self._mark_ns = began_ns
-        self._jobs[number] = began_ns
-        self._idle.clear()
-        future = asyncio.get_running_loop().run_in_executor(pool, work)
-        future.add_done_callback(lambda done: self._done(done, number, size))
-        return await asyncio.shield(future)
+    async def _idle(self) -> None:
+        """Until no thread is at work and none has anything to do."""
+        while self.is_busy:
+            await self._reading.idle()
+            await self._writing.idle()
 
-    def _done(self, future: asyncio.Future[T], number: int, size: int) -> None:
-        if not future.cancelled():
-            future.exception()  # Whoever waited has it; if nobody does any more, it is no news.
-        now_ns = self._clock.now_ns()
-        took_ns = now_ns - self._jobs.pop(number)
-        if not self._jobs:
-            self._idle.set()
-        if not size:
-            return
-        if now_ns > self._mark_ns:
-            self.rate.add(size, now_ns - self._mark_ns)
-        self._mark_ns = now_ns
-        self._late_jobs = self._late_jobs + 1 if took_ns > self.place.late_ns else 0
+    def _has_read(self, size: int, began_ns: int, ended_ns: int) -> None:
+        self.rate.add(size, max(1, ended_ns - max(began_ns, self._read_ns)))
+        self._read_ns = max(self._read_ns, ended_ns)
+        self._late_jobs = self._late_jobs + 1 if ended_ns - began_ns > self.place.late_ns else 0
         if self._late_jobs >= LATE_JOBS_MAX:
             self.fence(f"it is too slow: {self._late_jobs} reads in a row took over their deadline")
 

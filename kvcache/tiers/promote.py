@@ -135,7 +135,7 @@ class Promoter:
         context = RequestContext(now_ns=now_ns)
         group = self._cut(keys, first, end)
         size = sum(entry.block_bytes for _, entry in group)
-        if not group or (self._bytes and self._bytes + size > self._bytes_max):
+        if not group or (self._groups and self._bytes + size > self._bytes_max):
             return 0
         names = [key for key, _ in group]
         before = next(islice(self._nvme.ancestors(names[0]), 1, None), None)
@@ -148,8 +148,11 @@ class Promoter:
             self._give_up(reservation)
             return 0
         lease = self._nvme.lease(reservation.keys, OWNER, now_ns + HOLD_NS, context)
-        assert lease.keys == reservation.keys, "it was matched in this very call"
+        if not lease.keys:  # So many groups are on their way that none may lease more.
+            self._give_up(reservation)
+            return 0
         entries = [entry for _, entry in group[: len(reservation.keys)]]
+        self._bytes += len(entries) * reservation.block_bytes
         task = asyncio.get_running_loop().create_task(self._bring(reservation, lease, entries))
         self._groups.update(dict.fromkeys(reservation.keys, task))
         return len(entries)
@@ -166,8 +169,6 @@ class Promoter:
         return group
 
     async def _bring(self, reservation: Reservation, lease: Lease, entries: Sequence[Entry]) -> None:
-        size = len(entries) * reservation.block_bytes
-        self._bytes += size
         good: list[bytes] = []
         try:
             found = await self._read(reservation, lease, entries)
@@ -177,7 +178,7 @@ class Promoter:
                 good.append(each)
             self._report(lease, entries, found)
         finally:
-            self._bytes -= size
+            self._bytes -= len(entries) * reservation.block_bytes
             for key in reservation.keys:
                 del self._groups[key]
             self._end(reservation, lease, good)
@@ -206,7 +207,7 @@ class Promoter:
             if isinstance(each, BlockFault):
                 self._counters[f"nvme_rejected_blocks:{each.reason}"] += 1
                 self._nvme.quarantine(lease.keys[at], lease.generations[at], self._clock.now_ns())
-                self._drives[slot_arena(lease.slots[at])].forget(entries[at].offset)
+                self._drives[slot_arena(lease.slots[at])].forget(entries[at])
             elif isinstance(each, DeviceFault):
                 self._counters["nvme_failed_reads"] += 1
 

@@ -87,7 +87,7 @@ class Shelves:
             return Verdict(0, GONE)
         self._counters[f"nvme_rejected_blocks:{found.reason}"] += 1
         self._ledger.quarantine(entry.key, lease.generations[0], self._clock.now_ns())
-        drive.forget(entry.offset)
+        drive.forget(entry)
         self._settle()
         return Verdict(entry.block_bytes, found.reason)
 

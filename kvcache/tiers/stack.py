@@ -5,8 +5,9 @@
     tick ──────────► drives: late, hung, fenced, healed; the scrubber; blocks that have cooled
 
 The host tier and the NVMe tier have a ledger each, with the same rules. A fenced drive's blocks leave
-the NVMe ledger at once, and come back when it has been opened and read again, as at the start. Without
-a drive that works, a node is a node with host memory only: everything here then answers "nothing".
+the NVMe ledger at once, and come back when it has been opened and read again, as at the start. A path may
+lie on several drives: what continues blocks of one that is not read yet is kept apart until it is.
+Without a drive that works, a node is a node with host memory only: everything here then answers "nothing".
 
 Invariants: every block in the NVMe ledger has its entry at its drive; the event loop never waits for a
 disk; every wait for one has a deadline, and past it is a miss.
@@ -17,10 +18,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvcache.block import HASH_BYTES, StorageKey
+from kvcache.block import HASH_BYTES, NamespaceId, Slot, StorageKey
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
 from kvcache.ledger import Change, Ledger, Restored
@@ -33,7 +34,7 @@ from kvcache.tiers.nvme_format import PARENT_ROOT, Entry, stride_of
 from kvcache.tiers.promote import Promoter
 from kvcache.tiers.scrub import Scrubber, ScrubSettings
 from kvcache.tiers.scrub_target import Shelves
-from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot
+from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot, slot_arena, slot_offset
 
 log = logging.getLogger("kvcache.nvme")
 
@@ -93,7 +94,8 @@ class Stack:
         shelves = Shelves(self._ledger, self.drives, clock, counters, settle, self._is_busy)
         self._scrubber = Scrubber(shelves.target(), clock, asyncio.sleep, rules.scrub)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loading: dict[int, asyncio.Task[None]] = {}
+        self._spec_of = spec_of
+        self._apart: dict[Slot, Entry] = {}
 
     # --- its life -------------------------------------------------------------------------------
 
@@ -101,15 +103,11 @@ class Stack:
         """Open every drive; go on after ``wait_s`` with those that are read by then. ``known`` is told of
         the namespaces found, before their blocks. RAISES BadInput when another node has a directory."""
         self._known = known
+        loading = [self._spawn(self._load(drive)) for drive in self.drives]
+        await asyncio.wait(loading, timeout=wait_s)
         for drive in self.drives:
-            self._loading[drive.number] = asyncio.get_running_loop().create_task(self._load(drive))
-        if self._loading:
-            await asyncio.wait(self._loading.values(), timeout=wait_s)
-        for task in self._loading.values():
-            if task.done():
-                task.result()
-            else:
-                self._keep(task)
+            if drive.refusal is not None and drive.refusal.code == "address_in_use":
+                raise drive.refusal
         for drive in self.drives:
             self._spawn(self._demoter.serve(drive))
             self._spawn(self._watch_over(drive))
@@ -238,21 +236,16 @@ class Stack:
         self._settle()
 
     async def _load(self, drive: Drive) -> None:
-        """RAISES BadInput when another node has the directory; other trouble is the drive's own."""
+        """What is wrong with it, if anything, is the drive's own trouble."""
         try:
             entries = await drive.open()
-        except BadInput as error:
-            if error.code == "address_in_use":
-                raise
-            log.error("%s", error)
-            return
-        except DeviceFault as fault:
-            log.error("%s: %s", drive.place.path, fault)
+        except (BadInput, DeviceFault) as error:
+            log.error("%s: %s", drive.place.path, error)
             return
         await self._restore(drive, entries)
 
     async def _restore(self, drive: Drive, entries: Sequence[Entry]) -> None:
-        """What the drive holds can be found again."""
+        """What the drive holds can be found again; and what others hold that continues it."""
         try:
             for namespace in await drive.namespaces():
                 self._known(namespace)
@@ -260,15 +253,46 @@ class Stack:
             drive.ready()
             drive.failed(fault)
             return
+        self._ledger.expire(self._clock.now_ns())
         drive.ready()
-        if not entries:
-            return
-        refused = self._ledger.restore([_restored(drive.number, entry) for entry in entries])
-        for each in refused:
-            drive.forget(each.slot - make_slot(drive.number, 0))
-        self._counters["nvme_restored_blocks"] += len(entries) - len(refused)
+        found = {make_slot(drive.number, entry.offset): entry for entry in self._usable(drive, entries)}
+        there = self._still(self._apart)
+        refused = self._ledger.restore([_restored(slot, entry) for slot, entry in (there | found).items()])
+        self._counters["nvme_restored_blocks"] += len(there) + len(found) - len(refused)
+        self._apart = {each.slot: found.get(each.slot) or there[each.slot] for each in refused}
+        if all(each.readable for each in self.drives):  # Then nothing will come that they continue.
+            for slot, entry in self._still(self._apart).items():
+                self.drives[slot_arena(slot)].forget(entry)
+            self._apart = {}
         self._settle()
         self._demoter.wake()
+
+    def _usable(self, drive: Drive, entries: Sequence[Entry]) -> list[Entry]:
+        """Those of namespaces that are known. The others are of no use to anybody, and stay where they are
+        until their slots are needed."""
+        shapes: dict[bytes, tuple[int, int]] = {}
+        for name in {entry.key[:HASH_BYTES] for entry in entries}:
+            spec = self._spec_of(NamespaceId(name))
+            if spec is not None:
+                shapes[name] = (spec[0].block_bytes, spec[0].chunk_bytes)
+        usable = [
+            entry
+            for entry in entries
+            if shapes.get(entry.key[:HASH_BYTES]) == (entry.block_bytes, entry.chunk_bytes)
+        ]
+        if len(usable) < len(entries):
+            lost = len(entries) - len(usable)
+            self._counters["nvme_unknown_blocks"] += lost
+            log.error("%s: %d blocks are of namespaces that are not known any more", drive.place.path, lost)
+        return usable
+
+    def _still(self, apart: Mapping[Slot, Entry]) -> dict[Slot, Entry]:
+        """Those that their drives have still."""
+        return {
+            slot: entry
+            for slot, entry in apart.items()
+            if self.drives[slot_arena(slot)].entries.get(slot_offset(slot)) is entry
+        }
 
     def _is_busy(self) -> bool:
         return any(drive.is_busy for drive in self.drives)
@@ -296,12 +320,11 @@ class Stack:
                 await self._restore(drive, entries)
             self._demoter.wake()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        self._keep(asyncio.get_running_loop().create_task(work))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -310,12 +333,12 @@ class Stack:
             task.get_loop().call_exception_handler({"message": "a task of the NVMe tier", "exception": error})
 
 
-def _restored(number: int, entry: Entry) -> Restored:
+def _restored(slot: Slot, entry: Entry) -> Restored:
     namespace = entry.key[:HASH_BYTES]
     return Restored(
         key=entry.key,
         parent=None if entry.parent == PARENT_ROOT else StorageKey(namespace + entry.parent),
-        slot=make_slot(number, entry.offset),
+        slot=slot,
         block_bytes=entry.block_bytes,
         checksum=entry.checksum,
     )
