@@ -28,8 +28,8 @@ from enum import Enum
 from typing import Literal
 
 from kvcache.block import Slot, StorageKey
-from kvcache.prefix import NONE, Graft, PrefixTree, put
-from kvcache.restored import Restored
+from kvcache.prefix import NONE, PrefixTree
+from kvcache.restored import Graft, Restored, put
 from kvcache.tiers.space import Space, slot_arena
 
 
@@ -74,7 +74,7 @@ class Holdings:
         self._generation = 0
         self._held_bytes = 0
 
-    # --- a block's life ---------------------------------------------------------------------------
+    # --- a block's life -------------------------------------------------------------------------
 
     def reserve(
         self, keys: Sequence[StorageKey], slots: Sequence[Slot], parent: int, block_bytes: int
@@ -159,15 +159,16 @@ class Holdings:
             for slot, block in self._block_of.items()
             if slot_arena(slot) == arena and self.state(block) in (State.WAITING, State.PUBLISHED)
         ]
-        blocks.sort(key=self.tree.depth.__getitem__)
+        blocks.sort(key=self.tree.depth.__getitem__, reverse=True)
         self._removed(self._lose(blocks), "fenced")
         self.unpin(blocks)
-        blocks.reverse()
-        for block in blocks:
-            self._park(block)
+        self.tree.unlink_all(blocks)
         self._gone(blocks, "fenced")
-        self.unpark([block for block in blocks if not self.tree.holds[block]])
-        return len(blocks), [block for block in blocks if self.state(block) is State.PARKED]
+        held = [block for block in blocks if self.tree.holds[block]]
+        for block in held:
+            self._state[block] = State.PARKED
+        self._vanish_all([block for block in blocks if not self.tree.holds[block]] if held else blocks)
+        return len(blocks), held
 
     def unpark(self, blocks: Iterable[int]) -> None:
         """The slots of parked blocks are free. REQUIRES: nobody holds them."""
@@ -199,7 +200,7 @@ class Holdings:
         self.tree.unhold(pinned)
         return len(pinned)
 
-    # --- looking ----------------------------------------------------------------------------------
+    # --- looking --------------------------------------------------------------------------------
 
     def state(self, block: int) -> State:
         return self._state[block]
@@ -256,7 +257,7 @@ class Holdings:
         assert linked <= set(self._block_of.values())
         assert self._held_bytes == sum(self.tree.block_bytes[block] for block in self._block_of.values())
 
-    # --- steps ------------------------------------------------------------------------------------
+    # --- steps ----------------------------------------------------------------------------------
 
     def _publishable(self, block: int) -> bool:
         """Can all before it be found?"""
@@ -327,15 +328,17 @@ class Holdings:
 
     def _lose(self, blocks: Iterable[int]) -> list[int]:
         """These and all that continues them wait now. Those that could be found until now."""
-        ready = self.tree.ready
-        lost: list[int] = []
-        for first in blocks:
-            walk = [first] if ready[first] else []
-            for block in walk:
-                ready[block] = 0
-                self._state[block] = State.WAITING
-                walk += [child for child in self.tree.children_of(block) if ready[child]]
-            lost += walk
+        ready, state = self.tree.ready, self._state
+        lost = [block for block in blocks if ready[block]]
+        for block in lost:
+            ready[block] = 0
+        for block in lost:
+            state[block] = State.WAITING
+            if self.tree.children[block]:
+                fresh = [child for child in self.tree.children_of(block) if ready[child]]
+                for child in fresh:
+                    ready[child] = 0
+                lost += fresh
         return lost
 
     def _removed(self, blocks: Sequence[int], reason: str) -> None:
@@ -357,3 +360,16 @@ class Holdings:
         self.space.free(slot)
         self._held_bytes -= self.tree.block_bytes[block]
         self.tree.recycle(block)
+
+    def _vanish_all(self, blocks: Sequence[int]) -> None:
+        """As many ``_vanish``. REQUIRES: each has its own slot."""
+        state, checksum, sums, recycle = self._state, self.checksum, self.sums, self.tree.recycle
+        slots = [self.slot[block] for block in blocks]
+        for block in blocks:
+            state[block] = State.ABSENT
+            checksum[block] = sums[block] = b""
+            recycle(block)
+        for slot in slots:
+            del self._block_of[slot]
+        self.space.free_all(slots)
+        self._held_bytes -= sum([self.tree.block_bytes[block] for block in blocks])

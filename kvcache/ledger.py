@@ -58,7 +58,7 @@ class Ledger:
         self._writes = WriteBook()
         self._quarantine: list[tuple[int, int]] = []
 
-    # --- reading ----------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------
 
     def match(self, keys: Sequence[StorageKey]) -> int:
         """How many leading blocks can be found. Changes nothing."""
@@ -145,7 +145,7 @@ class Ledger:
         """At most ``count`` blocks that would go next, in this order. Changes nothing."""
         return [self._tree.key[block] for block in self._guard.victims(context, count)]
 
-    # --- writing ----------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -246,7 +246,7 @@ class Ledger:
         self._guard.on_restored(_TIMELESS, paths)
         return refused
 
-    # --- time and people --------------------------------------------------------------------------
+    # --- time and people ------------------------------------------------------------------------
 
     def expire(self, now_ns: int) -> int:
         """End the leases whose time is over, and free what was long enough in quarantine. How many."""
@@ -312,7 +312,7 @@ class Ledger:
             heappush(self._quarantine, (until_ns, block))
         return count
 
-    # --- what it tells ----------------------------------------------------------------------------
+    # --- what it tells --------------------------------------------------------------------------
 
     def take_changes(self) -> list[Change]:
         """What changed for readers since the last call, in order. REQUIRES: called after every call."""
@@ -352,7 +352,7 @@ class Ledger:
             assert (state is State.RESERVED) == (block in reserved)
             assert (state is State.PARKED) == (block in parked)
 
-    # --- steps ------------------------------------------------------------------------------------
+    # --- steps ----------------------------------------------------------------------------------
 
     def _take(
         self,

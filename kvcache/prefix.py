@@ -27,24 +27,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import repeat
 from random import Random
-from typing import NamedTuple, TypeVar, cast
+from typing import cast
 
 from kvcache.block import StorageKey
 from kvcache.leaf_set import LeafSet
+from kvcache.orphans import Orphans
+from kvcache.restored import Graft, put
 
 NONE = -1
-
-Entry = TypeVar("Entry")
-
-
-class Graft(NamedTuple):
-    """What became of keys that were inserted together. ``blocks`` has one a key, used ones first, then the
-    next ones; those at ``left_out`` are unlinked. ``paths``: the others, each path behind its parent's."""
-
-    blocks: list[int]
-    left_out: list[int]
-    paths: list[list[int]]
-    adopted: list[int]
 
 
 class PrefixTree:
@@ -63,14 +53,13 @@ class PrefixTree:
         self._previous: list[int] = []
         self._blocks: dict[StorageKey, int] = {}
         self._evictable = LeafSet()
-        self._misses: dict[int, StorageKey] = {}  # orphan -> the key before it
-        self._waiting: dict[StorageKey, set[int]] = {}
+        self._orphans = Orphans()
         self._recycled: list[int] = []
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    # --- looking ----------------------------------------------------------------------------------
+    # --- looking --------------------------------------------------------------------------------
 
     def find(self, key: StorageKey) -> int:
         """The linked block of this key, or NONE."""
@@ -103,10 +92,10 @@ class PrefixTree:
         return self._evictable.sample(count, random)
 
     def orphans(self) -> list[int]:
-        return list(self._misses)
+        return list(self._orphans)
 
     def is_orphan(self, block: int) -> bool:
-        return block in self._misses
+        return block in self._orphans
 
     def children_of(self, block: int) -> Iterator[int]:
         """Newest first. The tree must not change meanwhile."""
@@ -126,7 +115,7 @@ class PrefixTree:
     def linked(self) -> Iterator[int]:
         return iter(self._blocks.values())
 
-    # --- changing ---------------------------------------------------------------------------------
+    # --- changing -------------------------------------------------------------------------------
 
     def insert(self, key: StorageKey, parent: int, block_bytes: int) -> int:
         """A new block, held once and not ready. Adopts the orphans that were missing it.
@@ -177,7 +166,7 @@ class PrefixTree:
         paths = self._paths(starts, forks)
         left_out = self._leave_out(blocks) if sum(map(len, paths)) < len(blocks) else []
         adopted: list[int] = []
-        for key in [key for key in self._waiting if key in self._blocks]:
+        for key in [key for key in self._orphans.awaited() if key in self._blocks]:
             adopted += self._adopt(key, self._blocks[key])
         return Graft(blocks, left_out, paths, adopted)
 
@@ -252,14 +241,32 @@ class PrefixTree:
         key = self.key[block]
         for child in list(self.children_of(block)):
             self.parent[child] = NONE
-            self._misses[child] = key
-            self._waiting.setdefault(key, set()).add(child)
+            self._orphans.add(child, key)
         self._first[block] = NONE
         self._evictable.discard(block)
         self.children[block] = NONE
         self.ready[block] = 0
         del self._blocks[key]
         self._detach(block)
+
+    def unlink_all(self, blocks: Sequence[int]) -> None:
+        """As many ``unlink``, in half the time, as links among them are left alone. REQUIRES: linked."""
+        going = set(blocks)
+        for block in blocks:
+            key = self.key[block]
+            if self._first[block] != NONE:
+                for child in [child for child in self.children_of(block) if child not in going]:
+                    self.parent[child] = NONE
+                    self._orphans.add(child, key)
+            else:
+                self._evictable.discard(block)
+            if self.parent[block] not in going:
+                self._detach(block)
+            self.children[block] = NONE
+            del self._blocks[key]
+        for block in blocks:
+            self._first[block] = NONE
+            self.ready[block] = 0
 
     def recycle(self, block: int) -> None:
         """The number may be used again. REQUIRES: unlinked."""
@@ -297,23 +304,20 @@ class PrefixTree:
             assert all(self._blocks.get(self.key[child]) == child for child in children)
             before = self.parent[block]
             assert before == NONE or self.children[before] > 0
-            assert before == NONE or block not in self._misses
+            assert before == NONE or block not in self._orphans
             assert (block in self._evictable) == self.is_evictable(block)
             assert not self.ready[block] or before == NONE or self.ready[before]
-            assert not self.ready[block] or block not in self._misses
+            assert not self.ready[block] or block not in self._orphans
         self._evictable.check()
         assert len(self._evictable) == sum(map(self.is_evictable, self._blocks.values()))
         linked = set(self._blocks.values())
         for block in range(len(self.key)):
             assert (self.children[block] >= 0) == (block in linked)
-        for orphan, key in self._misses.items():
-            assert orphan in linked
-            assert self.parent[orphan] == NONE
-            assert orphan in self._waiting[key]
-        assert sum(map(len, self._waiting.values())) == len(self._misses)
-        assert not self._waiting.keys() & self._blocks.keys()
+        self._orphans.check()
+        assert all(orphan in linked and self.parent[orphan] == NONE for orphan in self._orphans)
+        assert not any(key in self._blocks for key in self._orphans.awaited())
 
-    # --- numbers and links ------------------------------------------------------------------------
+    # --- numbers and links ----------------------------------------------------------------------
 
     def _number(self) -> int:
         if self._recycled:
@@ -340,9 +344,8 @@ class PrefixTree:
         return blocks
 
     def _adopt(self, key: StorageKey, block: int) -> list[int]:
-        orphans = sorted(self._waiting.pop(key, ()))
+        orphans = self._orphans.take(key)
         for orphan in orphans:
-            del self._misses[orphan]
             self._attach(orphan, block)
         return orphans
 
@@ -362,11 +365,7 @@ class PrefixTree:
 
     def _detach(self, block: int) -> None:
         """``parent`` stays readable: policies look at it when told that the block has gone."""
-        key = self._misses.pop(block, None)
-        if key is not None:
-            self._waiting[key].remove(block)
-            if not self._waiting[key]:
-                del self._waiting[key]
+        self._orphans.discard(block)
         parent = self.parent[block]
         if parent == NONE:
             return
@@ -380,14 +379,3 @@ class PrefixTree:
         self.children[parent] -= 1
         if not self.children[parent] and not self.holds[parent]:
             self._evictable.add(parent)
-
-
-def put(entries: list[Entry], blocks: Sequence[int], values: Sequence[Entry]) -> None:
-    """Set the entry of each block. REQUIRES: those that have none yet come last, in order."""
-    there = 0
-    for block, value in zip(blocks, values, strict=True):
-        if block >= len(entries):
-            break
-        entries[block] = value
-        there += 1
-    entries += values[there:]

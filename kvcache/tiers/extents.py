@@ -12,11 +12,13 @@ its slots; every extent with a free slot is offered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import cast
 
 from kvcache.block import Slot
+from kvcache.errors import BadInput
 
 ARENA_SHIFT = 44
 CAPACITY_BYTES_MAX = 1 << ARENA_SHIFT
@@ -118,3 +120,36 @@ class SizeClass:
             assert sorted(extent.used.union(extent.free)) == self.slots(unit)
             assert len(extent.free) + len(extent.used) == self.slot_count
             assert not extent.free or (-len(extent.used), unit) in offered
+
+
+def by_unit(slots: Sequence[Slot], unit_bytes: int) -> dict[Slot, list[int]]:
+    """Places in ``slots`` by arena and unit, put together as a slot's arena and offset are."""
+    units: dict[Slot, list[int]] = {}
+    places: list[int] = []
+    low = high = 0  # Of the unit of the slot before: the next one often lies in it, too.
+    for at, slot in enumerate(slots):
+        if not low <= slot < high:
+            unit, within = divmod(slot_offset(slot), unit_bytes)
+            low = slot - within
+            high = low + unit_bytes
+            places = units.setdefault(make_slot(slot_arena(slot), unit), [])
+        places.append(at)
+    return units
+
+
+def check_capacity(capacity_bytes: int, unit_bytes: int, layout: Layout, most: int) -> None:
+    """``most``: 0 for no limit. RAISES BadInput (too_small, too_large)."""
+    if unit_bytes < layout.align_bytes or capacity_bytes < unit_bytes:
+        raise BadInput(
+            "too_small",
+            f"a tier of {capacity_bytes} bytes",
+            f"it is handed out in units of {unit_bytes}",
+            "give it at least one unit",
+        )
+    if most and capacity_bytes > most:
+        raise BadInput(
+            "too_large",
+            f"a tier of {capacity_bytes} bytes",
+            f"the limit is {most}",
+            "run several nodes",
+        )

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvcache.block import Slot
-from kvcache.errors import BadInput
 from kvcache.tiers.extents import (
     ARENA_SHIFT,
     CAPACITY_BYTES_MAX,
@@ -35,6 +34,8 @@ from kvcache.tiers.extents import (
     Extent,
     Layout,
     SizeClass,
+    by_unit,
+    check_capacity,
     make_slot,
     slot_arena,
     slot_offset,
@@ -76,7 +77,7 @@ class Space:
         """``capacity_bytes`` is that of all arenas together.
 
         RAISES BadInput when the capacity is under one unit or beyond what a slot can address."""
-        _check_capacity(capacity_bytes, unit_bytes, layout, 0 if layout.own_budgets else CAPACITY_BYTES_MAX)
+        check_capacity(capacity_bytes, unit_bytes, layout, 0 if layout.own_budgets else CAPACITY_BYTES_MAX)
         self.layout = layout
         self.unit_bytes = unit_bytes
         self.unit_count = capacity_bytes // unit_bytes
@@ -98,7 +99,7 @@ class Space:
         assert (capacity_bytes is not None) == self.layout.own_budgets
         unit_count = self.unit_count
         if capacity_bytes is not None:
-            _check_capacity(capacity_bytes, self.unit_bytes, self.layout, CAPACITY_BYTES_MAX)
+            check_capacity(capacity_bytes, self.unit_bytes, self.layout, CAPACITY_BYTES_MAX)
             unit_count = capacity_bytes // self.unit_bytes
             self._units_free.append(unit_count)
         self._maps.append(bytearray(unit_count))
@@ -155,7 +156,7 @@ class Space:
         assert not self.layout.runs
         strides = {each: self.layout.stride(each) for each in set(block_bytes)}
         refused: list[int] = []
-        for unit, places in self._by_unit(slots).items():
+        for unit, places in by_unit(slots, self.unit_bytes).items():
             first = block_bytes[places[0]]
             extent = self._at_unit(slot_arena(unit), slot_offset(unit), first)
             if extent is None:
@@ -170,6 +171,19 @@ class Space:
                 continue
             refused += self._restore_unit(extent, places, slots)
         return refused
+
+    def free_all(self, slots: Sequence[Slot]) -> None:
+        """As many ``free``, in a fifth of the time."""
+        for unit, places in by_unit(slots, self.unit_bytes).items():
+            extent = self._owners[slot_arena(unit)][slot_offset(unit)]
+            freed = [slots[at] for at in places]
+            extent.used.difference_update(freed)
+            extent.free += freed
+            assert len(extent.used) + len(extent.free) == extent.size.slot_count
+            if extent.used:
+                extent.size.offer(extent)
+            else:
+                self._give_back(extent)
 
     def same_class(self, slot: Slot, arena: int, block_bytes: int) -> bool:
         """Would freeing ``slot`` make room for one such block?"""
@@ -228,7 +242,7 @@ class Space:
         held = sum(len(size.extents) * size.unit_count for size in self._classes.values())
         assert held == sum(units_used)
 
-    # --- classes and extents ----------------------------------------------------------------------
+    # --- classes and extents --------------------------------------------------------------------
 
     def _budget(self, arena: int) -> int:
         return arena if self.layout.own_budgets else 0
@@ -293,22 +307,7 @@ class Space:
             else:
                 self._moves[arena, unit] = used
 
-    # --- restoring --------------------------------------------------------------------------------
-
-    def _by_unit(self, slots: Sequence[Slot]) -> dict[Slot, list[int]]:
-        """Places in ``slots`` by arena and unit, put together as a slot's arena and offset are."""
-        units: dict[Slot, list[int]] = {}
-        places: list[int] = []
-        low = high = 0  # Of the unit of the slot before: the next one often lies in it, too.
-        for at, slot in enumerate(slots):
-            if not low <= slot < high:
-                offset = slot & OFFSET_MASK
-                unit = offset // self.unit_bytes
-                low = slot - offset + unit * self.unit_bytes
-                high = low + self.unit_bytes
-                places = units.setdefault(make_slot(slot_arena(slot), unit), [])
-            places.append(at)
-        return units
+    # --- restoring ------------------------------------------------------------------------------
 
     def _at_unit(self, arena: int, unit: int, block_bytes: int) -> Extent | None:
         """The extent there, or a new one for such blocks that is not claimed yet."""
@@ -337,7 +336,7 @@ class Space:
             extent.size.offer(extent)
         return refused
 
-    # --- room for runs ----------------------------------------------------------------------------
+    # --- room for runs --------------------------------------------------------------------------
 
     def _window(self, arena: int, wanted: int, extent: Extent) -> list[Slot]:
         """The used slots in the run of ``wanted`` units that touches ``extent`` and is emptiest."""
@@ -355,21 +354,3 @@ class Space:
             if extent is not None and extent.unit not in seen:
                 seen.add(extent.unit)
                 yield extent
-
-
-def _check_capacity(capacity_bytes: int, unit_bytes: int, layout: Layout, most: int) -> None:
-    """``most``: 0 for no limit."""
-    if unit_bytes < layout.align_bytes or capacity_bytes < unit_bytes:
-        raise BadInput(
-            "too_small",
-            f"a tier of {capacity_bytes} bytes",
-            f"it is handed out in units of {unit_bytes}",
-            "give it at least one unit",
-        )
-    if most and capacity_bytes > most:
-        raise BadInput(
-            "too_large",
-            f"a tier of {capacity_bytes} bytes",
-            f"the limit is {most}",
-            "run several nodes",
-        )
