@@ -154,6 +154,7 @@ class Device:
         ``deletes`` are offsets that were given up elsewhere. ``durable``: a power cut loses none of it.
         RAISES DeviceFault. REQUIRES: nobody reads the slots of ``puts``; their offsets are slots of their
         size; a segment that changes its slot size holds nothing that is wanted."""
+        assert self._index is not None, "opened read-only, or closed"
         wanted = self._wanted_segments(puts)
         deleted = set(deletes)
         self._unpublish({entry.offset for entry, _ in puts}, wanted, deleted)
@@ -192,14 +193,14 @@ class Device:
     def _publish(self, final: Sequence[Entry], deleted: set[int], *, durable: bool) -> None:
         late = set(sorted(self._late_deletes)[:LATE_DELETES_MAX])
         written = {entry.offset for entry in final}
-        deletes = (deleted | late) & self._indexed - written
+        deletes = (deleted | late) & self._indexed  # Of what was written, nothing: it was unpublished.
         if final or deletes or durable:
             self._indexed |= written  # Before: a commit that failed may have happened.
             self._commit(final, deletes, durable=durable)
         self._late_deletes -= late | written
 
     def _commit(self, puts: Sequence[Entry], deletes: set[int], *, durable: bool) -> None:
-        assert self._index is not None, "opened read-only"
+        assert self._index is not None
         with faults(f"writing the index of {self.path}"):
             self._index.commit(puts, sorted(deletes), durable=durable)
         self._indexed -= deletes

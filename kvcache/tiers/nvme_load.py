@@ -132,11 +132,11 @@ def claim(path: Path, *, read_only: bool) -> int:
     """Make the directory where it is missing and take its lock: the descriptor that holds it.
 
     RAISES BadInput, DeviceFault; then nothing was changed, but for an empty directory made."""
-    if path.exists() and not path.is_dir():
-        raise _bad(f"{path} is not a directory", "the NVMe tier lives in one", "give another --nvme")
-    if read_only and not (path / SUPERBLOCK).exists() and not (path / SEGMENTS).exists():
-        raise _bad(f"{path} holds no NVMe tier", "it has no superblock and no segments", "check the path")
     with faults(f"opening the directory {path}"):
+        if path.exists() and not path.is_dir():
+            raise _bad(f"{path} is not a directory", "the NVMe tier lives in one", "give another --nvme")
+        if read_only and not (path / SUPERBLOCK).exists() and not (path / SEGMENTS).exists():
+            raise _bad(f"{path} holds no NVMe tier", "it has no superblock and no segments", "check the path")
         make_folder(path)
         _check_strangers(path)
         descriptor = lock_file(path / LOCK)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from kvcache.block import StorageKey
@@ -108,3 +109,12 @@ def namespace() -> Namespace:
     return Namespace(
         model="Llama", weights="w1", dtype="bfloat16", layout="canonical", block_tokens=16, shape="8x2x64"
     )
+
+
+def failing(number: int) -> Callable[..., None]:
+    """A call that the system refuses."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

@@ -22,6 +22,7 @@ from tests.kvcache.tiers.nvme_blocks import (
     blocks,
     content_of,
     damage,
+    failing,
     fetch,
     flip,
     namespace,
@@ -187,10 +188,11 @@ def test_a_slot_is_unpublished_before_it_is_written(device: Device, monkeypatch:
 
 
 def test_a_new_slot_takes_one_commit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    device.write(blocks([1]), [], durable=False)
+    """One that was given up in time, too."""
+    _, old = device.write(blocks([1, 2]), [], durable=False)
+    device.write([], [old.offset], durable=False)
     told = record(device, monkeypatch)
-    device.write([block_of(2, offset_of(0, 1))], [], durable=False)
-    at = offset_of(0, 1)
+    device.write([block_of(3, at := old.offset)], [], durable=False)
     assert told == [f"pwritev {at}", "fdatasync", f"put {at}"]
 
 
@@ -234,13 +236,6 @@ def test_nothing_of_a_batch_that_failed_is_found(
     again.close()
 
 
-def failing(number: int) -> object:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 def test_after_a_commit_that_failed_a_slot_is_unpublished_first(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +260,22 @@ def test_a_segment_for_another_size_forgets_the_old_one(device: Device) -> None:
     again = reopened(device)
     assert again.take_entries() == [new]
     assert again.rejected == []
+    again.close()
+
+
+def test_a_segment_whose_formatting_failed_is_made_anew(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its header says then, nobody knows."""
+    device.write(blocks([1]), [], durable=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing(errno.EIO))
+        with pytest.raises(DeviceFault):
+            device.write([block_of(2, offset_of(0, 0, PAGE), PAGE)], [], durable=False)
+    new = device.write(blocks([3]), [], durable=False)
+    again = reopened(device)
+    assert again.take_entries() == new
+    assert fetch(again, new[0]) == content_of(3)
     again.close()
 
 
@@ -332,31 +343,7 @@ def test_a_file_cut_short_while_in_use_is_a_miss(device: Device) -> None:
     assert reason(device, two) == "short"
 
 
-# --- its health, and what else it keeps -------------------------------------------------------------
-
-
-def test_a_healthy_device_says_nothing(device: Device) -> None:
-    device.probe()
-    assert not (device.path / "probe").exists()
-
-
-@pytest.mark.parametrize("call", ["pwritev", "fdatasync", "preadv", "open"])
-def test_a_sick_device_says_so(call: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, call, failing(errno.EIO))
-    with pytest.raises(DeviceFault) as caught:
-        device.probe()
-    assert caught.value.errno == errno.EIO
-
-
-def test_a_directory_that_vanished_is_not_made_again(device: Device) -> None:
-    """What is under a mount point whose disk is gone is another disk."""
-    device.path.rename(device.path.with_name("elsewhere"))
-    with pytest.raises(DeviceFault) as caught:
-        device.probe()
-    assert caught.value.errno == errno.ENOENT
-    open_device(device.path).close()
-    with pytest.raises(DeviceFault, match="another directory"):
-        device.probe()
+# --- what else it keeps ----------------------------------------------------------------------------
 
 
 def test_a_namespace_is_kept(device: Device) -> None:

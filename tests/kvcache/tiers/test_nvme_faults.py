@@ -1,4 +1,4 @@
-"""A device whose process is killed, and one whose disk is full."""
+"""A device whose process is killed, one whose disk is full, and one that is sick or gone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.kvcache.tiers.nvme_blocks import (
     block_of,
     blocks,
     content_of,
+    failing,
     fetch,
     key_of,
     offset_of,
@@ -160,3 +161,37 @@ def fill(path: Path) -> None:
                     file.write(bytes(size))
             except OSError as error:
                 assert error.errno == errno.ENOSPC
+
+
+# --- sick -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    device = open_device(tmp_path / "nvme")
+    yield device
+    device.close()
+
+
+def test_a_healthy_device_says_nothing(device: Device) -> None:
+    device.probe()
+    assert not (device.path / "probe").exists()
+
+
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync", "preadv", "open"])
+def test_a_sick_device_says_so(call: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, call, failing(errno.EIO))
+    with pytest.raises(DeviceFault) as caught:
+        device.probe()
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_directory_that_vanished_is_not_made_again(device: Device) -> None:
+    """What is under a mount point whose disk is gone is another disk."""
+    device.path.rename(device.path.with_name("elsewhere"))
+    with pytest.raises(DeviceFault) as caught:
+        device.probe()
+    assert caught.value.errno == errno.ENOENT
+    open_device(device.path).close()
+    with pytest.raises(DeviceFault, match="another directory"):
+        device.probe()

@@ -1,5 +1,6 @@
 """Direct I/O and files made whole: what a call may leave undone, and a fault behind."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -50,6 +51,7 @@ def in_parts(call: Callable[..., int], parts: Sequence[int]) -> Callable[..., in
     left, writes = list(parts), call is os.pwritev
 
     def short(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        assert offset % PAGE == 0, "direct I/O would refuse it"
         if not left:
             return call(descriptor, buffers, offset)
         part = left.pop(0)
@@ -121,6 +123,26 @@ def test_buffers_are_aligned_and_used_again() -> None:
             assert bytes(three[:1]) in b"12"
 
 
+def test_a_forked_child_has_no_part_in_buffers() -> None:
+    for length in (PAGE, HUGE_PAGE_BYTES):
+        with Buffers(length).take() as view:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+            assert "dc" in flags_at(address)  # "Do not copy."
+
+
+def flags_at(address: int) -> list[str]:
+    """The kernel's flags of the mapping there."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            start, end = (int(each, 16) for each in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    return []
+
+
 def test_a_segment_file_is_whole_private_and_zero(files: SegmentFiles) -> None:
     files.create(17, LENGTH, HEADER)
     assert files.numbers() == [17]
@@ -158,6 +180,31 @@ def test_a_segment_that_cannot_be_made_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         files.create(0, LENGTH, HEADER)
     assert list(files.folder.iterdir()) == []
+
+
+def test_a_name_is_durable_and_never_before_its_file(
+    files: SegmentFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, sorted(names(files.folder))))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    files.create(0, LENGTH, HEADER)
+    half, whole = ["000000.seg.tmp"], ["000000.seg"]
+    assert synced == [(half[0], half), (files.folder.name, whole)]
+    synced.clear()
+    replace_file(files.folder / "small", b"small")
+    assert synced == [
+        ("small.tmp", ["000000.seg", "small.tmp"]),
+        (files.folder.name, ["000000.seg", "small"]),
+    ]
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def test_what_a_killed_process_left_half_made_goes(files: SegmentFiles) -> None:
