@@ -267,8 +267,9 @@ def test_fields_that_cannot_be_are_refused_under_a_right_guard(field: tuple[int,
     fields = page[16:112]
     value = fields[8:] + guard_sum(fields)
     assert refused(lambda: parse_value(fields[:8], value)) == "shape"
-    good = pack_key(ENTRY.offset) + pack_value(ENTRY)
-    assert parse_values(good + fields[:8] + value + good) == ([ENTRY, ENTRY], 1)
+    other = entry_of(2, 1 << 30)
+    good = [pack_key(entry.offset) + pack_value(entry) for entry in (ENTRY, other)]
+    assert parse_values(good[0] + fields[:8] + value + good[1]) == ([ENTRY, other], 1)
 
 
 @pytest.mark.parametrize(
