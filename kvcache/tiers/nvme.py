@@ -34,20 +34,17 @@ from pathlib import Path
 
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace
-from kvcache.sums import block_checksum, copy_and_sum
+from kvcache.sums import block_checksum
 from kvcache.tiers.nvme_files import BlockFault as BlockFault
-from kvcache.tiers.nvme_files import Buffers, faults, is_direct, read_all, replace_file, round_up, write_all
+from kvcache.tiers.nvme_files import Buffers, faults, read_all, replace_file, write_all
 from kvcache.tiers.nvme_files import DeviceFault as DeviceFault
 from kvcache.tiers.nvme_format import (
     PAGE_BYTES,
     SEGMENT_HEADER_BYTES,
-    SLOT_HEADER_BYTES,
     BadRecord,
     Entry,
     SegmentHeader,
     pack_segment_header,
-    pack_slot_header,
-    parse_slot_header,
     parse_superblock,
     slots_in,
     stride_of,
@@ -63,9 +60,9 @@ from kvcache.tiers.nvme_load import (
     open_directory,
 )
 from kvcache.tiers.nvme_scan import Progress, Segment
+from kvcache.tiers.nvme_slots import Slots, neighbours
 
 LATE_DELETES_MAX = 4_096
-PIECE_BYTES = 2 << 20
 
 _ZEROS = memoryview(bytes(PAGE_BYTES))
 
@@ -101,7 +98,7 @@ class Device:
         self._newest = newest
         self._wanted_bytes = 0  # What the file system had no room for.
         self._pages = Buffers(PAGE_BYTES)
-        self._pieces = Buffers(SLOT_HEADER_BYTES + PIECE_BYTES + PAGE_BYTES)
+        self._slots = Slots(direct=self.direct)
         self._counting = threading.Lock()
 
     @classmethod
@@ -239,39 +236,13 @@ class Device:
         with faults(f"writing blocks to {self.path}"), ExitStack() as held:
             for number in sorted({entry.offset // self.segment_bytes for entry in final}):
                 descriptors[number] = held.enter_context(self._files.hold(number))
-            for entry, view in zip(final, views, strict=True):
-                number, inside = divmod(entry.offset, self.segment_bytes)
-                self._write_block(descriptors[number], inside, entry, view)
+            for run in neighbours(final, views):
+                number, inside = divmod(run[0][0].offset, self.segment_bytes)
+                self._slots.write(descriptors[number], inside, run)
+                self.written_bytes += sum(view.nbytes for _, view in run)
             for descriptor in descriptors.values():
                 os.fdatasync(descriptor)
                 self._files.forget_cached(descriptor)
-
-    def _write_block(self, descriptor: int, inside: int, entry: Entry, view: memoryview) -> None:
-        header = pack_slot_header(entry)
-        if not self.direct:
-            padding = _ZEROS[: round_up(view.nbytes) - view.nbytes]
-            write_all(descriptor, [memoryview(header), view, padding], inside)
-        elif is_direct(view):
-            with self._pages.take() as page:
-                page[:] = header
-                write_all(descriptor, [page, view], inside)
-        else:
-            self._write_pieces(descriptor, inside, header, view)
-        self.written_bytes += view.nbytes
-
-    def _write_pieces(self, descriptor: int, inside: int, header: bytes, view: memoryview) -> None:
-        """Through memory that direct I/O can use."""
-        with self._pieces.take() as memory:
-            memory[:SLOT_HEADER_BYTES] = header
-            start = SLOT_HEADER_BYTES  # Where in memory the piece begins; the header goes with the first.
-            for first in range(0, view.nbytes, PIECE_BYTES):
-                piece = view[first : first + PIECE_BYTES]
-                end = start + piece.nbytes
-                copy_and_sum([piece], [memory[start:end]], piece.nbytes)
-                memory[end : round_up(end)] = _ZEROS[: round_up(end) - end]
-                write_all(descriptor, [memory[: round_up(end)]], inside)
-                inside += round_up(end)
-                start = 0
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -281,7 +252,7 @@ class Device:
         assert into.nbytes == expected.block_bytes
         number, inside = divmod(expected.offset, self.segment_bytes)
         with faults(f"reading {self._files.path(number)}"), self._files.hold(number) as descriptor:
-            sums = self._read_pieces(descriptor, inside, expected, into)
+            sums = self._slots.read(descriptor, inside, expected, into)
             self._files.forget_cached(descriptor, inside, stride_of(into.nbytes))
         checksum = block_checksum(expected.key, expected.block_bytes, expected.chunk_bytes, sums)
         if checksum != expected.checksum:
@@ -289,26 +260,6 @@ class Device:
         with self._counting:
             self.read_bytes += into.nbytes
         return sums
-
-    def _read_pieces(self, descriptor: int, inside: int, expected: Entry, into: memoryview) -> bytes:
-        """The header and up to ``PIECE_BYTES`` in one call, then more of whole chunks; each is summed while
-        it is copied, out of a processor's cache."""
-        chunk_bytes = expected.chunk_bytes
-        step = PIECE_BYTES // chunk_bytes * chunk_bytes
-        sums = []
-        with self._pieces.take() as memory:
-            for start in range(0, into.nbytes, step):
-                end = min(start + step, into.nbytes)
-                first = SLOT_HEADER_BYTES + start - start % PAGE_BYTES if start else 0
-                length = SLOT_HEADER_BYTES + round_up(end) - first
-                if read_all(descriptor, [memory[:length]], inside + first) < length:
-                    raise BlockFault("short")
-                if not start:
-                    _check_header(memory[:SLOT_HEADER_BYTES], expected)
-                at = SLOT_HEADER_BYTES + start - first
-                piece = memory[at : at + end - start]
-                sums.append(copy_and_sum([piece], [into[start:end]], chunk_bytes))
-        return b"".join(sums)
 
     # --- its health, and what else it keeps -----------------------------------------------------
 
@@ -388,12 +339,3 @@ class Device:
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
-
-
-def _check_header(page: memoryview, expected: Entry) -> None:
-    try:
-        found = parse_slot_header(page)
-    except BadRecord as error:
-        raise BlockFault("header") from error
-    if found != expected:
-        raise BlockFault("generation")
