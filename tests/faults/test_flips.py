@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.namespace import Namespace
-from kvcache.tiers.nvme import BlockFault, Device
+from kvcache.tiers.nvme import Device
 from kvcache.tiers.nvme_format import (
     PAGE_BYTES,
     SLOT_HEADER_BYTES,
@@ -31,8 +31,8 @@ from kvcache.tiers.nvme_format import (
     parse_superblock,
 )
 from kvcache.tiers.nvme_index import read_index
-from tests.faults.nursery import Nursery
-from tests.faults.work import CAPACITY_BYTES, NUMBER_OF, SEGMENT_BYTES, Job, is_right
+from tests.faults.reading import opened, segment_of, why_refused
+from tests.faults.work import SEGMENT_BYTES
 
 HEADER_FLIPS = 4_000
 BLOCK_FLIPS = 4_200
@@ -42,7 +42,6 @@ VALUE_FLIPS = 1_000
 TREE_FLIPS = 40
 FILE_FLIPS = 400
 OPENING_FLIPS = 12
-STEPS = 120
 BITS = 8
 
 NAMESPACE = Namespace(
@@ -58,29 +57,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3_600)]
 
 Place = tuple[Path, int]
 """A bit of a file."""
-
-
-@pytest.fixture(scope="module")
-def full(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with blocks of all sizes in it. Not to be changed: copy it."""
-    folder = tmp_path_factory.mktemp("full")
-    child = nursery.start(Job(str(folder / "tier"), str(folder / "record"), 11, steps=STEPS))
-    assert child.end() == 0, child.said()
-    return folder / "tier"
-
-
-@pytest.fixture
-def tier(full: Path, scratch: Path) -> Path:
-    return shutil.copytree(full, scratch / "tier")
-
-
-@contextlib.contextmanager
-def opened(tier: Path) -> Iterator[Device]:
-    device = Device.open(tier, CAPACITY_BYTES, SEGMENT_BYTES)
-    try:
-        yield device
-    finally:
-        device.close()
 
 
 @contextlib.contextmanager
@@ -101,24 +77,9 @@ def flip(places: Iterable[Place]) -> None:
             os.pwrite(descriptor, bytes([byte]), bit // BITS)
 
 
-def segment_of(tier: Path, entry: Entry) -> Path:
-    return tier / "segments" / f"{entry.offset // SEGMENT_BYTES:06d}.seg"
-
-
 def bit_of(way: random.Random, entry: Entry, first: int, length: int) -> int:
     """A bit of a slot's bytes from ``first`` on, in its segment file."""
     return (entry.offset % SEGMENT_BYTES + first) * BITS + way.randrange(length * BITS)
-
-
-def why_refused(device: Device, entry: Entry) -> str:
-    """The reason; the empty string when it is served, and right."""
-    block = bytearray(entry.block_bytes)
-    try:
-        device.read(entry, memoryview(block))
-    except BlockFault as fault:
-        return fault.reason
-    assert is_right(NUMBER_OF[entry.key], block), f"wrong bytes served for {entry}"
-    return ""
 
 
 def served(device: Device, entries: Sequence[Entry]) -> int:

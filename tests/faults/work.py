@@ -13,12 +13,14 @@ file of lines, one write each, so a process that is killed has told all that it 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 from kvcache.block import KEY_BYTES, StorageKey
+from kvcache.sums import block_checksum, sum_chunks
 from kvcache.testing.pattern import Pattern
 from kvcache.tiers.nvme_format import PARENT_ROOT, Entry
 
@@ -56,10 +58,17 @@ def is_right(number: int, block: bytearray) -> bool:
     return not PATTERNS[size_of(number)].wrong_bytes(block, key_of(number))
 
 
-def entry_of(number: int, offset: int, checksum: bytes) -> Entry:
-    """As it is handed to ``Device.write``."""
+def put_of(number: int, offset: int, *, aligned: bool) -> tuple[Entry, memoryview]:
+    """As ``Device.write`` takes it. ``aligned``: in memory that direct I/O takes as it is."""
+    block = memoryview(content(number))
+    if aligned:
+        memory = mmap.mmap(-1, len(block))
+        memory[:] = block
+        block = memoryview(memory)
+    key = key_of(number)
     block_bytes, chunk_bytes = SIZES[size_of(number)]
-    return Entry(offset, key_of(number), PARENT_ROOT, block_bytes, chunk_bytes, 0, checksum, 0)
+    checksum = block_checksum(key, block_bytes, chunk_bytes, sum_chunks([block], chunk_bytes))
+    return Entry(offset, key, PARENT_ROOT, block_bytes, chunk_bytes, 0, checksum, 0), block
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,12 @@ against what the next process finds.
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import signal
 from pathlib import Path
 
 from kvcache.errors import BadInput
-from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_format import SEGMENT_HEADER_BYTES, Entry, slots_in, stride_of
 from tests.faults.work import (
@@ -24,9 +22,8 @@ from tests.faults.work import (
     SIZES,
     Job,
     Teller,
-    content,
-    entry_of,
     is_right,
+    put_of,
     size_of,
 )
 
@@ -34,7 +31,6 @@ BATCH_MAX = 8
 OPENINGS_MAX = 5
 OPENING_S = 0.05
 """A process that was killed while it started another leaves its lock to that one, until it runs."""
-FIELDS: dict[str, str | int] = {}
 
 
 def run(job: Job) -> None:
@@ -56,7 +52,6 @@ class Writer:
         self._random = random.Random(job.seed)
         self._tell = Teller(job.record).tell
         self._held: dict[int, Entry] = {}
-        self._aligned = mmap.mmap(-1, max(block_bytes for block_bytes, _ in SIZES))
 
     def run(self) -> None:
         device = self._open()
@@ -145,7 +140,8 @@ class Writer:
         numbers = self._random.sample(range(size, NUMBERS, len(SIZES)), len(chosen))
         first = segment * SEGMENT_BYTES + SEGMENT_HEADER_BYTES
         puts = [
-            self._block(number, first + place * stride) for number, place in zip(numbers, chosen, strict=True)
+            put_of(number, first + place * stride, aligned=self._random.random() < 0.5)
+            for number, place in zip(numbers, chosen, strict=True)
         ]
         targets = {entry.offset for entry, _ in puts}
         gone |= {
@@ -165,18 +161,6 @@ class Writer:
         size = self._random.randrange(len(SIZES))
         stays = within and size == size_of(NUMBER_OF[self._held[min(within)].key])
         return size, set() if stays else within
-
-    def _block(self, number: int, offset: int) -> tuple[Entry, memoryview]:
-        """Half of them in memory that direct I/O takes as it is."""
-        block = memoryview(content(number))
-        if self._random.random() < 0.5:
-            memory = mmap.mmap(-1, len(block))
-            memory[:] = block
-            block = memoryview(memory)
-        blank = entry_of(number, offset, bytes(16))
-        sums = sum_chunks([block], blank.chunk_bytes)
-        checksum = block_checksum(blank.key, blank.block_bytes, blank.chunk_bytes, sums)
-        return entry_of(number, offset, checksum), block
 
     def _delete(self, device: Device) -> None:
         gone = self._some(BATCH_MAX)
