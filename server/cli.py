@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from typing import NoReturn
 
 import click
 
 from kvcache.config import NodeConfig, load
 
+EXIT_ERROR = 1
 EXIT_BUG = 70
 
 SETTINGS: dict[str, str] = {
@@ -101,6 +103,16 @@ async def _run(config: NodeConfig, as_json: bool) -> None:
         started.cancel()
         await asyncio.gather(started, return_exceptions=True)
         await node.close()
+        if node.is_stuck:
+            _end_without_threads(sys.exc_info()[1])
+
+
+def _end_without_threads(error: BaseException | None) -> NoReturn:
+    """The interpreter would wait for the thread that hangs in a device, for as long as that takes."""
+    if error is not None:
+        logging.error("the node ends: %s", error)
+    logging.shutdown()
+    os._exit(EXIT_ERROR if error is not None else 0)
 
 
 def _end_at_a_bug(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

@@ -88,6 +88,11 @@ class Node:
     def address(self) -> str:
         return f"unix://{self.socket_path}"
 
+    @property
+    def is_stuck(self) -> bool:
+        """After ``close``: does a thread still hang in a device? Then the process does not end by itself."""
+        return self.core.stack is not None and self.core.stack.is_stuck
+
     async def start(self) -> None:
         """Bind, populate, serve. RAISES BadInput when another node serves here or memory runs out."""
         self._lock_descriptor = lock(Path(self.socket_path))
