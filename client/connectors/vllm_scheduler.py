@@ -12,9 +12,9 @@ A request goes through these states (all of one ``_State``):
 
 While blocks are coming the engine is told to ask again, and goes on with its other requests: vLLM steps
 over such a request and keeps its place in the queue. With nothing else to do vLLM asks each millisecond, or
-without a pause where engine and caller share a process. So an idle engine waits ``IDLE_WAIT_MS`` in the
-store, which answers as soon as the blocks are there; a busy one asks in growing intervals. After
-``load_wait_ms`` of that a request takes what is there.
+without a pause where engine and caller share a process. So an idle engine waits in the store, which answers
+as soon as the blocks are there; a busy one asks now and then. Both times grow, within limits, to a quarter
+of what the request has waited. After ``load_wait_ms`` it takes what is there.
 
 Invariants:
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
-IDLE_WAIT_MS = 5
+IDLE_WAIT_NS_MIN = 5 * NS_PER_MS
+IDLE_WAIT_NS_MAX = 20 * NS_PER_MS
 ASK_AGAIN_NS_MIN = 5 * NS_PER_MS
 ASK_AGAIN_NS_MAX = 100 * NS_PER_MS
 FAULTS = ("missed_calls:", "ended:", "refused_connects")
@@ -304,8 +305,8 @@ class SchedulerSide:
         store, name = self._attachment.store, self._name(state.request.request_id)
         store.prefill_tokens_s = self._meter.tokens_s
         now_ns = self._clock.now_ns()
-        most_ns = IDLE_WAIT_MS * NS_PER_MS if self._idle else 0
-        end_ns = now_ns + min(most_ns, self._wait_left_ns(state, now_ns))
+        wait_ns = min(max(self._waited_ns(state, now_ns) // 4, IDLE_WAIT_NS_MIN), IDLE_WAIT_NS_MAX)
+        end_ns = now_ns + (min(wait_ns, self._wait_left_ns(state, now_ns)) if self._idle else 0)
         leases: list[Lease] = []
         for handle in handles:
             wait_ms = max(0, end_ns - self._clock.now_ns()) // NS_PER_MS
@@ -313,16 +314,18 @@ class SchedulerSide:
             self._idle = self._idle and not leases[-1].coming
         return leases
 
+    def _waited_ns(self, state: _State, now_ns: int) -> int:
+        return now_ns - state.coming_ns if state.coming_ns else 0
+
     def _wait_left_ns(self, state: _State, now_ns: int) -> int:
-        passed_ns = now_ns - state.coming_ns if state.coming_ns else 0
-        return max(0, self._load_wait_ns - passed_ns)
+        return max(0, self._load_wait_ns - self._waited_ns(state, now_ns))
 
     def _asks_again(self, state: _State, began_ns: int, now_ns: int) -> bool:
         """Blocks are coming: is there time left to wait for them? Says when to ask next."""
         state.coming_ns = state.coming_ns or began_ns
         left_ns = self._wait_left_ns(state, now_ns)
-        pause_ns = max((now_ns - state.coming_ns) // 4, ASK_AGAIN_NS_MIN)
-        state.again_ns = now_ns + min(pause_ns, ASK_AGAIN_NS_MAX, left_ns)
+        pause_ns = min(max(self._waited_ns(state, now_ns) // 4, ASK_AGAIN_NS_MIN), ASK_AGAIN_NS_MAX)
+        state.again_ns = now_ns + min(pause_ns, left_ns)
         return left_ns > 0
 
     def _timed(self, scheduled_tokens: Mapping[str, int]) -> int:
