@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import index
 
 from kvcache.leaf_lru import LeafLru
-from kvcache.policy import EvictionPolicy, MakePolicy, RequestContext, TreeView
+from kvcache.policy import DevicePolicy, EvictionPolicy, MakePolicy, RequestContext, TreeView
 
 _FAULT_CHARS_MAX = 300
 
@@ -74,12 +74,30 @@ class PolicyGuard:
             fault = f"victims raised {error!r}"
         else:
             fault = self._wrong(named, count)
+            if not named and self._tree.evictable_count():
+                fault = f"victims named none, though {self._tree.evictable_count()} leaves could go"
         if not fault:
             return named
         self._replace(context, fault)
         named = list(self._policy.victims(context, count))
         assert not self._wrong(named, count)
         return named
+
+    def victims_on(self, context: RequestContext, count: int, device: int) -> list[int]:
+        """As ``victims``: of one device if the policy can tell them apart, and then perhaps none."""
+        if not isinstance(self._policy, DevicePolicy):
+            return self.victims(context, count)
+        try:
+            named = [index(block) for block in self._policy.victims_on(context, count, device)]
+        except Exception as error:
+            fault = f"victims_on raised {error!r}"
+        else:
+            fault = self._wrong(named, count)
+            if not fault and any(self._tree.device[block] != device for block in named):
+                fault = f"victims_on named a block that is not on device {device}"
+        if not fault:
+            return named
+        return list(self._replace(context, fault).victims_on(context, count, device))
 
     def on_evicted(self, context: RequestContext, blocks: Sequence[int], reason: str) -> None:
         """REQUIRES: ``committed`` lists them no longer."""
@@ -93,8 +111,6 @@ class PolicyGuard:
         parent, children, holds = self._tree.parent, self._tree.children, self._tree.holds
         if len(named) > count:
             return f"victims named {len(named)} blocks, {count} were asked for"
-        if not named and self._tree.evictable_count():
-            return f"victims named none, though {self._tree.evictable_count()} leaves could go"
         seen: set[int] = set()
         gone: dict[int, int] = {}
         for block in named:
@@ -110,10 +126,11 @@ class PolicyGuard:
             gone[parent[block]] = gone.get(parent[block], 0) + 1
         return ""
 
-    def _replace(self, context: RequestContext, fault: str) -> None:
+    def _replace(self, context: RequestContext, fault: str) -> LeafLru:
         assert type(self._policy) is not LeafLru, fault  # Ours is wrong: nothing is left to fall back to.
         self.faults += 1
         self.last_fault = f"{type(self._policy).__name__}: {fault}"[:_FAULT_CHARS_MAX]
-        self._policy = LeafLru(self._tree, self._capacity_bytes)
+        self._policy = policy = LeafLru(self._tree, self._capacity_bytes)
         for block in self._committed():
-            self._policy.on_admitted(context, (block,))
+            policy.on_admitted(context, (block,))
+        return policy

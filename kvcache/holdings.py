@@ -84,7 +84,7 @@ class Holdings:
         before = parent
         for key, slot in zip(keys, slots, strict=True):
             self._generation += 1
-            before = self.tree.insert(key, before, block_bytes)
+            before = self.tree.insert(key, before, block_bytes, self._device(slot))
             if before == len(self.slot):
                 self.slot.append(slot)
                 self.generation.append(self._generation)
@@ -112,7 +112,8 @@ class Holdings:
             without = set(unplaced)
             fresh = [each for at, each in enumerate(fresh) if at not in without]
             slots, sizes = [each.slot for each in fresh], [each.block_bytes for each in fresh]
-        graft = self.tree.graft([each.key for each in fresh], [each.parent for each in fresh], sizes)
+        devices = list(map(self._device, slots))
+        graft = self.tree.graft([each.key for each in fresh], [each.parent for each in fresh], sizes, devices)
         self._fill(graft.blocks, slots, sizes, [each.checksum for each in fresh])
         for at in graft.left_out:
             self._vanish(graft.blocks[at])
@@ -241,6 +242,7 @@ class Holdings:
         for slot, block in self._block_of.items():
             state = self._state[block]
             assert self.slot[block] == slot
+            assert self.tree.device[block] == self._device(slot)
             assert 0 < self.generation[block] <= self._generation
             generations.add(self.generation[block])
             assert state is not State.ABSENT
@@ -258,6 +260,9 @@ class Holdings:
         assert self._held_bytes == sum(self.tree.block_bytes[block] for block in self._block_of.values())
 
     # --- steps ----------------------------------------------------------------------------------
+
+    def _device(self, slot: Slot) -> int:
+        return slot_arena(slot) if self.space.layout.own_budgets else 0
 
     def _publishable(self, block: int) -> bool:
         """Can all before it be found?"""

@@ -14,7 +14,7 @@ from kvcache.policy import Param, RequestContext, TreeView
 
 
 class LeafLru:
-    """The default ``EvictionPolicy``. Learns nothing, has no settings."""
+    """The default ``EvictionPolicy``, and a ``DevicePolicy``. Learns nothing, has no settings."""
 
     _RISE = True
 
@@ -39,6 +39,9 @@ class LeafLru:
 
     def victims(self, context: RequestContext, count: int) -> Sequence[int]:
         return self._order.lowest(count)
+
+    def victims_on(self, context: RequestContext, count: int, device: int) -> Sequence[int]:
+        return self._order.lowest_on(device, count)
 
     def on_evicted(self, blocks: Sequence[int], reason: str) -> None:
         self._order.remove(blocks)

@@ -6,9 +6,12 @@ highest stamp that its children had. With ``rise`` a request stamps the last blo
 those before it inherit the stamp by the time it matters. So a request costs one heap entry, however
 long its prompt.
 
-Invariants: every tracked block without children has an entry in the heap that carries its stamp;
-other entries are stale, and skipped; there are at most twice as many entries as tracked blocks, plus
-a few.
+Each device has a heap of its own, so that finding what is coldest on one does not take a walk past all
+that is colder on others.
+
+Invariants: every tracked block without children has an entry in its device's heap that carries its
+stamp; other entries are stale, and skipped; there are at most twice as many entries as tracked blocks,
+plus a few.
 
 The sum: a stamp or a victim costs 1 to 3 us. Held leaves met on the way are put back at each call.
 """
@@ -16,7 +19,7 @@ The sum: a stamp or a victim costs 1 to 3 us. Held leaves met on the way are put
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from kvcache.policy import TreeView
 
@@ -28,24 +31,27 @@ class LeafOrder:
         self._tree = tree
         self._rise = rise
         self._stamps: dict[int, int] = {}
-        self._heap: list[tuple[int, int]] = []
+        self._heaps: list[list[tuple[int, int]]] = [[]]  # one a device
 
     def __len__(self) -> int:
         return len(self._stamps)
 
     def entry_count(self) -> int:
-        """Entries in the heap, stale ones included."""
-        return len(self._heap)
+        """Entries in the heaps, stale ones included."""
+        return sum(map(len, self._heaps))
 
     def stamp(self, path: Sequence[int], stamp: int) -> None:
         """Track these blocks, or move them, to this stamp. REQUIRES: each but the last has children."""
         children = self._tree.children
         self._stamps.update(dict.fromkeys(path, stamp))
         if path and not children[path[-1]]:
-            heappush(self._heap, (stamp, path[-1]))
-        if len(self._heap) > 2 * len(self._stamps) + _SPARE_ENTRIES:
-            self._heap = [(stamp, block) for block, stamp in self._stamps.items() if not children[block]]
-            heapify(self._heap)
+            self._push(stamp, path[-1])
+        if self.entry_count() > 2 * len(self._stamps) + _SPARE_ENTRIES:
+            for heap in self._heaps:
+                heap.clear()
+            for block, own in self._stamps.items():
+                if not children[block]:
+                    self._push(own, block)
 
     def remove(self, blocks: Iterable[int]) -> None:
         """They have left the tree, leaves first. Their parents may be leaves now."""
@@ -59,16 +65,26 @@ class LeafOrder:
             if self._rise and stamp is not None and stamp > own:
                 own = self._stamps[parent] = stamp
             if not children[parent]:
-                heappush(self._heap, (own, parent))
+                self._push(own, parent)
 
     def lowest(self, count: int) -> list[int]:
         """At most ``count`` blocks, each an evictable leaf once those before it have gone."""
-        tree, stamps, heap = self._tree, self._stamps, self._heap
+        return self._choose(self._heaps, count)
+
+    def lowest_on(self, device: int, count: int) -> list[int]:
+        """As ``lowest``, of one device: what is covered by leaves of others is passed over."""
+        return self._choose(self._heaps[device : device + 1], count)
+
+    def _choose(self, heaps: list[list[tuple[int, int]]], count: int) -> list[int]:
+        tree, stamps = self._tree, self._stamps
         parents, children, holds = tree.parent, tree.children, tree.holds
         chosen: dict[int, None] = {}
         gone: dict[int, int] = {}  # parent -> how many of its children are chosen
         put_back: list[tuple[int, int]] = []
-        while heap and len(chosen) < count:
+        while len(chosen) < count:
+            heap = heaps[0] if len(heaps) == 1 else min(filter(None, heaps), default=[])
+            if not heap:
+                break
             entry = heappop(heap)
             stamp, block = entry
             if stamp != stamps.get(block) or block in chosen or children[block] != gone.get(block, 0):
@@ -84,7 +100,13 @@ class LeafOrder:
             gone[parent] = gone.get(parent, 0) + 1
             if gone[parent] == children[parent]:
                 # It need not rise here: it is next either way, as all that is left is younger.
-                heappush(heap, (own, parent))
-        for entry in put_back:
-            heappush(heap, entry)
+                self._push(own, parent)
+        for stamp, block in put_back:
+            self._push(stamp, block)
         return list(chosen)
+
+    def _push(self, stamp: int, block: int) -> None:
+        device = self._tree.device[block]
+        while device >= len(self._heaps):
+            self._heaps.append([])
+        heappush(self._heaps[device], (stamp, block))

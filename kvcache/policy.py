@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvcache.errors import BadInput
 
@@ -75,6 +75,10 @@ class TreeView(Protocol):
     @property
     def holds(self) -> Sequence[int]:
         """Leases, pins and writes that forbid eviction just now."""
+
+    @property
+    def device(self) -> Sequence[int]:
+        """Which device it lies on, where each has to make its own room; else 0."""
 
     def is_evictable(self, block: int) -> bool:
         """A leaf that nobody holds."""
@@ -133,6 +137,16 @@ class EvictionPolicy(Protocol):
 
     def load_state(self, data: bytes) -> None:
         """REQUIRES: no block announced yet. RAISES ValueError for what ``state`` did not make."""
+
+
+@runtime_checkable
+class DevicePolicy(Protocol):
+    """What a policy may answer besides, for the sake of tiers over several devices. Without it, room on one
+    device is found only if something on it is among the coldest of all."""
+
+    def victims_on(self, context: RequestContext, count: int, device: int) -> Sequence[int]:
+        """As ``victims``, but all of them lie on ``device``: what is covered by blocks of other devices
+        is passed over. None is a right answer."""
 
 
 MakePolicy = Callable[[TreeView, int], EvictionPolicy]

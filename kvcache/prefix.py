@@ -46,6 +46,7 @@ class PrefixTree:
         self.children: list[int] = []
         self.depth: list[int] = []
         self.block_bytes: list[int] = []
+        self.device: list[int] = []
         self.holds: list[int] = []
         self.ready = bytearray()  # may be matched: committed, and so is all before it
         self._first: list[int] = []  # the newest child; siblings are a doubly linked list
@@ -117,7 +118,7 @@ class PrefixTree:
 
     # --- changing -------------------------------------------------------------------------------
 
-    def insert(self, key: StorageKey, parent: int, block_bytes: int) -> int:
+    def insert(self, key: StorageKey, parent: int, block_bytes: int, device: int = 0) -> int:
         """A new block, held once and not ready. Adopts the orphans that were missing it.
 
         REQUIRES: ``key`` is absent; ``parent`` is linked, or NONE for a first block."""
@@ -125,6 +126,7 @@ class PrefixTree:
         block = self._number()
         self.key[block] = key
         self.block_bytes[block] = block_bytes
+        self.device[block] = device
         self.depth[block] = self.depth[parent] + 1 if parent != NONE else 1
         self.holds[block] = 1
         self.children[block] = 0
@@ -134,7 +136,11 @@ class PrefixTree:
         return block
 
     def graft(
-        self, keys: Sequence[StorageKey], parents: Sequence[StorageKey | None], block_bytes: Sequence[int]
+        self,
+        keys: Sequence[StorageKey],
+        parents: Sequence[StorageKey | None],
+        block_bytes: Sequence[int],
+        device: Sequence[int],
     ) -> Graft:
         """New blocks in any order, not held and not ready, each behind the block of its parent's key
         (None: a first block). As many an ``insert`` and ``unhold`` each, in a quarter of the time.
@@ -148,7 +154,11 @@ class PrefixTree:
         self._blocks.update(zip(keys, blocks, strict=True))
         find = cast("Callable[[StorageKey | None, int], int]", self._blocks.get)
         before = list(map(find, parents, repeat(NONE)))
-        for entries, values in ((self.parent, before), (self.block_bytes, block_bytes)):
+        for entries, values in (
+            (self.parent, before),
+            (self.block_bytes, block_bytes),
+            (self.device, device),
+        ):
             put(entries, blocks, values)
         put(self.key, blocks, keys)
         for entries, value in (
@@ -329,6 +339,7 @@ class PrefixTree:
         self.children.append(NONE)
         self.depth.append(0)
         self.block_bytes.append(0)
+        self.device.append(0)
         self.holds.append(0)
         self.ready.append(0)
         return block

@@ -12,6 +12,9 @@ looked for first, colder ones before warmer; only if there is none, the one that
 
 REQUIRES of the caller: what must not go (the parent of what is reserved) is held.
 
+Where each arena is a device with its own room, the policy is asked for what is coldest on that device. If
+that gives nothing, some block of the device goes with what continues it on others.
+
 The sum: one call of the policy a request, 5 us a block that goes. Only when what is coldest lies in
 extents that must stay is the policy asked again, for more, up to ``VICTIMS_MAX`` leaves: 20 ms at worst,
 and what is warmer than all these is then taken to be worth keeping.
@@ -76,14 +79,28 @@ class Room:
         """One step: at least one block has gone that makes room, or False: none can."""
         ask = count
         while True:
-            named = self._guard.victims(context, ask)
+            named = self._coldest(context, arena, ask)
             if self._take(named, arena, block_bytes, count):
                 return True
             if len(named) < ask or ask >= VICTIMS_MAX:
-                return self._reclaim_least(named, arena, block_bytes) or self._take_branch(
-                    named, arena, block_bytes
-                )
+                break
             ask = min(VICTIMS_MAX, ask * _ASK_FACTOR + _ASK_MORE)
+        if self._take_much(named, arena, block_bytes):
+            return True
+        if not self._holdings.space.layout.own_budgets:
+            return False
+        # What lies there may all be covered by blocks of other devices.
+        return self._take_much(self._guard.victims(context, VICTIMS_MAX), arena, block_bytes)
+
+    def _coldest(self, context: RequestContext, arena: int, count: int) -> list[int]:
+        """Of one device, where what another frees would be no help, and the policy can tell; else of all."""
+        if self._holdings.space.layout.own_budgets:
+            return self._guard.victims_on(context, count, arena)
+        return self._guard.victims(context, count)
+
+    def _take_much(self, named: Sequence[int], arena: int, block_bytes: int) -> bool:
+        """Let go more than what is needed, or what cannot be used now, where nothing else is left."""
+        return self._reclaim_least(named, arena, block_bytes) or self._take_branch(named, arena, block_bytes)
 
     def _take(self, named: Sequence[int], arena: int, block_bytes: int, count: int) -> bool:
         """Evict ``count`` of the blocks named, in order, or until an extent could be reclaimed."""

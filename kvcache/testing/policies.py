@@ -20,7 +20,7 @@ from random import Random
 
 from kvcache.block import StorageKey
 from kvcache.ledger import Ledger
-from kvcache.policy import EvictionPolicy, RequestContext
+from kvcache.policy import DevicePolicy, EvictionPolicy, RequestContext
 from kvcache.prefix import NONE, PrefixTree
 from kvcache.tiers.space import Space
 
@@ -47,20 +47,20 @@ class Grove:
     def block(self, path: str) -> int:
         return self.tree.find(StorageKey(path.encode()))
 
-    def store(self, path: str, context: RequestContext = CONTEXT) -> None:
+    def store(self, path: str, context: RequestContext = CONTEXT, device: int = 0) -> None:
         """Commit the blocks of the path that are not there yet, as one save."""
-        blocks = self.reserve(path)
+        blocks = self.reserve(path, device)
         self.tree.unhold(blocks)
         if blocks:
             self.policy.on_admitted(context, blocks)
 
-    def reserve(self, path: str) -> list[int]:
+    def reserve(self, path: str, device: int = 0) -> list[int]:
         """Insert what is not there yet, held by its writer and not announced."""
         before, blocks = NONE, []
         for key in path_keys(path):
             block = self.tree.find(key)
             if block == NONE:
-                block = self.tree.insert(key, before, BLOCK_BYTES)
+                block = self.tree.insert(key, before, BLOCK_BYTES, device)
                 blocks.append(block)
             before = block
         return blocks
@@ -181,6 +181,19 @@ class PolicyContract:
         grove.store("u/v")
         grove.request("u/v/w")
         assert grove.victims(5) == ["u/v", "u"]
+
+    def test_what_is_named_on_a_device_lies_there(self) -> None:
+        """Only where the policy knows of devices: "s" is covered by a block of another one."""
+        grove = self.grove("s", "t/a/b")
+        grove.store("s/c/d", device=2)
+        grove.store("t/e", device=2)
+        policy = grove.policy
+        if isinstance(policy, DevicePolicy):
+            for device, expected in ((0, ["t/a", "t/a/b"]), (1, []), (2, ["s/c", "s/c/d", "t/e"])):
+                named = [grove.tree.key[block].decode() for block in policy.victims_on(CONTEXT, 9, device)]
+                assert sorted(named) == expected
+                assert len(policy.victims_on(CONTEXT, 1, device)) == min(1, len(expected))
+        assert len(grove.drain()) == 7
 
     def test_requests_may_find_anything_or_nothing(self) -> None:
         grove = self.grove("s/a")

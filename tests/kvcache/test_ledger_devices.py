@@ -309,17 +309,6 @@ def test_what_was_in_quarantine_there_stays_in_it() -> None:
     assert desk.space.room(0, PAYLOAD) == 4
 
 
-# --- room ---------------------------------------------------------------------------------------
-
-
-def test_one_device_does_not_make_room_in_another() -> None:
-    desk = Devices(1, 1)
-    desk.save("abcd", 0)
-    desk.save("wxyz", 1)
-    assert len(desk.save("mn", 1).keys) == 2
-    assert (desk.match("abcd"), desk.match("wxyz"), desk.match("mn")) == (4, 2, 2)
-
-
 def test_told_changes_are_what_is_found() -> None:
     desk = Devices(1, 1)
     desk.restore(*entries("ab", "a"), *entries("abc", "x", device=1))
