@@ -74,6 +74,7 @@ def test_it_is_there_after_a_restart(device: Device) -> None:
     again.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direct", ["auto", "on", "off"])
 def test_any_size_and_any_memory(direct: str, path: Path) -> None:
     device = open_device(path, direct=direct)

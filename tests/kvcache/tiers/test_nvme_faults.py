@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -195,3 +196,37 @@ def test_a_directory_that_vanished_is_not_made_again(device: Device) -> None:
     open_device(device.path).close()
     with pytest.raises(DeviceFault, match="another directory"):
         device.probe()
+
+
+def test_no_write_is_under_way_behind_a_failure(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could fall on the block that takes the slot next."""
+    pwritev, failed, told = os.pwritev, threading.Event(), []
+
+    def write(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == offset_of(0, 0):
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        assert failed.wait(10)
+        told.append(offset)
+        return pwritev(descriptor, buffers, offset)
+
+    device.write([block_of(9, offset_of(0, 9))], [], durable=False)
+    monkeypatch.setattr(os, "pwritev", write)
+    with pytest.raises(DeviceFault):
+        device.write([block_of(slot, offset_of(0, slot)) for slot in (0, 2, 4, 6)], [], durable=False)
+    assert told == [offset_of(0, 2), offset_of(0, 6)]
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+def test_a_failure_on_either_side_is_one(slot: int, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwritev = os.pwritev
+
+    def write(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == offset_of(0, slot):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pwritev(descriptor, buffers, offset)
+
+    device.write([block_of(9, offset_of(0, 9))], [], durable=False)
+    monkeypatch.setattr(os, "pwritev", write)
+    with pytest.raises(DeviceFault):
+        device.write([block_of(each, offset_of(0, each)) for each in (0, 2)], [], durable=False)

@@ -68,6 +68,7 @@ def break_segment(kind: str, file: Path) -> None:
         damage(file, 0, bytes(PAGE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "longer", "header", "another's", "blank"])
 def test_a_segment_that_is_not_whole_loses_its_blocks_only(kind: str, device: Device) -> None:
     device.write(blocks(range(3)), [], durable=False)
@@ -86,6 +87,7 @@ def test_a_segment_that_is_not_whole_loses_its_blocks_only(kind: str, device: De
     third.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["missing", "zeros", "truncated"])
 def test_without_its_index_a_device_reads_the_headers(harm: str, device: Device) -> None:
     device.write(blocks(range(8)), [], durable=False)
@@ -113,6 +115,19 @@ def test_without_its_index_a_device_reads_the_headers(harm: str, device: Device)
     assert sorted(third.take_entries()) == sorted(entries)
     assert third.findings == []
     third.close()
+
+
+def test_a_header_in_anothers_place_is_not_taken(device: Device) -> None:
+    one, two = device.write(blocks([1, 2]), [], durable=False)
+    device.close()
+    content = segment_file(device).read_bytes()
+    damage(segment_file(device), one.offset, content[two.offset : two.offset + PAGE])
+    damage(segment_file(device), two.offset, bytes(PAGE))
+    nvme_index.discard(device.path / "index")
+    again = open_device(device.path)
+    assert again.take_entries() == []
+    assert any("1 headers are damaged" in finding for finding in again.findings)
+    again.close()
 
 
 def test_a_stale_index_entry_is_found_by_the_header(device: Device) -> None:
