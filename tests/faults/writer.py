@@ -135,8 +135,7 @@ class Writer:
         segment = self._random.randrange(device.segment_count)
         size, gone = self._size(device, segment)
         stride = stride_of(SIZES[size][0])
-        places = range(slots_in(SEGMENT_BYTES, stride))
-        chosen = self._random.sample(places, self._random.randint(1, BATCH_MAX))
+        chosen = self._places(slots_in(SEGMENT_BYTES, stride), self._random.randint(1, BATCH_MAX))
         numbers = self._random.sample(range(size, NUMBERS, len(SIZES)), len(chosen))
         first = segment * SEGMENT_BYTES + SEGMENT_HEADER_BYTES
         puts = [
@@ -152,6 +151,13 @@ class Writer:
         for entry in device.write(puts, sorted(gone - targets), durable=durable):
             self._held[entry.offset] = entry
         self._tell("d" if durable else "s", *numbers)
+
+    def _places(self, slots: int, count: int) -> list[int]:
+        """Slots of a segment, half of the time one behind the other: those are written in one call."""
+        if self._random.random() < 0.5:
+            return self._random.sample(range(slots), count)
+        first = self._random.randrange(slots - count + 1)
+        return list(range(first, first + count))
 
     def _size(self, device: Device, segment: int) -> tuple[int, set[int]]:
         """What the segment is for from now on, and what must go for that."""
