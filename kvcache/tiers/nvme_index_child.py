@@ -69,10 +69,8 @@ def read(directory: str) -> int:
         expected = environment.stat()["entries"]
         with environment.begin() as transaction, transaction.cursor() as cursor:
             pieces = chain.from_iterable(cursor)
-            while batch := list(islice(pieces, 2 * min(BATCH, expected + 1))):
+            while batch := list(islice(pieces, 2 * BATCH)):
                 expected -= len(batch) // 2
-                if expected < 0:
-                    return EXIT_DAMAGED
                 send(records(batch))
     except lmdb.Error:
         return EXIT_DAMAGED

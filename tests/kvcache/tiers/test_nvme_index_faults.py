@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,26 @@ def test_a_truncated_file_is_refused_or_read_whole(folder: Path) -> None:
     for length in lengths:
         (folder / "data.mdb").write_bytes(data[:length])
         assert read_index(folder) in (None, entries), length
+
+
+def test_a_free_page_far_outside_the_file_is_not_written(folder: Path) -> None:
+    """A record of free pages is their count and their numbers, eight bytes each; here one is damaged."""
+    data = bytearray(filled(folder, entries_of(400)))
+    newest = max((0, 4_096), key=lambda meta: struct.unpack_from("=Q", data, meta + 144))
+    (leaf,) = struct.unpack_from("=Q", data, newest + 80)
+    (node,) = struct.unpack_from("=H", data, leaf * 4_096 + 16)
+    pages = leaf * 4_096 + node + 16  # Behind the head of the node and its key, a transaction's number.
+    (count,) = struct.unpack_from("=Q", data, pages)
+    assert 0 < count < 20
+    struct.pack_into("=Q", data, pages + 8, 1 << 28)
+    (folder / "data.mdb").write_bytes(data)
+    assert read_index(folder) is not None
+    index = Index.open(folder, 1_000)
+    with pytest.raises(OSError, match="damaged and was removed") as caught:
+        for generation in range(2, 40):
+            index.commit(entries_of(400, generation), [], durable=False)
+            assert (folder / "data.mdb").stat().st_size < 1 << 30
+    assert caught.value.errno == errno.EUCLEAN
 
 
 def check_flipped(folder: Path, data: bytes, known: set[Entry], random: Random) -> None:
