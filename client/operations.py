@@ -121,7 +121,7 @@ def persist(context: Context, handle: Handle, prefix: Sequence[BlockHash], wait_
     asked, durable = len(joined) // HASH_BYTES, 0
     try:
         while True:
-            reply = yield from ask(Matched, Persist(handle.namespace_id, joined, patience.next_ms()))
+            reply = yield from ask(Matched, Persist(handle.namespace_id, joined, patience.growing_ms()))
             check_reply(reply.count <= asked, "it persisted more blocks than were asked for")
             durable = reply.count
             if durable == asked or patience.over() or not patience.used_up():

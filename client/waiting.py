@@ -9,6 +9,9 @@ node wait, in steps, because the node knows first; beside others it looks in now
 
 A pause is a quarter of the time waited so far, within limits: a wait of 2 s is about 25 calls, and ends at
 most a quarter later than it could.
+
+What the node does anew in each call, and gives up when the call's time is over (to sync a disk), would never
+end in short steps: there each step is as long as all before it.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ class Patience:
         self._end_ns = self._began_ns + wait_ms * NS_PER_MS
         self._step_ms = 0
 
-    def next_ms(self, most_ms: int = ALONE_MS) -> int:
+    def next_ms(self, most_ms: int) -> int:
         """How long the node may wait before it answers the call that is made now."""
-        self._asked_ns = self._clock.now_ns()
-        left_ms = max(0, self._end_ns - self._asked_ns) // NS_PER_MS
-        self._step_ms = min(left_ms, most_ms, ALONE_MS if self._alone() else BESIDE_MS)
-        return self._step_ms
+        return self._next_ms(min(most_ms, ALONE_MS if self._alone() else BESIDE_MS))
+
+    def growing_ms(self) -> int:
+        """The same, for what the node begins anew in each call."""
+        waited_ms = (self._clock.now_ns() - self._began_ns) // NS_PER_MS
+        return self._next_ms(max(waited_ms, ALONE_MS))
 
     def over(self) -> bool:
         """There is less than a millisecond left."""
@@ -57,6 +62,12 @@ class Patience:
         now_ns = self._clock.now_ns()
         pause_ns = min(max((now_ns - self._began_ns) // 4, PAUSE_NS_MIN), PAUSE_NS_MAX)
         yield from pause(min(pause_ns, self._end_ns - now_ns))
+
+    def _next_ms(self, most_ms: int) -> int:
+        self._asked_ns = self._clock.now_ns()
+        left_ms = max(0, self._end_ns - self._asked_ns) // NS_PER_MS
+        self._step_ms = min(left_ms, most_ms)
+        return self._step_ms
 
     def _alone(self) -> bool:
         return self._link.running <= 1

@@ -175,8 +175,8 @@ def test_persist_asks_until_all_is_durable(running: int) -> None:
     node = SlowDisk(clock, block_ms=50)
     count, script = persisted(clock, node, 10_000, running)
     assert count == 10
-    assert max(node.waits) == (200 if running == 1 else 2), "others wait for no more than this"
-    assert bool(script.pauses_ms) is (running > 1)
+    assert node.waits[:2] == [200, 200] if running == 1 else node.waits[0] == 200
+    assert bool(script.pauses_ms) is (running > 1), "others have the connection between"
     assert clock.now_ns() - node.begun_ns < 600_000_000
 
 
@@ -194,6 +194,22 @@ def test_persist_does_not_wait_for_a_node_that_has_nothing_to_wait_for() -> None
     assert persisted(clock, node, 10_000)[0] == 3
     assert node.waits == [200]
     assert persisted(clock, SlowDisk(clock, block_ms=10, writes=0), 10_000)[0] == 0
+
+
+def test_what_the_node_begins_anew_each_time_has_ever_more_time() -> None:
+    """To sync its disk takes 3 s, and it says nothing before it has; nor does it go on when it is late."""
+    clock = FakeClock()
+    waits: list[int] = []
+
+    def syncing(request: Request) -> Reply:
+        assert isinstance(request, Persist)
+        waits.append(request.wait_ms)
+        clock.advance_ms(min(request.wait_ms, 3_000))
+        return Matched(10 if request.wait_ms >= 3_000 else 0)
+
+    context, handle = context_and_handle(clock=clock)
+    assert Script(syncing, clock).drive(operations.persist(context, handle, hashes(10), 10_000)) == 10
+    assert waits == [200, 200, 400, 800, 1_600, 3_200]
 
 
 def test_persist_without_a_wait_asks_once() -> None:
