@@ -42,6 +42,23 @@ class TestOverANodeInThisProcess(StoreContract):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("driver", ["async", "blocking"])
+class TestOverANodeWithNvme(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _node(self, driver: str, tmp_path: Path) -> Iterator[None]:
+        settings = NodeConfig(
+            socket=str(tmp_path / "node.sock"), http="none", capacity="8MiB", nvme=f"{tmp_path}/nvme:32MiB"
+        )
+        self.node = EmbeddedNode(settings)
+        self.driver = driver
+        yield
+        self.node.close()
+
+    def make(self) -> BlockStore:
+        return made(self.driver, "mapped", self.node.node.address, "")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 @pytest.mark.parametrize("driver", ["async", "blocking"])
 class TestOverANodeProcess(StoreContract):

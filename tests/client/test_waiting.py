@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvcache.client import connect, connect_blocking
 from kvcache.client.store import BlockStore, Handle
 from kvcache.client.waiting import ALONE_MS
 from kvcache.clock import NS_PER_MS, SystemClock
+from kvcache.config import NodeConfig
 from kvcache.testing.stores import EXAMPLE, SPEC, content, prompt, room, whole
 from kvcache.testing.threaded import Threaded
 from kvcache.wire import Leased, Message, Persist, Reply, Request, TakeLease
@@ -161,3 +163,45 @@ def test_a_call_may_take_as_long_as_the_node_was_asked_to_wait(
     # Behind a wait, which the node may be in, the time counts from that wait's end.
     (given,) = given_ms[Persist]
     assert TIMEOUT_MS + ALONE_MS / 2 < given <= TIMEOUT_MS + 2 * ALONE_MS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("driver", ["async", "blocking"])
+def test_what_was_persisted_is_had_from_the_next_node_by_one_lease(
+    driver: str, beside: bool, tmp_path: Path
+) -> None:
+    """Over a real tier: durable, the node gone, a new one with nothing in memory, and every byte compared."""
+    settings = NodeConfig(
+        socket=str(tmp_path / "node.sock"), http="none", capacity="16MiB", nvme=f"{tmp_path}/nvme:64MiB"
+    )
+    blocks = 1_500  # More than one batch of a lease.
+
+    async def fill(store: BlockStore, handle: Handle) -> None:
+        prefix = prompt(handle, blocks)
+        assert await store.save(handle, prefix, whole(content(handle, prefix))) == blocks
+        assert await store.persist(handle, prefix) == blocks
+        assert store.counters["persisted_blocks"] == blocks
+
+    async def drain(store: BlockStore, handle: Handle) -> None:
+        prefix = prompt(handle, blocks)
+        others = [asyncio.ensure_future(lease_all(store, handle, seed)) for seed in range(1, 4) if beside]
+        early = await store.lease(handle, prefix, wait_ms=0)
+        assert early.count + early.coming <= blocks
+        await store.release(early)
+        lease = await store.lease(handle, prefix, wait_ms=60_000)
+        assert (lease.count, lease.coming) == (blocks, 0)
+        into = room(blocks)
+        assert await store.load(lease, whole(into)) == frozenset()
+        assert into == content(handle, prefix)
+        await store.release(lease)
+        assert await asyncio.gather(*others) == [0] * len(others)
+        assert not any(name.startswith(("ended", "missed", "failed")) for name in store.counters)
+
+    async def lease_all(store: BlockStore, handle: Handle, seed: int) -> int:
+        return (await store.lease(handle, prompt(handle, 8, seed))).count
+
+    for scenario in (fill, drain):
+        node = EmbeddedNode(settings)
+        play(driver, node.node.address, scenario)
+        node.close()
