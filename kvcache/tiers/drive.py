@@ -119,7 +119,7 @@ class Drive:
         self.state, self._progress, self.refusal = "loading", "", None
         place = self.place
         try:
-            spent = await self._writing.run(self._open_device)
+            spent, entries, found = await self._writing.run(self._open_device)
         except (BadInput, DeviceFault) as error:
             self.state, self.why = "fenced", str(error)
             self.refusal = error if isinstance(error, BadInput) else None
@@ -128,8 +128,7 @@ class Drive:
         if not self._budget_known:
             self.budget.restore(spent)
             self._budget_known = True
-        entries = device.take_entries()
-        self.entries = {entry.offset: entry for entry in entries}
+        self.entries = found
         self._deletes, self._told = [], set()
         self._late_jobs = 0
         self._read_ns = self._clock.now_ns()
@@ -138,8 +137,9 @@ class Drive:
             log.warning("%s: %s", place.path, finding)
         return entries
 
-    def _open_device(self) -> dict[str, object]:
-        """In a thread; what ``Device.load_budget`` says. Nobody may wait for it any more, but ``close``."""
+    def _open_device(self) -> tuple[dict[str, object], list[Entry], dict[int, Entry]]:
+        """In a thread: what was spent of the budget, what is stored, and that by offset. If nobody waits for
+        it any more, ``close`` finds the device."""
         place = self.place
         device = Device.open(
             place.path,
@@ -149,7 +149,8 @@ class Drive:
             progress=self._loading,
         )
         self._opening.append(device)
-        return device.load_budget()
+        entries = device.take_entries()
+        return device.load_budget(), entries, {entry.offset: entry for entry in entries}
 
     def ready(self) -> None:
         """What it holds can be found: from now on it is read and written."""

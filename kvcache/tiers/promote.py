@@ -229,12 +229,12 @@ class Promoter:
             self._settle()
 
     def _entry(self, key: StorageKey) -> Entry | None:
-        """What its device knows of a block that can be found on NVMe."""
+        """What its device knows of a block that can be found on NVMe; nothing while it cannot be read."""
         slot = self._nvme.slot_of(key)
         if slot is None:
             return None
         drive = self._drives[slot_arena(slot)]
-        entry = drive.entries.get(slot_offset(slot))
+        entry = drive.entries.get(slot_offset(slot)) if drive.readable else None
         assert entry is None or entry.key == key, "the ledger and the device disagree about a slot"
         return entry
 

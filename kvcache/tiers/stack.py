@@ -11,6 +11,10 @@ Without a drive that works, a node is a node with host memory only: everything h
 
 Invariants: every block in the NVMe ledger has its entry at its drive; the event loop never waits for a
 disk; every wait for one has a deadline, and past it is a miss.
+
+The sum: taking back 300,000 blocks takes a second, at once while nobody is served yet; later in slices of
+``RESTORED_AT_ONCE``, 10 ms of the event loop each and 2 s in all, what was written first before what
+continues it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from kvcache.block import HASH_BYTES, NamespaceId, Slot, StorageKey
 from kvcache.clock import NS_PER_S, Clock
@@ -39,6 +44,8 @@ from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot, slot_arena, slot_
 log = logging.getLogger("kvcache.nvme")
 
 CLOSE_S = 10.0
+RESTORED_AT_ONCE = 2_048
+_GENERATION = Entry._fields.index("generation")
 STATES: tuple[State, ...] = ("ok", "read_only", "fenced", "loading")
 
 
@@ -96,6 +103,7 @@ class Stack:
         self._tasks: set[asyncio.Task[None]] = set()
         self._spec_of = spec_of
         self._apart: dict[Slot, Entry] = {}
+        self._serving = False
 
     # --- its life -------------------------------------------------------------------------------
 
@@ -105,6 +113,7 @@ class Stack:
         self._known = known
         loading = [self._spawn(self._load(drive)) for drive in self.drives]
         await asyncio.wait(loading, timeout=wait_s)
+        self._serving = True
         for drive in self.drives:
             if drive.refusal is not None and drive.refusal.code == "address_in_use":
                 raise drive.refusal
@@ -253,38 +262,32 @@ class Stack:
             drive.ready()
             drive.failed(fault)
             return
-        self._ledger.expire(self._clock.now_ns())
-        drive.ready()
-        found = {make_slot(drive.number, entry.offset): entry for entry in self._usable(drive, entries)}
-        there = self._still(self._apart)
-        refused = self._ledger.restore([_restored(slot, entry) for slot, entry in (there | found).items()])
-        self._counters["nvme_restored_blocks"] += len(there) + len(found) - len(refused)
-        self._apart = {each.slot: found.get(each.slot) or there[each.slot] for each in refused}
-        if all(each.readable for each in self.drives):  # Then nothing will come that they continue.
-            for slot, entry in self._still(self._apart).items():
-                self.drives[slot_arena(slot)].forget(entry)
-            self._apart = {}
-        self._settle()
-        self._demoter.wake()
-
-    def _usable(self, drive: Drive, entries: Sequence[Entry]) -> list[Entry]:
-        """Those of namespaces that are known. The others are of no use to anybody, and stay where they are
-        until their slots are needed."""
-        shapes: dict[bytes, tuple[int, int]] = {}
-        for name in {entry.key[:HASH_BYTES] for entry in entries}:
-            spec = self._spec_of(NamespaceId(name))
-            if spec is not None:
-                shapes[name] = (spec[0].block_bytes, spec[0].chunk_bytes)
-        usable = [
-            entry
-            for entry in entries
-            if shapes.get(entry.key[:HASH_BYTES]) == (entry.block_bytes, entry.chunk_bytes)
-        ]
+        usable = await asyncio.to_thread(usable_entries, entries, self._spec_of)
         if len(usable) < len(entries):
             lost = len(entries) - len(usable)
             self._counters["nvme_unknown_blocks"] += lost
             log.error("%s: %d blocks are of namespaces that are not known any more", drive.place.path, lost)
-        return usable
+        self._ledger.expire(self._clock.now_ns())
+        step = RESTORED_AT_ONCE if self._serving else max(1, len(usable))
+        for at in range(0, len(usable), step):
+            some = usable[at : at + step]
+            self._take_back({make_slot(drive.number, entry.offset): entry for entry in some})
+            await asyncio.sleep(0)
+        drive.ready()
+        apart, self._apart = self._still(self._apart), {}
+        self._take_back(apart)
+        if all(each.readable for each in self.drives):  # Then nothing will come that they continue.
+            for slot, entry in self._still(self._apart).items():
+                self.drives[slot_arena(slot)].forget(entry)
+            self._apart = {}
+        self._demoter.wake()
+
+    def _take_back(self, entries: Mapping[Slot, Entry]) -> None:
+        """Find them again, as far as what they continue is found; else they are kept apart."""
+        refused = self._ledger.restore([_restored(slot, entry) for slot, entry in entries.items()])
+        self._counters["nvme_restored_blocks"] += len(entries) - len(refused)
+        self._apart.update((each.slot, entries[each.slot]) for each in refused)
+        self._settle()
 
     def _still(self, apart: Mapping[Slot, Entry]) -> dict[Slot, Entry]:
         """Those that their drives have still."""
@@ -331,6 +334,25 @@ class Stack:
         if not task.cancelled() and (error := task.exception()) is not None:
             # Our own code is wrong: as with any task of the node, the command ends the process.
             task.get_loop().call_exception_handler({"message": "a task of the NVMe tier", "exception": error})
+
+
+def usable_entries(entries: Sequence[Entry], spec_of: SpecOf) -> list[Entry]:
+    """Those of namespaces that are known, oldest first. The others are of no use to anybody, and stay where
+    they are until their slots are needed. Any thread."""
+    kinds = {(entry.key[:HASH_BYTES], entry.block_bytes, entry.chunk_bytes) for entry in entries}
+    wrong = {kind for kind in kinds if not _is_known(*kind, spec_of)}
+    usable = [
+        entry
+        for entry in entries
+        if not wrong or (entry.key[:HASH_BYTES], entry.block_bytes, entry.chunk_bytes) not in wrong
+    ]
+    usable.sort(key=itemgetter(_GENERATION))
+    return usable
+
+
+def _is_known(name: bytes, block_bytes: int, chunk_bytes: int, spec_of: SpecOf) -> bool:
+    spec = spec_of(NamespaceId(name))
+    return spec is not None and (spec[0].block_bytes, spec[0].chunk_bytes) == (block_bytes, chunk_bytes)
 
 
 def _restored(slot: Slot, entry: Entry) -> Restored:
