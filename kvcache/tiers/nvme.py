@@ -61,7 +61,7 @@ from kvcache.tiers.nvme_load import (
     open_directory,
 )
 from kvcache.tiers.nvme_scan import Progress, Segment
-from kvcache.tiers.nvme_slots import Put, Slots, neighbours
+from kvcache.tiers.nvme_slots import READ_BYTES_MAX, WRITE_BYTES_MAX, Held, Slots, neighbours
 
 LATE_DELETES_MAX = 4_096
 
@@ -238,7 +238,7 @@ class Device:
         with faults(f"writing blocks to {self.path}"), ExitStack() as held:
             for number in sorted({entry.offset // self.segment_bytes for entry in final}):
                 descriptors[number] = held.enter_context(self._files.hold(number))
-            runs = list(neighbours(final, views))
+            runs = list(neighbours(final, views, WRITE_BYTES_MAX))
             # Two calls at a time, so that the device always has one to do. None may be under way behind
             # this: a late write could fall on a block that took the slot meanwhile.
             other = self._second.submit(self._write_runs, descriptors, runs[1::2])
@@ -252,7 +252,7 @@ class Device:
                 self._files.forget_cached(descriptor)
         self.written_bytes += sum(view.nbytes for view in views)
 
-    def _write_runs(self, descriptors: Mapping[int, int], runs: Sequence[list[Put]]) -> None:
+    def _write_runs(self, descriptors: Mapping[int, int], runs: Sequence[list[Held]]) -> None:
         for run in runs:
             number, inside = divmod(run[0][0].offset, self.segment_bytes)
             self._slots.write(descriptors[number], inside, run)
@@ -262,17 +262,34 @@ class Device:
     def read(self, expected: Entry, into: memoryview) -> bytes:
         """Fill ``into`` with the block: the sums of its chunks. RAISES BlockFault, DeviceFault; then the
         content of ``into`` is undefined. Any thread. REQUIRES: ``into`` has the block's length."""
-        assert into.nbytes == expected.block_bytes
-        number, inside = divmod(expected.offset, self.segment_bytes)
+        (found,) = self.read_many([expected], [into])
+        if isinstance(found, bytes):
+            return found
+        raise found
+
+    def read_many(
+        self, expected: Sequence[Entry], into: Sequence[memoryview]
+    ) -> list[bytes | BlockFault | DeviceFault]:
+        """As ``read``, for each block, neighbours in one call. Behind a fault of the device nothing more is
+        tried: the rest has it, too. REQUIRES: no slot twice."""
+        found: dict[int, bytes | BlockFault | DeviceFault] = {}
+        for run in neighbours(expected, into, READ_BYTES_MAX):
+            try:
+                found.update(zip((entry.offset for entry, _ in run), self._read_run(run), strict=True))
+            except DeviceFault as fault:
+                return [found.get(entry.offset, fault) for entry in expected]
+        return [found[entry.offset] for entry in expected]
+
+    def _read_run(self, run: Sequence[Held]) -> list[bytes | BlockFault]:
+        """RAISES DeviceFault."""
+        assert all(view.nbytes == entry.block_bytes for entry, view in run)
+        number, inside = divmod(run[0][0].offset, self.segment_bytes)
         with faults(f"reading {self._files.path(number)}"), self._files.hold(number) as descriptor:
-            sums = self._slots.read(descriptor, inside, expected, into)
-            self._files.forget_cached(descriptor, inside, stride_of(into.nbytes))
-        checksum = block_checksum(expected.key, expected.block_bytes, expected.chunk_bytes, sums)
-        if checksum != expected.checksum:
-            raise BlockFault("checksum")
+            read = self._slots.read(descriptor, inside, run)
+            self._files.forget_cached(descriptor, inside, sum(stride_of(view.nbytes) for _, view in run))
         with self._counting:
-            self.read_bytes += into.nbytes
-        return sums
+            self.read_bytes += sum(view.nbytes for _, view in run)
+        return [_verified(entry, each) for (entry, _), each in zip(run, read, strict=True)]
 
     # --- its health, and what else it keeps -----------------------------------------------------
 
@@ -353,3 +370,11 @@ class Device:
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
+
+
+def _verified(expected: Entry, sums: bytes | BlockFault) -> bytes | BlockFault:
+    """``sums``, if they are those of the block that is expected."""
+    if isinstance(sums, BlockFault):
+        return sums
+    checksum = block_checksum(expected.key, expected.block_bytes, expected.chunk_bytes, sums)
+    return sums if checksum == expected.checksum else BlockFault("checksum")
