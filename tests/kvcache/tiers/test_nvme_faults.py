@@ -200,21 +200,23 @@ def test_a_directory_that_vanished_is_not_made_again(device: Device) -> None:
 
 def test_no_write_is_under_way_behind_a_failure(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could fall on the block that takes the slot next."""
-    pwritev, failed, told = os.pwritev, threading.Event(), []
+    pwritev, failed, returned = os.pwritev, threading.Event(), threading.Event()
+    late: list[bool] = []
 
     def write(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if offset == offset_of(0, 0):
             failed.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         assert failed.wait(10)
-        told.append(offset)
+        late.append(returned.wait(0.05))
         return pwritev(descriptor, buffers, offset)
 
     device.write([block_of(9, offset_of(0, 9))], [], durable=False)
     monkeypatch.setattr(os, "pwritev", write)
     with pytest.raises(DeviceFault):
         device.write([block_of(slot, offset_of(0, slot)) for slot in (0, 2, 4, 6)], [], durable=False)
-    assert told == [offset_of(0, 2), offset_of(0, 6)]
+    returned.set()
+    assert late == [False, False]
 
 
 @pytest.mark.parametrize("slot", [0, 2])

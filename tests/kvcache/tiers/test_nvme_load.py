@@ -15,6 +15,7 @@ from kvcache.errors import BadInput
 from kvcache.sums import guard_sum
 from kvcache.tiers import nvme_index
 from kvcache.tiers.nvme import Device
+from kvcache.tiers.nvme_format import slots_in, stride_of
 from tests.kvcache.tiers.nvme_blocks import (
     BLOCK,
     CAPACITY,
@@ -26,6 +27,7 @@ from tests.kvcache.tiers.nvme_blocks import (
     damage,
     fetch,
     flip,
+    key_of,
     namespace,
     offset_of,
     offsets,
@@ -161,6 +163,18 @@ def test_entries_that_no_slot_has_room_for_are_rejected(device: Device) -> None:
     third = reopened(again)
     assert third.rejected == []
     third.close()
+
+
+def test_a_slot_that_would_go_over_the_end_is_none(device: Device) -> None:
+    final = device.write(blocks([1, 2]), [], durable=False)
+    past = slots_in(SEGMENT, stride_of(BLOCK))
+    over = final[1]._replace(offset=final[0].offset + past * stride_of(BLOCK), key=key_of(3))
+    assert over.offset < SEGMENT
+    device._index.commit([over], [], durable=True)  # type: ignore[union-attr]  # It is open.
+    again = reopened(device)
+    assert again.take_entries() == final
+    assert again.rejected == [(over, "no slot begins there")]
+    again.close()
 
 
 # --- the directory ---------------------------------------------------------------------------------
