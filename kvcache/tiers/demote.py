@@ -293,6 +293,7 @@ class Demoter:
         """As much of the path as there is room and budget for. None, counted: nothing."""
         affordable = min(len(path), drive.budget.left() // stride)
         if not affordable:
+            drive.short_bytes = stride
             self._skip("budget", path)
             return None
         context = RequestContext(now_ns=self._clock.now_ns())

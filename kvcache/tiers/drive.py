@@ -29,7 +29,10 @@ from typing import Literal
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
 from kvcache.tiers.admission import WriteBudget
+from kvcache.tiers.jobs import NamespaceMap as NamespaceMap
+from kvcache.tiers.jobs import close_device, read_blocks, write_blocks
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
+from kvcache.tiers.nvme_files import faults
 from kvcache.tiers.nvme_format import Entry
 from kvcache.tiers.rates import Rate
 from kvcache.tiers.threads import Dropped, Threads
@@ -52,7 +55,6 @@ _WORDS = {
     errno.EDQUOT: "the quota is used up",
     errno.EROFS: "it is mounted read-only",
 }
-NamespaceMap = Mapping[str, str | int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Drive:
         self.entries: dict[int, Entry] = {}
         self.rate = Rate()
         self.budget = WriteBudget(place.bytes_a_day, wall_hour)
+        self.short_bytes = 0
+        """What was last too much for the budget."""
         self.unsynced = False
         self.fences = 0
         self._clock = clock
@@ -141,13 +145,14 @@ class Drive:
         """In a thread: what was spent of the budget, what is stored, and that by offset. If nobody waits for
         it any more, ``close`` finds the device."""
         place = self.place
-        device = Device.open(
-            place.path,
-            place.capacity_bytes,
-            place.segment_bytes,
-            direct=place.direct,
-            progress=self._loading,
-        )
+        with faults(f"opening {place.path}"):
+            device = Device.open(
+                place.path,
+                place.capacity_bytes,
+                place.segment_bytes,
+                direct=place.direct,
+                progress=self._loading,
+            )
         self._opening.append(device)
         entries = device.take_entries()
         return device.load_budget(), entries, {entry.offset: entry for entry in entries}
@@ -167,16 +172,17 @@ class Drive:
         devices, self._opening, self._device = [self._device, *self._opening], [], None
         for device in devices:
             if device is not None:
-                await self._writing.run(partial(self._close_device, device))
+                await self._writing.run(partial(self._save_and_close, device))
         self.state = "closed"
         self._reading.close()
         self._writing.close()
 
-    def _close_device(self, device: Device) -> None:
+    def _save_and_close(self, device: Device) -> None:
         if self._budget_known and self.budget.bytes_a_day is not None:
             with suppress(DeviceFault):
                 device.save_budget(self.budget.state())
-        device.close()
+        with suppress(DeviceFault):
+            close_device(device)
 
     async def heal(self) -> list[Entry] | None:
         """See whether a drive that is not ok works again. What it holds, as after ``open``, if it had been
@@ -197,7 +203,7 @@ class Drive:
             if self._clock.now_ns() - before_ns > self.place.late_ns:
                 raise DeviceFault(errno.ETIMEDOUT, "the device is still too slow")
             self._device = None
-            await self._writing.run(device.close)
+            await self._writing.run(partial(close_device, device))
         entries = await self.open()
         log.warning("%s: the device works again, %d blocks are back", self.place.path, len(entries))
         return entries
@@ -234,7 +240,7 @@ class Drive:
         self._queued_bytes += size
         try:
             found = await self._reading.run(
-                lambda: _read_all(device, wanted, into), partial(self._has_read, size)
+                lambda: read_blocks(device, wanted, into), partial(self._has_read, size)
             )
         except Dropped:
             return [DeviceFault(errno.ECANCELED, f"{self.place.path} was fenced")] * len(wanted)
@@ -262,7 +268,7 @@ class Drive:
         spent = self._spent_to_save()
         try:
             final = await self._writing.run(
-                lambda: _write_all(device, puts, deletes, list(fresh.values()), spent, durable)
+                lambda: write_blocks(device, puts, deletes, list(fresh.values()), spent, durable)
             )
         except DeviceFault as error:
             self._deletes = deletes + self._deletes
@@ -361,34 +367,3 @@ class Drive:
     def _loading(self, what: str, done: int, total: int) -> None:
         """Called in a thread, by the device that is being opened."""
         self._progress = f" ({what}: {done:,} of {total:,})"
-
-
-def _read_all(
-    device: Device, wanted: Sequence[Entry], into: Sequence[memoryview]
-) -> list[bytes | BlockFault | DeviceFault]:
-    """In order; behind a fault of the device itself nothing more is tried."""
-    found: list[bytes | BlockFault | DeviceFault] = []
-    for entry, view in zip(wanted, into, strict=True):
-        if found and isinstance(found[-1], DeviceFault):
-            found.append(found[-1])
-            continue
-        try:
-            found.append(device.read(entry, view))
-        except (BlockFault, DeviceFault) as fault:
-            found.append(fault)
-    return found
-
-
-def _write_all(
-    device: Device,
-    puts: Sequence[tuple[Entry, memoryview]],
-    deletes: Sequence[int],
-    namespaces: Sequence[NamespaceMap],
-    spent: Mapping[str, object],
-    durable: bool,
-) -> list[Entry]:
-    if spent:
-        device.save_budget(spent)
-    for fields in namespaces:
-        device.save_namespace(fields)
-    return device.write(puts, deletes, durable=durable)

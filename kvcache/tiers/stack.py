@@ -205,7 +205,7 @@ class Stack:
             f"the daily write budget of {drive.place.path} is used up: new blocks stay in memory only; "
             "raise nvme_writes_a_day, or set nvme_admission to second-touch"
             for drive in self.drives
-            if drive.budget.left() < stride_of(1)
+            if drive.budget.left() < max(drive.short_bytes, stride_of(1))
         ]
         return found
 

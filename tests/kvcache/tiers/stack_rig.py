@@ -82,6 +82,7 @@ class Rig:
         self.known = True
         self.clock = SystemClock()
         self.late_ms = 30_000
+        self.bytes_a_day: int | None = None
 
     async def start(self) -> None:
         self.counters: Counter[str] = Counter()
@@ -99,7 +100,7 @@ class Rig:
         if self.known:
             self.namespaces[NAME] = (SPEC, NAMESPACE.to_map())
         places = [
-            Place(path, self.nvme_bytes, SEGMENT, "auto", self.late_ms * NS_PER_MS, None)
+            Place(path, self.nvme_bytes, SEGMENT, "auto", self.late_ms * NS_PER_MS, self.bytes_a_day)
             for path in self.paths
         ]
         self.stack = Stack(

@@ -14,6 +14,7 @@ from kvcache import leases
 from kvcache.tiers import demote
 from kvcache.tiers.drive import RATE_NS_MAX, READERS
 from kvcache.tiers.nvme import Device, DeviceFault
+from kvcache.tiers.nvme_format import stride_of
 from kvcache.tiers.promote import IN_FLIGHT_PARTS
 from tests.kvcache.tiers.stack_rig import PATIENCE_S, SIZE, Faults, Rig, path_of
 
@@ -206,6 +207,65 @@ class TestADriveThatIsSlowOrSick:
 
 @pytest.mark.slow
 class TestLimits:
+    def test_what_was_spent_counts_once_after_a_fence_and_after_a_restart(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        faults = Faults(monkeypatch)
+        rig.paths = rig.paths[:1]
+        rig.bytes_a_day = 100 * SIZE
+        spent = 30 * stride_of(SIZE)
+
+        async def fenced() -> None:
+            for end in (10, 20, 30):
+                rig.save(TURNS[:end])
+                assert await rig.persist(TURNS[:end]) == end
+            assert rig.stack.stats()["nvme_budget_spent_bytes"] == spent
+            faults.broken[rig.paths[0]] = errno.EIO
+            rig.forget_in_memory()
+            await rig.load(TURNS)
+            faults.broken.clear()
+            await rig.healed()
+            assert rig.stack.stats()["nvme_budget_spent_bytes"] == spent
+
+        played(rig, fenced)
+
+        async def again() -> None:
+            assert rig.stack.stats()["nvme_budget_spent_bytes"] == spent
+
+        played(rig, again)
+
+    def test_a_budget_too_short_for_a_block_is_told(self, rig: Rig) -> None:
+        rig.paths = rig.paths[:1]
+        rig.bytes_a_day = SIZE
+
+        async def play() -> None:
+            rig.save(TURNS)
+            assert await rig.persist(TURNS) == 0
+            (trouble,) = rig.stack.troubles()
+            assert "daily write budget" in trouble
+
+        played(rig, play)
+
+    def test_an_error_of_the_system_that_nobody_foresaw_fences(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: object, **__: object) -> None:
+            raise OSError(errno.EBADMSG, "bad message")
+
+        async def play() -> None:
+            rig.save(TURNS)
+            with monkeypatch.context() as broken:
+                broken.setattr(Device, "write", fails)
+                broken.setattr(Device, "probe", fails)
+                rig.save(path_of(7, 7))
+                await rig.persist(path_of(7, 7))
+                assert any("Bad message" in each for each in rig.stack.troubles())
+            await rig.healed()
+            assert await rig.persist(path_of(7, 7)) == 2
+
+        Faults(monkeypatch)
+        played(rig, play)
+
     def test_no_more_than_a_part_of_memory_is_on_its_way(self, tmp_path: Path) -> None:
         rig = Rig(tmp_path, host_bytes=2 << 20)
         path = path_of(*range(1, 101))
