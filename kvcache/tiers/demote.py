@@ -15,8 +15,7 @@ still room. Admission *second-touch* leaves out what nobody asked for twice. ``p
 A block is only written together with, or after, all before it: what NVMe holds is whole prefixes.
 
 Invariants: a block is in at most one batch; a drive has at most one batch, and holds with it no more
-than an eighth of the host tier; what is wanted is bounded, and
-is dropped (and counted) rather than held in memory for the drive's sake.
+than an eighth of the host tier; what is wanted is bounded, and dropped (and counted) beyond that.
 
 The sum: a batch of 64 MiB is 40 ms of disk at 1.7 GB/s, one fdatasync and one or two index commits of
 0.3 to 4 ms, and 2 us a block on the event loop.
@@ -197,6 +196,9 @@ class Demoter:
         """On NVMe, or on the way there."""
         return key in self._writing or self._nvme.has(key)
 
+    def _is_held(self, key: StorageKey) -> bool:
+        return next(self._nvme.ancestors(key), None) is not None
+
     def _want(self, tip: StorageKey, due_ns: int) -> None:
         if tip in self._wanted:
             return
@@ -285,7 +287,8 @@ class Demoter:
             return []
         path = list(takewhile(lambda key: not self._is_known(key), self._host.ancestors(tip)))
         path.reverse()
-        return path
+        written = takewhile(self._is_held, path)  # Before the other drive has written what they continue.
+        return path[sum(1 for _ in written) :]
 
     def _reserve(
         self, drive: Drive, path: Sequence[StorageKey], spec: BlockSpec, stride: int

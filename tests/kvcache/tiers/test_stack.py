@@ -109,6 +109,21 @@ class TestPathsOverTwoDrives:
 
         played(rig, play)
 
+    def test_a_drive_goes_on_behind_what_the_other_writes_still(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demote, "BATCH_BLOCKS_MAX", 5)
+
+        async def play() -> None:
+            slow = Slow(monkeypatch, "write", rig.paths[0])
+            rig.save(TURNS)
+            waiting = asyncio.create_task(rig.persist(TURNS))
+            await rig.until(lambda: slow.began > 0 and len(rig.stack.drives[1].entries) >= 10)
+            slow.go_on.set()
+            assert await waiting == 30
+
+        played(rig, play)
+
     def test_what_continues_nothing_is_forgotten_once_all_are_read(self, rig: Rig) -> None:
         played(rig, lambda: save_over_both(rig))
         rig.paths = rig.paths[1:]
