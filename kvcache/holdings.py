@@ -116,6 +116,7 @@ class Holdings:
         graft = self.tree.graft([each.key for each in fresh], [each.parent for each in fresh], sizes, devices)
         self._fill(graft.blocks, slots, sizes, [each.checksum for each in fresh])
         for at in graft.left_out:
+            self.tree.ready[graft.blocks[at]] = 0
             self._vanish(graft.blocks[at])
             refused.append(fresh[at])
         self._publish_paths(graft)
@@ -312,7 +313,8 @@ class Holdings:
             before = tree.key[parent] if parent != NONE else None
             self._changes.append(Change("stored", self._keys(path), before, "restored"))
         for orphan in graft.adopted:
-            self._publish(orphan, "restored")
+            if self._state[orphan] is State.WAITING:
+                self._publish(orphan, "restored")
 
     def _publish(self, first: int, reason: str) -> None:
         """Publish a waiting block and all waiting ones that continue it, a run at a time."""

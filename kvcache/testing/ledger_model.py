@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from kvcache.block import Slot, StorageKey
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease, Ledger, Reservation
 from kvcache.policy import EvictionPolicy, RequestContext
-from kvcache.tiers.space import Space, slot_arena, slot_offset
+from kvcache.testing.ledger_world import HOST, Memory, World
+from kvcache.tiers.space import slot_arena
 
-UNIT_BYTES = 256
-UNIT_COUNT = 6
-CAPACITY_BYTES = UNIT_COUNT * UNIT_BYTES
-SIZES = {"m": (0, 64), "n": (0, 192), "o": (1, 64), "p": (1, 448)}  # namespace -> arena, block bytes
 STRANGER = "cat"  # of the same tenant, but another trust domain: writes the same keys into the other arena
 OWNERS = ("ann", "bob", "cat")
 
@@ -65,17 +63,17 @@ class Writer:
 class LedgerModel:
     """A ledger, everybody who uses it, and the memory they share."""
 
-    def __init__(self, policy: type[EvictionPolicy], *, trusted: bool) -> None:
+    def __init__(self, policy: type[EvictionPolicy], *, trusted: bool, world: World = HOST) -> None:
         """``trusted``: the policy must never be replaced."""
         self.trusted = trusted
-        self.space = Space(CAPACITY_BYTES, UNIT_BYTES)
+        self.world = world
+        self.space = world.space()
         self.ledger = Ledger(self.space, policy)
-        self.memory = [bytearray(CAPACITY_BYTES) for _ in range(2)]
-        self.granted = [[False] * UNIT_COUNT for _ in range(2)]
-        assert [self.space.add_arena() for _ in range(2)] == [0, 1]
+        self.memory = Memory(world)
         self.now_ns = 1
         self.found: dict[StorageKey, StorageKey | None] = {}  # what readers were told of, and its parent
         self.generation: dict[StorageKey, int] = {}
+        self.content: dict[int, int] = {}  # generation of a block that came back -> its bytes
         self.last_generation = 0
         self.pinned: set[StorageKey] = set()
         self.readers: list[Reader] = []
@@ -83,36 +81,15 @@ class LedgerModel:
         self.vanished: list[Writer] = []
         self.quarantined: list[tuple[int, Slot, int]] = []
 
-    # --- the model's memory ---------------------------------------------------------------------
-
-    def place(self, slot: Slot, length: int) -> tuple[bytearray, slice]:
-        offset = slot_offset(slot)
-        units = range(offset // UNIT_BYTES, (offset + length - 1) // UNIT_BYTES + 1)
-        assert all(self.granted[slot_arena(slot)][unit] for unit in units), "outside what was granted"
-        return self.memory[slot_arena(slot)], slice(offset, offset + length)
-
-    def fill(self, slot: Slot, length: int, value: int) -> None:
-        memory, where = self.place(slot, length)
-        memory[where] = value.to_bytes(8, "little") * (length // 8)
-
-    def is_filled(self, slot: Slot, length: int, value: int) -> bool:
-        memory, where = self.place(slot, length)
-        return memory[where] == value.to_bytes(8, "little") * (length // 8)
-
     def settle(self) -> None:
         """What the node does after every call."""
         for move in self.space.take_moves():
-            for unit in range(move.offset // UNIT_BYTES, (move.offset + move.length) // UNIT_BYTES):
-                assert self.granted[move.arena][unit] != move.gained
-                self.granted[move.arena][unit] = move.gained
-            if not move.gained:
-                self.memory[move.arena][move.offset : move.offset + move.length] = bytes(move.length)
-            assert sum(map(sum, self.granted)) <= UNIT_COUNT
+            self.memory.move(move)
         for change in self.ledger.take_changes():
             if change.kind == "removed":
                 for key in change.keys:
                     del self.found[key]
-                    if change.reason != "quarantined":
+                    if change.reason not in ("quarantined", "fenced"):
                         assert key not in self.pinned
                     self.pinned.discard(key)
                 continue
@@ -122,6 +99,7 @@ class LedgerModel:
                 assert before == (key[:-1] if len(key) > len("m:a") else None)
                 self.found[key] = before
                 before = key
+                self.stored(key)
 
     def context(self) -> RequestContext:
         return RequestContext(now_ns=self.now_ns)
@@ -132,7 +110,7 @@ class LedgerModel:
         keys = chain(namespace, steps)
         cut = min(cut, len(keys) - 1)
         parent = keys[cut - 1] if cut else None
-        arena, block_bytes = SIZES[namespace]
+        arena, block_bytes = self.world.sizes[namespace]
         arena = 1 - arena if owner == STRANGER else arena
         try:
             made = self.ledger.reserve(arena, parent, keys[cut:], block_bytes, owner, self.context())
@@ -155,20 +133,23 @@ class LedgerModel:
             self.last_generation = generation
             assert slot_arena(slot) == arena
             for until_ns, dirty, length in self.quarantined:
-                apart = (
-                    slot_offset(slot) >= slot_offset(dirty) + length
-                    or slot_offset(dirty) >= slot_offset(slot) + block_bytes
-                )
-                assert apart or slot_arena(dirty) != arena or until_ns <= self.now_ns
-            self.fill(slot, block_bytes, -generation & 0xFFFF)  # Half written.
+                assert until_ns <= self.now_ns or not self.memory.overlap(slot, block_bytes, dirty, length)
+            self.begins(slot, block_bytes, generation)
+            self.memory.fill(slot, block_bytes, -generation & 0xFFFF)  # Half written.
         if made.reservation_id:
             self.writers.append(Writer(owner, made))
         if made.reason == "full":
             self.nothing_of_this_class_could_go(arena, block_bytes, keys[at + len(made.keys) - 1 :: -1])
 
+    def begins(self, slot: Slot, block_bytes: int, generation: int) -> None:
+        """A writer has got this slot."""
+
+    def stored(self, key: StorageKey) -> None:
+        """Readers were told of it."""
+
     def make_room(self, namespace: str, count: int) -> None:
         """Evicting ahead gives nothing away: what it frees, the next writer gets."""
-        arena, block_bytes = SIZES[namespace]
+        arena, block_bytes = self.world.sizes[namespace]
         self.ledger.make_room(self.context(), arena, block_bytes, count)
         self.settle()
 
@@ -198,7 +179,7 @@ class LedgerModel:
         made = writer.reservation
         assert self.ledger.reserved(made.reservation_id, writer.owner) == made
         for slot, generation in zip(made.slots, made.generations, strict=True):
-            self.fill(slot, made.block_bytes, generation)
+            self.memory.fill(slot, made.block_bytes, generation)
         refused("bad_block", lambda: self.ledger.commit(made.reservation_id, writer.owner, [], []))
         sums = [bytes([generation % 256]) for generation in made.generations]
         assert self.ledger.commit(made.reservation_id, writer.owner, sums, sums) == len(made.keys)
@@ -214,6 +195,18 @@ class LedgerModel:
         self.writers.remove(writer)
         self.is_over(writer)
 
+    def shorten(self, which: int, count: int) -> None:
+        writer = pick(self.writers, which)
+        made = writer.reservation
+        left = self.ledger.shorten(made.reservation_id, writer.owner, count)
+        self.settle()
+        assert (left.keys, left.slots) == (made.keys[:count], made.slots[:count])
+        self.writers.remove(writer)
+        if left.reservation_id:
+            self.writers.append(Writer(writer.owner, left))
+        else:
+            self.is_over(writer)
+
     def is_over(self, writer: Writer) -> None:
         number = writer.reservation.reservation_id
         refused("bad_reservation", lambda: self.ledger.commit(number, writer.owner, [], []))
@@ -223,7 +216,7 @@ class LedgerModel:
     def scribble(self, which: int) -> None:
         """A writer, perhaps one that vanished long ago, writes into a slot it was given."""
         made = pick(self.writers + self.vanished, which).reservation
-        self.fill(pick(made.slots, which), made.block_bytes, 0xBAD)
+        self.memory.fill(pick(made.slots, which), made.block_bytes, 0xBAD)
 
     # --- readers --------------------------------------------------------------------------------
 
@@ -247,9 +240,26 @@ class LedgerModel:
             self.readers.append(Reader(owner, lease))
             self.read(lease)
 
+    def borrow(self, owner: str, first: int, count: int, length_ns: int) -> None:
+        keys = [pick([*sorted(self.found), StorageKey(b"m:!")], first * at) for at in range(1, count + 1)]
+        lease = self.ledger.borrow(keys, owner, self.now_ns + length_ns)
+        sizes = [self.world.sizes[chr(key[0])][1] for key in keys]
+        same = [key in self.found and size == sizes[0] for key, size in zip(keys, sizes, strict=True)]
+        assert len(lease.keys) == [*same, False].index(False)
+        if lease.lease_id:
+            self.readers.append(Reader(owner, lease))
+            self.read(lease)
+
+    def look(self, key: StorageKey) -> Lease:
+        """What is known of a block that can be found. A lease that has ended."""
+        lease = self.ledger.borrow([key], "dog", self.now_ns + 1)
+        self.ledger.release(lease.lease_id, "dog", self.now_ns)
+        return lease
+
     def read(self, lease: Lease) -> None:
         for slot, generation in zip(lease.slots, lease.generations, strict=True):
-            assert self.is_filled(slot, lease.block_bytes, generation), "wrong bytes under a lease"
+            value = self.content.get(generation, generation)
+            assert self.memory.is_filled(slot, lease.block_bytes, value), "wrong bytes under a lease"
 
     def release(self, which: int) -> None:
         reader = pick(self.readers, which)
@@ -310,8 +320,7 @@ class LedgerModel:
 
     def quarantine(self, which: int, length_ns: int, stale: bool) -> None:
         key = pick(sorted(self.found), which)
-        lease = self.ledger.lease([key], "dog", self.now_ns + 1, self.context())
-        self.ledger.release(lease.lease_id, "dog", self.now_ns)
+        lease = self.look(key)
         assert lease.generations == (self.generation[key],)
         until_ns = self.now_ns + length_ns
         done = self.ledger.quarantine(key, lease.generations[0] - stale, until_ns)
@@ -325,9 +334,14 @@ class LedgerModel:
         """What must hold after every deed."""
         self.live_leases_read_right()
         self.ledger.check()
-        for key, before in self.found.items():
+        for key in self.found:
+            generation = self.generation[key]
+            expected = b"" if generation in self.content else bytes([generation % 256])
+            assert self.ledger.chunk_sums(key) == expected
+            assert self.ledger.has(key)
+            before = next(islice(self.ledger.ancestors(key), 1, None), None)
+            assert before == self.found[key]
             assert before is None or before in self.found
-            assert self.ledger.chunk_sums(key) == bytes([self.generation[key] % 256])
         assert not self.trusted or self.ledger.policy_fault == ""
 
     def end(self) -> None:
@@ -339,10 +353,9 @@ class LedgerModel:
         self.ledger.expire(self.now_ns + 1_000)
         holdings = self.ledger._holdings
         holdings.unpin([block for block in holdings.tree.linked() if holdings.is_pinned(block)])
-        for namespace, (arena, block_bytes) in SIZES.items():
+        for namespace, (arena, block_bytes) in self.world.sizes.items():
             keys = chain(namespace, "c" * 40)
             made = self.ledger.reserve(arena, None, keys, block_bytes, "eve", self.context())
-            empty = Space(CAPACITY_BYTES, UNIT_BYTES)
-            assert len(made.keys) == len(empty.allocate_many(empty.add_arena(), block_bytes, 40))
+            assert len(made.keys) == len(self.world.space().allocate_many(arena, block_bytes, 40))
             self.ledger.abort(made.reservation_id, "eve")
             self.ledger.check()

@@ -14,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.policy import EvictionPolicy, RequestContext, TreeView
-from kvcache.testing.ledger_model import OWNERS, SIZES, LedgerModel, pick
+from kvcache.testing.device_model import DeviceModel
+from kvcache.testing.ledger_model import OWNERS, LedgerModel, pick
+from kvcache.testing.ledger_world import NAMESPACES
 
 
 class Erratic(LeafLru):
@@ -26,6 +28,12 @@ class Erratic(LeafLru):
 
     def victims(self, context: RequestContext, count: int) -> list[int]:
         right = list(super().victims(context, count))
+        return self._err(right)
+
+    def victims_on(self, context: RequestContext, count: int, device: int) -> list[int]:
+        return self._err(list(super().victims_on(context, count, device)))
+
+    def _err(self, right: list[int]) -> list[int]:
         match self._random.randrange(6):
             case 0:
                 raise RuntimeError("erratic")
@@ -40,7 +48,7 @@ class Erratic(LeafLru):
 
 POLICIES: tuple[type[EvictionPolicy], ...] = (LeafLru, Fifo, Erratic)
 OWNER = st.sampled_from(OWNERS)
-NAMESPACE = st.sampled_from(sorted(SIZES))
+NAMESPACE = st.sampled_from(NAMESPACES)
 STEPS = st.lists(st.sampled_from("ab"), min_size=1, max_size=6).map("".join)
 WHICH = st.integers(0, 1 << 16)
 
@@ -48,7 +56,10 @@ WHICH = st.integers(0, 1 << 16)
 class LedgerMachine(RuleBasedStateMachine):
     @initialize(policy=st.sampled_from(POLICIES))
     def start(self, policy: type[EvictionPolicy]) -> None:
-        self.model = LedgerModel(policy, trusted=policy is not Erratic)
+        self.model = self.make(policy)
+
+    def make(self, policy: type[EvictionPolicy]) -> LedgerModel:
+        return LedgerModel(policy, trusted=policy is not Erratic)
 
     @rule(owner=OWNER, namespace=NAMESPACE, steps=STEPS, cut=st.sampled_from((0, 0, 0, 1, 2)))
     def reserve(self, owner: str, namespace: str, steps: str, cut: int) -> None:
@@ -72,6 +83,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def abort(self, which: int) -> None:
         self.model.abort(which)
 
+    @precondition(lambda self: self.model.writers)
+    @rule(which=WHICH, count=st.integers(0, 4))
+    def shorten(self, which: int, count: int) -> None:
+        self.model.shorten(which, count)
+
     @precondition(lambda self: self.model.writers or self.model.vanished)
     @rule(which=WHICH)
     def scribble(self, which: int) -> None:
@@ -84,6 +100,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(owner=OWNER, namespace=NAMESPACE, steps=STEPS, length_ns=st.integers(1, 40), shared=st.booleans())
     def lease(self, owner: str, namespace: str, steps: str, length_ns: int, shared: bool) -> None:
         self.model.lease(owner, namespace, steps, length_ns, "one" if shared else "")
+
+    @rule(owner=OWNER, first=WHICH, count=st.integers(1, 4), length_ns=st.integers(1, 40))
+    def borrow(self, owner: str, first: int, count: int, length_ns: int) -> None:
+        self.model.borrow(owner, first, count, length_ns)
 
     @precondition(lambda self: self.model.readers)
     @rule(which=WHICH)
@@ -125,19 +145,42 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model.end()
 
 
+class DeviceMachine(LedgerMachine):
+    """The same over two devices, which are lost and come back."""
+
+    def make(self, policy: type[EvictionPolicy]) -> LedgerModel:
+        self.devices = DeviceModel(policy, trusted=policy is not Erratic)
+        return self.devices
+
+    @rule(device=st.integers(0, 1), length_ns=st.integers(0, 30))
+    def lose(self, device: int, length_ns: int) -> None:
+        self.devices.lose(device, length_ns)
+
+    @rule(device=st.integers(0, 1), seed=WHICH)
+    def restore(self, device: int, seed: int) -> None:
+        self.devices.restore(device, seed)
+
+    @rule(device=st.integers(0, 1), seed=WHICH)
+    def blink(self, device: int, seed: int) -> None:
+        self.devices.blink(device, seed)
+
+
 TestLedgerMachine = pytest.mark.slow(LedgerMachine.TestCase)
 TestLedgerMachine.settings = settings(stateful_step_count=50)
+TestDeviceMachine = pytest.mark.slow(DeviceMachine.TestCase)
+TestDeviceMachine.settings = settings(stateful_step_count=50)
 
 
+@pytest.mark.parametrize("model_of", [LedgerModel, DeviceModel])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(max(2, int(os.environ.get("KVCACHE_FAULT_FACTOR", "0")))))
-def test_a_long_day(policy: type[EvictionPolicy], seed: int) -> None:
+def test_a_long_day(policy: type[EvictionPolicy], seed: int, model_of: type[LedgerModel]) -> None:
     """The same deeds, weighted as a busy node would see them, over a thousand steps."""
     random = Random(seed)
-    model = LedgerModel(policy, trusted=policy is not Erratic)
+    model = model_of(policy, trusted=policy is not Erratic)
 
     def path() -> tuple[str, str]:
-        return random.choice(list(SIZES)), "".join(random.choice("ab") for _ in range(random.randint(1, 6)))
+        return random.choice(NAMESPACES), "".join(random.choice("ab") for _ in range(random.randint(1, 6)))
 
     def which() -> int:
         return random.randrange(1 << 16)
@@ -160,8 +203,17 @@ def test_a_long_day(policy: type[EvictionPolicy], seed: int) -> None:
         (2, lambda: model.writes_ended(owner())),
         (1, lambda: model.pin(*path())),
         (3, lambda: model.unpin(*path())),
+        (3, lambda: model.shorten(which(), random.randrange(4)) if model.writers else None),
+        (8, lambda: model.borrow(owner(), which(), random.randint(1, 4), random.randint(1, 40))),
         (2, lambda: model.quarantine(which(), 9, random.random() < 0.3) if model.found else None),
     ]
+    if isinstance(model, DeviceModel):
+        devices = model
+        deeds += [
+            (2, lambda: devices.lose(random.randrange(2), random.randint(0, 9))),
+            (4, lambda: devices.restore(random.randrange(2), which())),
+            (6, lambda: devices.blink(random.randrange(2), which())),
+        ]
     for _ in range(1_000):
         random.choices(deeds, [weight for weight, _ in deeds])[0][1]()
         model.check()
