@@ -134,6 +134,7 @@ class Drive:
             self._budget_known = True
         self.entries = found
         self._deletes, self._told = [], set()
+        self.unsynced = True  # Who committed this may have been killed before it was on the disk.
         self._late_jobs = 0
         self._read_ns = self._clock.now_ns()
         self.rate.forget()

@@ -170,10 +170,11 @@ class Stack:
         try:
             async with asyncio.timeout(wait_ns / NS_PER_S):
                 await self._persist(keys)
+                written = self._ledger.match(keys)  # What comes while drives are synced is not.
                 for drive in self.drives:
                     if drive.readable:
                         await drive.sync()
-                return self._ledger.match(keys)
+                return min(written, self._ledger.match(keys))
         except (TimeoutError, DeviceFault):
             return 0
 
