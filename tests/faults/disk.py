@@ -27,17 +27,17 @@ RUN_S = 30.0
 class Disk:
     """Mounted at ``path``: the first of two images. A copy goes to the second."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, image_bytes: int) -> None:
         self.path = folder / "mnt"
         self._images = [folder / "disk-0.img", folder / "disk-1.img"]
-        self._contents = [bytearray(IMAGE_BYTES), bytearray(IMAGE_BYTES)]
+        self._contents = [bytearray(image_bytes), bytearray(image_bytes)]
         self._device = ""
 
     def make(self) -> None:
         """Empty. RAISES AssertionError with what the system says."""
         self.path.mkdir()
         with self._images[0].open("wb") as file:
-            file.truncate(IMAGE_BYTES)
+            file.truncate(len(self._contents[0]))
         # All of its tables at once: a file system that is still being made would be busy by itself.
         options = ("-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
         command("mkfs.ext4", "-q", "-F", "-b", "4096", *options, str(self._images[0]))
@@ -69,7 +69,7 @@ class Disk:
 
     def _read(self, content: bytearray) -> bytearray:
         with self._images[0].open("rb", buffering=0) as file:
-            assert file.readinto(content) == IMAGE_BYTES
+            assert file.readinto(content) == len(content)
         return content
 
     def _mount(self) -> None:
@@ -92,7 +92,7 @@ def command(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path) -> Iterator[Disk]:
+def mounted(folder: Path, image_bytes: int = IMAGE_BYTES) -> Iterator[Disk]:
     """A fresh disk. Skips where this machine lets nobody mount one."""
     if os.geteuid():
         pytest.skip("not on this machine: only root can mount a disk image")
@@ -100,7 +100,7 @@ def mounted(folder: Path) -> Iterator[Disk]:
         pytest.skip("not on this machine: no loop devices")
     if missing := [name for name in ("mkfs.ext4", "losetup", "mount") if shutil.which(name) is None]:
         pytest.skip(f"{missing[0]} is missing: install e2fsprogs and mount")
-    disk = Disk(folder)
+    disk = Disk(folder, image_bytes)
     try:
         disk.make()
         yield disk

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -58,7 +59,7 @@ class Child:
                 continue
 
     def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        return children_of(self.pid)
 
     def go(self) -> None:
         """Let it begin, where it waits."""
@@ -67,9 +68,7 @@ class Child:
     def stop_all(self) -> None:
         """SIGSTOP, and wait until nothing of it runs any more."""
         os.killpg(self.pid, signal.SIGSTOP)
-        poll = select.poll()
-        while any(not _is_stopped(pid) for pid in (self.pid, *self.children())):
-            poll.poll(1)
+        wait_until_stopped([self.pid, *self.children()])
 
     def end(self, seconds: float = END_S) -> int:
         """Its exit status; it is killed when it takes longer. Once."""
@@ -125,6 +124,18 @@ class Nursery:
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return self._process.stdout.readline()
+
+
+def children_of(pid: int) -> list[int]:
+    """What any of its threads started."""
+    lists = [task.joinpath("children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for text in lists for child in text.split()]
+
+
+def wait_until_stopped(pids: Sequence[int]) -> None:
+    poll = select.poll()
+    while not all(map(_is_stopped, pids)):
+        poll.poll(1)
 
 
 def _is_stopped(pid: int) -> bool:

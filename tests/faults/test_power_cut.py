@@ -11,22 +11,31 @@ half a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
 import signal
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from kvcache.testing.processes import NodeProcess
+from tests.faults.clients import Book, client, load_on
 from tests.faults.disk import Disk, mounted
-from tests.faults.nursery import Child, Nursery
+from tests.faults.nursery import Child, Nursery, children_of, wait_until_stopped
 from tests.faults.test_kill import look, wait_for_work
 from tests.faults.work import Job, Record
 
 CUTS = 50
 CUTS_OF_A_TRIAL = 10
 WORK_S = (0.02, 0.15)
+NODE_CUTS = 12
+NODE_IMAGE_BYTES = 48 << 20
+"""Its devices have room for all, so nothing is evicted."""
+NODE_WORK_S = (0.05, 0.3)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3_600)]
 
@@ -37,20 +46,19 @@ def cut(disk: Disk, child: Child) -> None:
     children = child.children()
     child.kill_all()
     assert child.end() == -signal.SIGKILL
-    for pid in children:
-        wait_for_end(pid)
+    wait_for_ends(children)
     disk.lose_power()
 
 
-def wait_for_end(pid: int) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    poll.poll()
-    os.close(descriptor)
+def wait_for_ends(pids: Sequence[int]) -> None:
+    """Of processes that were killed, and are not ours."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+            os.close(descriptor)
 
 
 def cuts(nursery: Nursery, folder: Path, count: int, direct: str, *, unsynced: bool = False) -> Record:
@@ -97,6 +105,47 @@ def test_without_the_sync_blocks_are_refused_and_none_is_wrong(nursery: Nursery,
     assert record.refused > CUTS_OF_A_TRIAL
     assert all("refused" in problem or "gone" in problem for problem in record.problems)
     assert record.wrong == 0
+
+
+def test_what_a_node_said_was_durable_is_served(scratch: Path, factor: int) -> None:
+    """Other blocks than the client asked for are written all the while, and nobody asks for those."""
+    way = random.Random(17)
+    book, log = Book(), scratch / "node.log"
+    never = threading.Event()
+    with mounted(scratch, NODE_IMAGE_BYTES) as disk:
+        for seed in range(NODE_CUTS * factor):
+            settings = {
+                "socket": str(scratch / "node.sock"),
+                "http": "none",
+                "capacity": "3MiB",
+                "nvme": f"{disk.path / 'one'}:12MiB,{disk.path / 'two'}:12MiB",
+                "nvme_segment": "1MiB",
+                "nvme_write": way.choice(("through", "back", "evict")),
+                "nvme_back_ms": "20",
+                "nvme_direct": way.choice(("on", "off")),
+            }
+            with NodeProcess(settings, log) as node:
+                with client(node.socket, book) as looking:
+                    missing = looking.look()
+                assert not missing, f"cut {seed}: {missing}"
+                with load_on(node.socket, book, seed):
+                    never.wait(way.uniform(*NODE_WORK_S))
+                    node.pause()
+                    children = children_of(node.pid)
+                    for pid in children:
+                        os.kill(pid, signal.SIGSTOP)
+                    wait_until_stopped([node.pid, *children])
+                    durable = dict(book.durable)
+                    disk.copy()
+                    for pid in children:
+                        os.kill(pid, signal.SIGKILL)
+                    node.kill()
+                wait_for_ends(children)
+            book.durable = durable
+            disk.lose_power()
+    assert not book.wrong
+    assert book.persisted > 10 * NODE_CUTS
+    assert "Traceback" not in log.read_text()
 
 
 def test_the_disk_loses_what_was_not_synced_and_only_that(scratch: Path) -> None:
