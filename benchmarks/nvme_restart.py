@@ -25,8 +25,9 @@ from statistics import median
 import harness
 from harness import KIB, MIB, Figure
 
-from kvcache.block import HASH_BYTES, StorageKey
+from kvcache.block import HASH_BYTES, BlockSpec, StorageKey
 from kvcache.cli_info import ask
+from kvcache.namespace import Namespace, shape_of
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.testing.processes import NodeProcess
 from kvcache.tiers.nvme import Device
@@ -39,7 +40,15 @@ SEGMENT_BYTES = 128 * MIB
 BATCH = 4_096
 PER_SEGMENT = slots_in(SEGMENT_BYTES, stride_of(BLOCK_BYTES))
 CAPACITY_BYTES = (ENTRY_COUNT // PER_SEGMENT + 1) * SEGMENT_BYTES
-NAMESPACE = bytes(HASH_BYTES)
+SPEC = BlockSpec(block_tokens=16, plane_count=1, head_count=8, head_bytes=BLOCK_BYTES // 8)
+NAMESPACE = Namespace(
+    model="bench",
+    weights="bench",
+    dtype="bfloat16",
+    layout="canonical",
+    block_tokens=SPEC.block_tokens,
+    shape=shape_of(SPEC),
+)
 GOAL_S = 1.5
 POLL_S = 0.05
 LOAD_S = 120.0
@@ -79,6 +88,7 @@ def fill(folder: Path) -> None:
     page[:] = bytes(range(256)) * (BLOCK_BYTES // 256)
     sums = sum_chunks([page], BLOCK_BYTES)
     device = Device.open(folder, CAPACITY_BYTES, SEGMENT_BYTES)
+    device.save_namespace(NAMESPACE.to_map())
     for first in range(0, ENTRY_COUNT, BATCH):
         numbers = range(first, min(first + BATCH, ENTRY_COUNT))
         device.write([(_entry(number, sums), page) for number in numbers], (), durable=False)
@@ -88,7 +98,7 @@ def fill(folder: Path) -> None:
 def _entry(number: int, sums: bytes) -> Entry:
     segment, place = divmod(number, PER_SEGMENT)
     offset = segment * SEGMENT_BYTES + SEGMENT_HEADER_BYTES + place * stride_of(BLOCK_BYTES)
-    key = StorageKey(NAMESPACE + _hash(number))
+    key = StorageKey(NAMESPACE.namespace_id() + _hash(number))
     parent = _hash(number - 1) if number % CHAIN else PARENT_ROOT
     checksum = block_checksum(key, BLOCK_BYTES, BLOCK_BYTES, sums)
     return Entry(offset, key, parent, BLOCK_BYTES, BLOCK_BYTES, 0, checksum, 0)

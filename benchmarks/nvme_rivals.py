@@ -1,10 +1,11 @@
 """What ``bench_nvme.py`` measures the NVMe tier against, on the same file system in the same run.
 
-``Fio`` is the ceiling: the same lengths (block and one page of header), the same direct I/O, one request
-at a time a thread, fdatasync after as many writes. Its memory is one block a thread, of 4 KiB pages, which
-may lie together or not: where the disk takes requests of few pieces, that is luck, and its speed doubles
-or halves from one run to the next. With huge pages it is steady, and higher: both are shown. Its CPU time
-is told in milliseconds, so for several threads it is rough.
+``Fio`` is the ceiling: the same lengths (block and one page of header), the same direct I/O, as many
+requests at a time (one a reading thread, two for writes), fdatasync after as many writes. Its memory is
+one block for each, of 4 KiB pages, which may lie together or not: where the disk takes requests of few
+pieces, that is luck, and its speed doubles or halves from one run to the next. With huge pages it is
+steady, and higher: both are shown. Its CPU time is told in milliseconds, so for several threads it is
+rough.
 
 ``Lmdb`` keeps the values in LMDB, which syncs at each transaction. ``Files`` is a file a block, written
 under another name, synced and renamed, and read past the page cache. These two verify nothing, which is to
@@ -17,6 +18,7 @@ for all alike.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -36,6 +38,7 @@ from harness import MIB
 GB = 1e9
 PAGE_BYTES = 4096
 GROUP = 16
+WRITES_AT_ONCE = 2
 STAMP_BYTES = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,11 +67,12 @@ def clocked(payload_bytes: int, action: Callable[[], object]) -> Took:
 
 
 def cpu_seconds() -> float:
-    started = time.process_time()
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            started += int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9
-    return started
+    spent = time.process_time()
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # It has just ended.
+            for child in (thread / "children").read_text().split():
+                spent += int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9
+    return spent
 
 
 class Pool:
@@ -211,7 +215,7 @@ class Fio:
         return found
 
 
-_WRITE = ("--rw=write", f"--fdatasync={GROUP}")
+_WRITE = ("--rw=write", f"--fdatasync={GROUP}", "--ioengine=libaio", f"--iodepth={WRITES_AT_ONCE}")
 
 
 def _took(said: dict[str, float], work: Work) -> Took:
