@@ -111,7 +111,7 @@ STATS: tuple[Stat, ...] = (
         "counter",
         "Blocks whose bytes on NVMe were not what they should be.",
         "reason",
-        ("header", "generation", "checksum", "short"),
+        ("header", "generation", "checksum", "short", "unreadable"),
     ),
     Stat("nvme_fences", "counter", "Times a device was fenced."),
     Stat("nvme_devices", "gauge", "Devices by state.", "state", ("ok", "read_only", "fenced", "loading")),

@@ -164,8 +164,9 @@ class Connection:
         )
         coming = 0
         if core.stack is not None:
-            core.stack.touched(lease.keys)
             coming = core.stack.coming(keys[len(lease.keys) :])
+            if not coming:
+                core.stack.touched(lease.keys)
         if not coming:  # Else it is asked again.
             core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(

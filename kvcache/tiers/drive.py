@@ -30,7 +30,7 @@ from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
 from kvcache.tiers.admission import WriteBudget
 from kvcache.tiers.jobs import NamespaceMap as NamespaceMap
-from kvcache.tiers.jobs import close_device, read_blocks, write_blocks
+from kvcache.tiers.jobs import close_device, is_unreadable, read_blocks, write_blocks
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_files import faults
 from kvcache.tiers.nvme_format import Entry
@@ -41,6 +41,7 @@ log = logging.getLogger("kvcache.nvme")
 
 READERS = 4
 LATE_JOBS_MAX = 3
+BAD_SPOTS_MAX = 3
 HUNG_FACTOR = 5
 PROBE_S_MIN = 1.0
 PROBE_S_MAX = 8.0
@@ -106,6 +107,7 @@ class Drive:
         self._writing = Threads(f"kvcache-write-{number}", 1, clock, patience_ns + zeroing_ns)
         self._read_ns = 0  # The last read ended then.
         self._late_jobs = 0
+        self._bad_spots = 0
         self._queued_bytes = 0
         self._deletes: list[int] = []
         self._told: set[bytes] = set()
@@ -135,7 +137,7 @@ class Drive:
         self.entries = found
         self._deletes, self._told = [], set()
         self.unsynced = True  # Who committed this may have been killed before it was on the disk.
-        self._late_jobs = 0
+        self._late_jobs = self._bad_spots = 0
         self._read_ns = self._clock.now_ns()
         self.rate.forget()
         for finding in device.findings:
@@ -248,8 +250,12 @@ class Drive:
         finally:
             self._queued_bytes -= size
         for each in found:
+            self._bad_spots = self._bad_spots + 1 if is_unreadable(each) else 0
             if isinstance(each, DeviceFault):
                 self.failed(each)
+                break
+            if self._bad_spots >= BAD_SPOTS_MAX:
+                self.fence(f"{self._bad_spots} blocks in a row cannot be read")
                 break
         return found
 

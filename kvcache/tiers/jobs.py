@@ -5,6 +5,7 @@ Whatever the system refuses, foreseen or not, is a DeviceFault here: it fences t
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
@@ -12,6 +13,7 @@ from kvcache.tiers.nvme_files import faults
 from kvcache.tiers.nvme_format import Entry
 
 NamespaceMap = Mapping[str, str | int]
+UNREADABLE = "unreadable"
 
 
 def close_device(device: Device) -> None:
@@ -22,7 +24,8 @@ def close_device(device: Device) -> None:
 def read_blocks(
     device: Device, wanted: Sequence[Entry], into: Sequence[memoryview]
 ) -> list[bytes | BlockFault | DeviceFault]:
-    """In order; behind a fault of the device itself nothing more is tried."""
+    """In order; behind a fault of the device itself nothing more is tried. A single block that cannot be
+    read (a bad sector) is that block's fault."""
     found: list[bytes | BlockFault | DeviceFault] = []
     for entry, view in zip(wanted, into, strict=True):
         if found and isinstance(found[-1], DeviceFault):
@@ -31,9 +34,16 @@ def read_blocks(
         try:
             with faults(f"reading {device.path}"):
                 found.append(device.read(entry, view))
-        except (BlockFault, DeviceFault) as fault:
+        except BlockFault as fault:
             found.append(fault)
+        except DeviceFault as fault:
+            again = bool(found) and is_unreadable(found[-1])
+            found.append(fault if again or fault.errno != errno.EIO else BlockFault(UNREADABLE))
     return found
+
+
+def is_unreadable(found: bytes | BlockFault | DeviceFault) -> bool:
+    return isinstance(found, BlockFault) and found.reason == UNREADABLE
 
 
 def write_blocks(

@@ -328,9 +328,10 @@ class Device:
         """Keep what a namespace of stored blocks is. RAISES DeviceFault. REQUIRES: a whole namespace."""
         namespace = Namespace.from_map(fields)
         file = self.path / NAMESPACES / f"{namespace.namespace_id().hex()}.json"
+        text = json.dumps(namespace.to_map(), indent=2).encode()
         with faults(f"writing {file}"):
-            if not file.exists():
-                replace_file(file, json.dumps(namespace.to_map(), indent=2).encode())
+            if not file.exists() or file.read_bytes() != text:
+                replace_file(file, text)
 
     def namespaces(self) -> list[dict[str, str | int]]:
         """Those saved. A file that does not say what its name does is left out. RAISES DeviceFault."""

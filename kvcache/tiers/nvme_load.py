@@ -278,12 +278,16 @@ def _load(
     """Fill ``contents``; the index, ready to write. RAISES DeviceFault."""
     folder, segment_bytes = path / INDEX, superblock.segment_bytes
     entries_max = count * max(1, segment_bytes // (2 * PAGE_BYTES))
+    known = len(findings)
     entries = _listed(path, contents, findings)
-    if entries is not None:
-        sift(contents, entries, segment_bytes)
+    is_damaged = len(findings) > known
+    if entries is None:
+        entries = _scan(files, contents, superblock, findings, progress)
+        is_damaged = True
+    sift(contents, entries, segment_bytes)
+    if not is_damaged:
         with faults(f"opening the index of {path}"):
             return Index.open(folder, entries_max)
-    sift(contents, _scan(files, contents, superblock, findings, progress), segment_bytes)
     contents.rejected.clear()  # The fresh index knows nothing of them.
     progress("writing the index", 0, len(contents.entries))
     with faults(f"making the index of {path} anew"):

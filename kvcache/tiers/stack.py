@@ -43,7 +43,7 @@ from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot, slot_arena, slot_
 
 log = logging.getLogger("kvcache.nvme")
 
-CLOSE_S = 10.0
+CLOSE_S = 6.0
 RESTORED_AT_ONCE = 2_048
 _GENERATION = Entry._fields.index("generation")
 STATES: tuple[State, ...] = ("ok", "read_only", "fenced", "loading")

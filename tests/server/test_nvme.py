@@ -14,7 +14,7 @@ from kvcache import wire
 from kvcache.channel import BlockingChannel
 from kvcache.errors import BadInput
 from kvcache.tiers.nvme import Device, DeviceFault
-from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, _json_guard
+from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, Entry, _json_guard
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import HASHES, SIZE, connected, content, deadline, held, lease, opened, save, stats
 
@@ -301,6 +301,21 @@ class TestABadDisk:
             assert started.persist(HASHES[8:16]) == 0
         started.until_healed()
         assert started.load(HASHES[:8]) == 8
+
+    def test_one_bad_sector_costs_one_block(self, started: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.save_and_forget(started)
+        read = Device.read
+
+        def bad_at(device: Device, expected: Entry, into: memoryview) -> bytes:
+            if expected.key.endswith(HASHES[3]):
+                raise DeviceFault(errno.EIO, "reading failed: Input/output error")
+            return read(device, expected, into)
+
+        monkeypatch.setattr(Device, "read", bad_at)
+        assert started.load(HASHES[:8]) == 3
+        assert started.stats()["nvme_rejected_blocks:unreadable"] == 1
+        assert started.troubles() == []
+        assert started.load(HASHES[:3]) == 3
 
     def test_no_space_stops_the_writes_only(self, started: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         self.save_and_forget(started)
