@@ -314,6 +314,9 @@ class PrefixTree:
             assert all(self._blocks.get(self.key[child]) == child for child in children)
             before = self.parent[block]
             assert before == NONE or self.children[before] > 0
+            assert self.depth[block] == (self.depth[before] + 1 if before != NONE else 1) or self.is_orphan(
+                block
+            )
             assert before == NONE or block not in self._orphans
             assert (block in self._evictable) == self.is_evictable(block)
             assert not self.ready[block] or before == NONE or self.ready[before]

@@ -158,6 +158,20 @@ PLANTS = (
         "            pass\n",
         f"{NODE}::TestStarting::test_two_nodes_on_one_socket",
     ),
+    Plant(
+        "a segment's size without its header",
+        "kvcache/tiers/extents.py",
+        "        return max(0, extent_bytes - self.extent_header_bytes) // stride\n",
+        "        return extent_bytes // stride\n",
+        "tests/kvcache/tiers/test_space.py::test_a_segment_holds_its_header_and_whole_strides",
+    ),
+    Plant(
+        "a slot's size without its header",
+        "kvcache/tiers/extents.py",
+        "-(-(self.slot_header_bytes + block_bytes) // self.align_bytes)",
+        "-(-block_bytes // self.align_bytes)",
+        "tests/kvcache/test_ledger_random.py::test_a_long_day",
+    ),
 )
 
 

@@ -33,9 +33,10 @@ class World:
 
 
 HOST = World(HOST_LAYOUT, 256, (6, 6), {"m": (0, 64), "n": (0, 192), "o": (1, 64), "p": (1, 448)})
+# Without its header, a unit would hold one slot of 8,192 bytes more.
 DEVICES = World(
     NVME_LAYOUT,
-    4_096 + 4 * 8_192,
+    5 * 8_192,
     (3, 2),
     {"m": (0, 4_096), "n": (0, 12_288), "o": (1, 4_000), "p": (1, 24_576)},
 )

@@ -178,6 +178,25 @@ def test_orphans_are_adopted_by_what_comes_back() -> None:
     assert told == ["a", "ab", "abc", "abcd"]
 
 
+def test_an_orphan_that_is_being_written_is_not_found_when_its_parent_comes_back() -> None:
+    desk = Devices(1, 1)
+    desk.save("a", 0)
+    made = desk.reserve("ab", 1, 1)
+    desk.withdraw(0)
+    assert desk.restore(desk.entries[key("a")]) == ""
+    assert desk.match("ab") == 1
+    desk.commit(made)
+    assert desk.match("ab") == 2
+
+
+def test_what_was_refused_leaves_nothing_behind() -> None:
+    desk = Devices(1)
+    assert desk.restore(entry("xy", 0)) == "xy"
+    assert desk.ledger.stats() == Devices(1).ledger.stats()
+    desk.reserve("m")
+    assert desk.match("m") == 0
+
+
 def test_behind_an_orphan_it_waits_with_it() -> None:
     desk = Devices(1, 1)
     desk.save("a", 0)

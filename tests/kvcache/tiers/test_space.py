@@ -305,6 +305,14 @@ def test_what_cannot_be_restored_is_refused_and_takes_nothing(slot: Slot, block_
     space.check()
 
 
+def test_a_free_place_in_another_class_is_refused() -> None:
+    space = devices(1)
+    space.restore([make_slot(0, 4_096 + STRIDE)], [PAYLOAD])
+    assert space.restore([make_slot(0, 4_096)], [4_096]) == [0]
+    assert len(space.allocate_many(0, PAYLOAD, 9)) == 2
+    space.check()
+
+
 def test_of_two_that_claim_one_slot_the_first_has_it() -> None:
     space = devices(1)
     assert space.restore([make_slot(0, 4_096)] * 2, [PAYLOAD] * 2) == [1]
