@@ -8,6 +8,8 @@
 
     reserved ── its writer vanished ──► parked ── the writer is known to have ended ──► absent
     waiting, published ── quarantine ──► parked ── time is over and no lease left ──► absent
+    waiting, published ── its device was lost ──► absent; parked first, while somebody holds it
+    absent ── its device is back ──► published; waiting, while something before it is not
 
 Only a *published* block is matched. A *waiting* one is complete, but something before it is not: it
 is being written, or was withdrawn (then the block is part of an orphaned subtree, which goes first).
@@ -17,7 +19,8 @@ Invariants (``check``): every used slot of the space belongs to exactly one bloc
 a published block's parent is published, or it is a first block; a reserved block is held once by its
 writer; what is announced as stored and not as removed is exactly what is published.
 
-The sum: 1 to 2 us a block and change.
+The sum: 1 to 2 us a block and change, 500 bytes a block with its key, its slot and what a policy knows
+of it. 300,000 blocks come back in 0.5 s, 0.8 s when keys are in no order, and go in 0.4 to 0.8 s.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Literal
 
 from kvcache.block import Slot, StorageKey
@@ -153,14 +157,12 @@ class Holdings:
         self._park(block)
         self._gone([block], "quarantined")
 
-    def withdraw_arena(self, arena: int) -> tuple[int, list[int]]:
-        """Every committed block of an arena goes, as by ``withdraw``, but its slot is free at once unless
-        somebody holds it. How many went, and those that are held, parked."""
-        blocks = [
-            block
-            for slot, block in self._block_of.items()
-            if slot_arena(slot) == arena and self.state(block) in (State.WAITING, State.PUBLISHED)
-        ]
+    def withdraw_arena(self, arena: int, count: int | None) -> tuple[int, list[int]]:
+        """Committed blocks of an arena go, at most ``count`` or all, as by ``withdraw``; but their slots are
+        free at once, unless somebody holds them. How many went, and those that are held, parked."""
+        there = map(self._block_of.__getitem__, self.space.used_in(arena))
+        committed = (block for block in there if self._state[block] in (State.WAITING, State.PUBLISHED))
+        blocks = list(islice(committed, count))
         blocks.sort(key=self.tree.depth.__getitem__, reverse=True)
         self._removed(self._lose(blocks), "fenced")
         self.unpin(blocks)

@@ -5,7 +5,7 @@ Invariants (``check``): each orphan waits for one key, and is filed under it and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, KeysView
 
 from kvcache.block import StorageKey
 
@@ -24,7 +24,7 @@ class Orphans:
     def __contains__(self, block: int) -> bool:
         return block in self._misses
 
-    def awaited(self) -> Iterable[StorageKey]:
+    def awaited(self) -> KeysView[StorageKey]:
         return self._waiting.keys()
 
     def add(self, block: int, key: StorageKey) -> None:

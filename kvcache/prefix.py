@@ -176,8 +176,10 @@ class PrefixTree:
         paths = self._paths(starts, forks)
         left_out = self._leave_out(blocks) if sum(map(len, paths)) < len(blocks) else []
         adopted: list[int] = []
-        for key in [key for key in self._orphans.awaited() if key in self._blocks]:
-            adopted += self._adopt(key, self._blocks[key])
+        if self._orphans:
+            awaited = self._orphans.awaited()
+            for key in [key for key in keys if key in awaited and key in self._blocks]:
+                adopted += self._adopt(key, self._blocks[key])
         return Graft(blocks, left_out, paths, adopted)
 
     def _link_all(

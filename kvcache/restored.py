@@ -1,7 +1,6 @@
 """Many blocks at once: what a device holds still, what a tree made of it, and how lists take it.
 
-The sum: 300,000 blocks are held again in 0.5 to 0.7 s, most of it spent on waiting for memory, as keys
-are in no order.
+The sum: ``holdings`` states it. Most of it is spent on waiting for memory, as keys are in no order.
 """
 
 from __future__ import annotations

@@ -53,10 +53,11 @@ class DeviceModel(LedgerModel):
         """Its blocks go at once; where somebody reads, the slot is kept aside for a while."""
         until_ns = self.now_ns + length_ns
         self.quarantined += [(until_ns, *read) for read in self.being_read() if slot_arena(read[0]) == device]
-        self.ledger.withdraw_arena(device, until_ns)
-        self.settle()
+        part = 2 if length_ns % 2 else None
+        while self.ledger.withdraw_arena(device, until_ns, part):
+            self.settle()
+            self.ledger.check()
         assert all(slot_arena(self.look(key).slots[0]) != device for key in self.found)
-        assert self.ledger.withdraw_arena(device, until_ns) == 0
 
     def blink(self, device: int, seed: int) -> None:
         """It is lost, and back before anybody has written anything."""

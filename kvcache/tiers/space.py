@@ -210,6 +210,13 @@ class Space:
         sizes = self._classes.values()
         return [slot for size in sizes for extent in size.extents.values() for slot in extent.used]
 
+    def used_in(self, arena: int) -> Iterator[Slot]:
+        """Those of one arena, a segment after the other. The space must not change meanwhile."""
+        for (each, _), size in self._classes.items():
+            if each == arena:
+                for extent in size.extents.values():
+                    yield from extent.used
+
     def take_moves(self) -> list[Move]:
         """What each arena lost and gained since the last call, losses first. What an arena lost and
         gained again in between is not told."""

@@ -276,6 +276,22 @@ def test_a_lost_device_takes_what_continues_it_elsewhere() -> None:
     assert desk.changes() == []
 
 
+def test_a_device_may_go_a_part_at_a_time() -> None:
+    desk = Devices(2, 1)
+    desk.save("abcdef")
+    desk.save("xyz", 1)
+    desk.reserve("m")
+    lease = desk.ledger.lease(keys("a"), ANN, LATE, NOW)
+    gone = []
+    while count := desk.ledger.withdraw_arena(0, LATE, 4):
+        desk.ledger.check()
+        gone.append(count)
+    assert gone == [4, 2]
+    assert (desk.match("a"), desk.match("xyz")) == (0, 3)
+    assert desk.space.room(0, PAYLOAD) == 6
+    assert desk.ledger.release(lease.lease_id, ANN, 2)
+
+
 def test_what_is_leased_there_keeps_its_slot_until_the_reader_has_gone() -> None:
     desk = Devices(1)
     made = desk.save("ab")
