@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvcache.errors import BadInput
+from kvcache.tiers import nvme_slots
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_format import SEGMENT_HEADER_BYTES, Entry, slots_in, stride_of
 from tests.faults.work import (
@@ -28,6 +30,9 @@ from tests.faults.work import (
 )
 
 BATCH_MAX = 8
+LOOK_BLOCKS = 32
+SMALL_PIECE_BYTES = 24 << 10
+"""So that a block of 64 KiB goes in pieces, as one of 6 MiB does in life."""
 OPENINGS_MAX = 5
 OPENING_S = 0.05
 """A process that was killed while it started another leaves its lock to that one, until it runs."""
@@ -41,6 +46,8 @@ def run(job: Job) -> None:
         os.posix_fadvise = lambda *_: None
     if job.unsynced:
         os.fdatasync = lambda _: None
+    if job.seed % 2:
+        nvme_slots.PIECE_BYTES = SMALL_PIECE_BYTES
     Writer(job).run()
 
 
@@ -89,34 +96,38 @@ class Writer:
         """At all that is there."""
         for entry, why in device.rejected:
             self._tell("r", NUMBER_OF[entry.key], why)
-        self._held = {}
-        found = []
-        whole = True
-        for entry in device.take_entries():
-            try:
-                if self._read(device, entry):
-                    self._held[entry.offset] = entry
-                    found.append(NUMBER_OF[entry.key])
-            except DeviceFault as fault:
-                whole = False
-                self._tell("f", fault.errno, fault.what)
-        if whole:
-            self._tell("c", *found)
-
-    def _read(self, device: Device, entry: Entry) -> bool:
-        """Right, as what was told says too. RAISES DeviceFault."""
-        number = NUMBER_OF.get(entry.key, -1)
-        block = bytearray(entry.block_bytes)
+        entries = device.take_entries()
         try:
-            device.read(entry, memoryview(block))
-        except BlockFault as fault:
-            self._tell("r", number, fault.reason)
-            device.drop([entry.offset])
-            return False
-        if number < 0 or len(block) != SIZES[size_of(number)][0] or not is_right(number, block):
-            self._tell("w", number, entry.offset)
-            return False
-        return True
+            right = [
+                entry
+                for first in range(0, len(entries), LOOK_BLOCKS)
+                for entry in self._read(device, entries[first : first + LOOK_BLOCKS])
+            ]
+        except DeviceFault as fault:
+            self._held = {}  # So any of them may be written over.
+            self._tell("e", *(NUMBER_OF[entry.key] for entry in entries if entry.key in NUMBER_OF))
+            self._tell("f", fault.errno, fault.what)
+        else:
+            self._held = {entry.offset: entry for entry in right}
+            self._tell("c", *(NUMBER_OF[entry.key] for entry in right))
+
+    def _read(self, device: Device, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that are there and right; what was told says what the others are. RAISES DeviceFault."""
+        right = []
+        blocks = [bytearray(entry.block_bytes) for entry in entries]
+        found = device.read_many(entries, list(map(memoryview, blocks)))
+        for entry, block, each in zip(entries, blocks, found, strict=True):
+            number = NUMBER_OF.get(entry.key, -1)
+            if isinstance(each, DeviceFault):
+                raise each
+            if isinstance(each, BlockFault):
+                self._tell("r", number, each.reason)
+                device.drop([entry.offset])
+            elif number < 0 or len(block) != SIZES[size_of(number)][0] or not is_right(number, block):
+                self._tell("w", number, entry.offset)
+            else:
+                right.append(entry)
+        return right
 
     def _step(self, device: Device) -> None:
         choice = self._random.random()
@@ -125,9 +136,9 @@ class Writer:
         elif choice < 0.8:
             self._delete(device)
         elif choice < 0.98:
-            for offset in self._some(BATCH_MAX):
-                if not self._read(device, self._held[offset]):
-                    del self._held[offset]
+            entries = [self._held[offset] for offset in self._some(BATCH_MAX)]
+            for entry in set(entries).difference(self._read(device, entries)):
+                del self._held[entry.offset]
         else:
             device.probe()
 
