@@ -18,7 +18,7 @@ import pytest
 from tests.faults.nursery import Child, Nursery
 from tests.faults.work import Job, Record
 
-ROUNDS = 240
+ROUNDS = {"a-few": 40, "many": 200}
 WORK_S = 0.06
 OPENING_S = 0.15
 STEP_S = 0.002
@@ -70,16 +70,19 @@ def one_round(nursery: Nursery, job: Job, way: random.Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3_600)
-def test_what_was_stored_is_there_and_right(nursery: Nursery, scratch: Path, factor: int) -> None:
-    way = random.Random(9)
+@pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
+def test_what_was_stored_is_there_and_right(
+    nursery: Nursery, scratch: Path, factor: int, rounds: int
+) -> None:
+    way = random.Random(rounds)
     record = Record(scratch / "record", durable_only=False)
-    for seed in range(ROUNDS * factor):
+    for seed in range(rounds * factor):
         direct = way.choice(("auto", "off"))
         one_round(nursery, Job(str(scratch / "tier"), str(record.path), seed, direct=direct), way)
         record.read()
         assert not record.problems, f"round {seed}: {record.problems}"
     look(nursery, scratch / "tier", record)
     assert not record.problems
-    assert record.looks > ROUNDS / 2
+    assert record.looks > rounds / 2
     assert record.checked > 100 * record.looks
-    assert record.stored > 10 * ROUNDS
+    assert record.stored > 10 * rounds

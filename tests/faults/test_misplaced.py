@@ -17,7 +17,7 @@ import pytest
 from kvcache.tiers.nvme import Device
 from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, Entry, stride_of
 from tests.faults.reading import opened, segment_of, why_refused
-from tests.faults.work import NUMBER_OF, NUMBERS, SEGMENT_BYTES, SIZES, put_of, size_of
+from tests.faults.work import NUMBER_OF, NUMBERS, SEGMENT_BYTES, SIZES, put_of
 
 MISDIRECTED = 900
 LATE = 100
@@ -45,9 +45,10 @@ def overwrite(tier: Path, entry: Entry, first: int, content: bytes) -> None:
 
 
 def replaced(device: Device, way: random.Random, entry: Entry) -> Entry:
-    """The entry of another block of its size, in its slot."""
-    size = size_of(NUMBER_OF[entry.key])
-    number = way.choice([each for each in range(size, NUMBERS, len(SIZES)) if each != NUMBER_OF[entry.key]])
+    """The entry of what was written over its slot: half of the time the same block again."""
+    number = NUMBER_OF[entry.key]
+    if way.random() < 0.5:
+        number = (number + len(SIZES) * way.randint(1, 100)) % NUMBERS
     return device.write([put_of(number, entry.offset, aligned=True)], (), durable=False)[0]
 
 
