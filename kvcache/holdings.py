@@ -34,7 +34,8 @@ from typing import Literal
 from kvcache.block import Slot, StorageKey
 from kvcache.prefix import NONE, PrefixTree
 from kvcache.restored import Graft, Restored, put
-from kvcache.tiers.space import Space, slot_arena
+from kvcache.tiers.extents import ARENA_SHIFT
+from kvcache.tiers.space import Space
 
 
 class State(Enum):
@@ -86,9 +87,9 @@ class Holdings:
         """A path of reserved blocks behind ``parent``, each with a new generation."""
         blocks: list[int] = []
         before = parent
-        for key, slot in zip(keys, slots, strict=True):
+        for key, slot, device in zip(keys, slots, self._devices(slots), strict=True):
             self._generation += 1
-            before = self.tree.insert(key, before, block_bytes, self._device(slot))
+            before = self.tree.insert(key, before, block_bytes, device)
             if before == len(self.slot):
                 self.slot.append(slot)
                 self.generation.append(self._generation)
@@ -116,8 +117,8 @@ class Holdings:
             without = set(unplaced)
             fresh = [each for at, each in enumerate(fresh) if at not in without]
             slots, sizes = [each.slot for each in fresh], [each.block_bytes for each in fresh]
-        devices = list(map(self._device, slots))
-        graft = self.tree.graft([each.key for each in fresh], [each.parent for each in fresh], sizes, devices)
+        keys, parents = [each.key for each in fresh], [each.parent for each in fresh]
+        graft = self.tree.graft(keys, parents, sizes, self._devices(slots))
         self._fill(graft.blocks, slots, sizes, [each.checksum for each in fresh])
         for at in graft.left_out:
             self.tree.ready[graft.blocks[at]] = 0
@@ -245,7 +246,7 @@ class Holdings:
         for slot, block in self._block_of.items():
             state = self._state[block]
             assert self.slot[block] == slot
-            assert self.tree.device[block] == self._device(slot)
+            assert [self.tree.device[block]] == self._devices([slot])
             assert 0 < self.generation[block] <= self._generation
             generations.add(self.generation[block])
             assert state is not State.ABSENT
@@ -264,8 +265,10 @@ class Holdings:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _device(self, slot: Slot) -> int:
-        return slot_arena(slot) if self.space.layout.own_budgets else 0
+    def _devices(self, slots: Sequence[Slot]) -> list[int]:
+        if self.space.layout.own_budgets:
+            return [slot >> ARENA_SHIFT for slot in slots]
+        return [0] * len(slots)
 
     def _publishable(self, block: int) -> bool:
         """Can all before it be found?"""

@@ -10,8 +10,8 @@ Each device has a heap of its own, so that finding what is coldest on one does n
 that is colder on others.
 
 Invariants: every tracked block without children has an entry in its device's heap that carries its
-stamp; other entries are stale, and skipped; there are at most twice as many entries as tracked blocks,
-plus a few.
+stamp; other entries are stale, and skipped; a heap that has twice as many entries as there are tracked
+blocks, and a few, is swept.
 
 The sum: a stamp or a victim costs 1 to 3 us. Held leaves met on the way are put back at each call.
 """
@@ -45,13 +45,7 @@ class LeafOrder:
         children = self._tree.children
         self._stamps.update(dict.fromkeys(path, stamp))
         if path and not children[path[-1]]:
-            self._push(stamp, path[-1])
-        if self.entry_count() > 2 * len(self._stamps) + _SPARE_ENTRIES:
-            for heap in self._heaps:
-                heap.clear()
-            for block, own in self._stamps.items():
-                if not children[block]:
-                    self._push(own, block)
+            self._enter(stamp, path[-1])
 
     def remove(self, blocks: Iterable[int]) -> None:
         """They have left the tree, leaves first. Their parents may be leaves now."""
@@ -65,7 +59,7 @@ class LeafOrder:
             if self._rise and stamp is not None and stamp > own:
                 own = self._stamps[parent] = stamp
             if not children[parent]:
-                self._push(own, parent)
+                self._enter(own, parent)
 
     def lowest(self, count: int) -> list[int]:
         """At most ``count`` blocks, each an evictable leaf once those before it have gone."""
@@ -76,6 +70,7 @@ class LeafOrder:
         return self._choose(self._heaps[device : device + 1], count)
 
     def _choose(self, heaps: list[list[tuple[int, int]]], count: int) -> list[int]:
+        """``heaps``: all, or one."""
         tree, stamps = self._tree, self._stamps
         parents, children, holds = tree.parent, tree.children, tree.holds
         chosen: dict[int, None] = {}
@@ -99,14 +94,30 @@ class LeafOrder:
                 continue
             gone[parent] = gone.get(parent, 0) + 1
             if gone[parent] == children[parent]:
-                # It need not rise here: it is next either way, as all that is left is younger.
-                self._push(own, parent)
-        for stamp, block in put_back:
-            self._push(stamp, block)
+                target = self._heap_of(parent)
+                if len(heaps) > 1 or target is heap:
+                    # It need not rise here: it is next either way, as all that is left is younger.
+                    heappush(target, (own, parent))
+        for entry in put_back:
+            heappush(self._heap_of(entry[1]), entry)
         return list(chosen)
 
-    def _push(self, stamp: int, block: int) -> None:
+    def _heap_of(self, block: int) -> list[tuple[int, int]]:
         device = self._tree.device[block]
         while device >= len(self._heaps):
             self._heaps.append([])
-        heappush(self._heaps[device], (stamp, block))
+        return self._heaps[device]
+
+    def _enter(self, stamp: int, block: int) -> None:
+        heap = self._heap_of(block)
+        heappush(heap, (stamp, block))
+        if len(heap) > 2 * len(self._stamps) + _SPARE_ENTRIES:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Leave one entry of each leaf."""
+        for heap in self._heaps:
+            heap.clear()
+        for block, stamp in self._stamps.items():
+            if not self._tree.children[block]:
+                heappush(self._heap_of(block), (stamp, block))

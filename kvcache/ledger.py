@@ -366,13 +366,13 @@ class Ledger:
         expires_ns: int,
         name: SharedName | None,
     ) -> Lease:
-        held = self._holdings
+        slot, generation, checksum = self._holdings.slot, self._holdings.generation, self._holdings.checksum
         lease = Lease(
             lease_id=0,
             keys=tuple(keys[: len(blocks)]),
-            slots=tuple([held.slot[block] for block in blocks]),
-            generations=tuple([held.generation[block] for block in blocks]),
-            checksums=tuple([held.checksum[block] for block in blocks]),
+            slots=tuple([slot[block] for block in blocks]),
+            generations=tuple([generation[block] for block in blocks]),
+            checksums=tuple([checksum[block] for block in blocks]),
             block_bytes=self._tree.block_bytes[blocks[0]],
             expires_ns=expires_ns,
         )

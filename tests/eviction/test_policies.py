@@ -9,7 +9,7 @@ from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.registry import POLICIES, policy_class, policy_names
 from kvcache.policy import RequestContext
-from kvcache.testing.policies import PolicyContract
+from kvcache.testing.policies import CONTEXT, PolicyContract
 
 
 class TestLeafLru(PolicyContract):
@@ -43,6 +43,15 @@ class TestLeafLru(PolicyContract):
         assert isinstance(grove.policy, LeafLru)
         assert grove.policy._order.entry_count() < 200
         assert grove.evict(2) == ["b", "a"]
+
+    def test_nor_is_it_kept_for_a_device_that_nobody_uses(self) -> None:
+        grove = self.grove("a")
+        for _ in range(3_000):
+            grove.store("a/b", device=1)
+            assert isinstance(grove.policy, LeafLru)
+            assert [*grove.policy.victims_on(CONTEXT, 2, 1)] == [grove.block("a/b")]
+            grove.drop(["a/b"], "evicted")
+        assert grove.policy._order.entry_count() < 200
 
 
 class TestFifo(PolicyContract):
