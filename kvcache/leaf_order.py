@@ -18,6 +18,7 @@ The sum: a stamp or a victim costs 1 to 3 us. Held leaves met on the way are put
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
@@ -25,31 +26,33 @@ from kvcache.policy import TreeView
 
 _SPARE_ENTRIES = 64
 
+_Heap = list[tuple[int, int]]  # stamp, block
+
 
 class LeafOrder:
     def __init__(self, tree: TreeView, *, rise: bool) -> None:
         self._tree = tree
         self._rise = rise
         self._stamps: dict[int, int] = {}
-        self._heaps: list[list[tuple[int, int]]] = [[]]  # one a device
+        self._heaps: defaultdict[int, _Heap] = defaultdict(list)
 
     def __len__(self) -> int:
         return len(self._stamps)
 
     def entry_count(self) -> int:
         """Entries in the heaps, stale ones included."""
-        return sum(map(len, self._heaps))
+        return sum(map(len, self._heaps.values()))
 
     def stamp(self, path: Sequence[int], stamp: int) -> None:
         """Track these blocks, or move them, to this stamp. REQUIRES: each but the last has children."""
-        children = self._tree.children
         self._stamps.update(dict.fromkeys(path, stamp))
-        if path and not children[path[-1]]:
-            self._enter(stamp, path[-1])
+        if path and not self._tree.children[path[-1]]:
+            heappush(self._heaps[self._tree.device[path[-1]]], (stamp, path[-1]))
+            self._sweep()
 
     def remove(self, blocks: Iterable[int]) -> None:
         """They have left the tree, leaves first. Their parents may be leaves now."""
-        parents, children = self._tree.parent, self._tree.children
+        parents, children, devices = self._tree.parent, self._tree.children, self._tree.device
         for block in blocks:
             stamp = self._stamps.pop(block, None)
             parent = parents[block]
@@ -59,25 +62,28 @@ class LeafOrder:
             if self._rise and stamp is not None and stamp > own:
                 own = self._stamps[parent] = stamp
             if not children[parent]:
-                self._enter(own, parent)
+                heappush(self._heaps[devices[parent]], (own, parent))
+        self._sweep()
 
     def lowest(self, count: int) -> list[int]:
         """At most ``count`` blocks, each an evictable leaf once those before it have gone."""
-        return self._choose(self._heaps, count)
+        return self._choose(None, count)
 
     def lowest_on(self, device: int, count: int) -> list[int]:
         """As ``lowest``, of one device: what is covered by leaves of others is passed over."""
-        return self._choose(self._heaps[device : device + 1], count)
+        return self._choose(self._heaps[device], count)
 
-    def _choose(self, heaps: list[list[tuple[int, int]]], count: int) -> list[int]:
-        """``heaps``: all, or one."""
-        tree, stamps = self._tree, self._stamps
-        parents, children, holds = tree.parent, tree.children, tree.holds
+    def _choose(self, only: _Heap | None, count: int) -> list[int]:
+        tree, stamps, heaps = self._tree, self._stamps, self._heaps
+        parents, children, holds, devices = tree.parent, tree.children, tree.holds, tree.device
         chosen: dict[int, None] = {}
         gone: dict[int, int] = {}  # parent -> how many of its children are chosen
-        put_back: list[tuple[int, int]] = []
+        put_back: _Heap = []
+        heap = only if only is not None else self._lowest_heap()
+        many = only is None and len(heaps) > 1
         while len(chosen) < count:
-            heap = heaps[0] if len(heaps) == 1 else min(filter(None, heaps), default=[])
+            if many:
+                heap = self._lowest_heap()
             if not heap:
                 break
             entry = heappop(heap)
@@ -93,31 +99,32 @@ class LeafOrder:
             if own is None:
                 continue
             gone[parent] = gone.get(parent, 0) + 1
-            if gone[parent] == children[parent]:
-                target = self._heap_of(parent)
-                if len(heaps) > 1 or target is heap:
-                    # It need not rise here: it is next either way, as all that is left is younger.
-                    heappush(target, (own, parent))
+            if gone[parent] != children[parent]:
+                continue
+            # It need not rise here: it is next either way, as all that is left is younger.
+            target = heaps[devices[parent]]
+            if target is heap:
+                heappush(heap, (own, parent))
+            elif only is None:
+                heappush(target, (own, parent))
+                many = True
         for entry in put_back:
-            heappush(self._heap_of(entry[1]), entry)
+            heappush(heaps[devices[entry[1]]], entry)
         return list(chosen)
 
-    def _heap_of(self, block: int) -> list[tuple[int, int]]:
-        device = self._tree.device[block]
-        while device >= len(self._heaps):
-            self._heaps.append([])
-        return self._heaps[device]
-
-    def _enter(self, stamp: int, block: int) -> None:
-        heap = self._heap_of(block)
-        heappush(heap, (stamp, block))
-        if len(heap) > 2 * len(self._stamps) + _SPARE_ENTRIES:
-            self._sweep()
+    def _lowest_heap(self) -> _Heap:
+        """The one whose first entry is lowest; an empty one when all are."""
+        return min(filter(None, self._heaps.values()), default=[])
 
     def _sweep(self) -> None:
-        """Leave one entry of each leaf."""
-        for heap in self._heaps:
-            heap.clear()
+        """If a heap has grown too large, leave one entry of each leaf."""
+        limit = 2 * len(self._stamps) + _SPARE_ENTRIES
+        for heap in self._heaps.values():
+            if len(heap) > limit:
+                break
+        else:
+            return
+        self._heaps.clear()
         for block, stamp in self._stamps.items():
             if not self._tree.children[block]:
-                heappush(self._heap_of(block), (stamp, block))
+                heappush(self._heaps[self._tree.device[block]], (stamp, block))
