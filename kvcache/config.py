@@ -19,8 +19,10 @@ import msgspec
 from kvcache.errors import BadInput
 
 ENVIRONMENT_PREFIX = "KVCACHE_"
-# Read elsewhere: where clients look for the node, and which copy loop is used.
-ENVIRONMENT_ELSEWHERE = frozenset({"KVCACHE_SOCKET", "KVCACHE_NATIVE", "KVCACHE_TOKEN", "KVCACHE_CONFIG"})
+# Read elsewhere: where clients look for the node, which copy loop is used, how long the tests try.
+ENVIRONMENT_ELSEWHERE = frozenset(
+    {"KVCACHE_SOCKET", "KVCACHE_NATIVE", "KVCACHE_TOKEN", "KVCACHE_CONFIG", "KVCACHE_FAULT_FACTOR"}
+)
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
