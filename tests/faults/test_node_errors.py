@@ -66,7 +66,7 @@ def until(node: NodeProcess, condition: Callable[[StatsReply], bool], what: str)
 def page(node: NodeProcess, path: str) -> str:
     try:
         with urllib.request.urlopen(f"{node.http}{path}", timeout=10) as answer:
-            return answer.read().decode()
+            return str(answer.read(), "utf-8")
     except urllib.error.HTTPError as error:
         with error:
             return error.read().decode()

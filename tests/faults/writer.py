@@ -40,15 +40,16 @@ OPENING_S = 0.05
 
 def run(job: Job) -> None:
     """RAISES AssertionError and whatever the device should not raise."""
+    writer = Writer(job)
     if job.waits:
         signal.sigwait([signal.SIGUSR1])
     if job.lazy:
         os.posix_fadvise = lambda *_: None
     if job.unsynced:
-        os.fdatasync = lambda _: None
+        os.fdatasync = lambda fd: None
     if job.seed % 2:
         nvme_slots.PIECE_BYTES = SMALL_PIECE_BYTES
-    Writer(job).run()
+    writer.run()
 
 
 class Writer:
@@ -115,7 +116,7 @@ class Writer:
         """Those that are there and right; what was told says what the others are. RAISES DeviceFault."""
         right = []
         blocks = [bytearray(entry.block_bytes) for entry in entries]
-        found = device.read_many(entries, list(map(memoryview, blocks)))
+        found = device.read_many(entries, [memoryview(block) for block in blocks])
         for entry, block, each in zip(entries, blocks, found, strict=True):
             number = NUMBER_OF.get(entry.key, -1)
             if isinstance(each, DeviceFault):
