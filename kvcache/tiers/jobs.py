@@ -26,6 +26,21 @@ def read_blocks(
 ) -> list[bytes | BlockFault | DeviceFault]:
     """In order; behind a fault of the device itself nothing more is tried. A single block that cannot be
     read (a bad sector) is that block's fault."""
+    with faults(f"reading {device.path}"):
+        found = device.read_many(wanted, into)
+    failed = [
+        at for at, each in enumerate(found) if isinstance(each, DeviceFault) and each.errno == errno.EIO
+    ]
+    if failed:  # One of several that were read in one call, perhaps: each by itself tells which.
+        again = _read_each(device, [wanted[at] for at in failed], [into[at] for at in failed])
+        for at, each in zip(failed, again, strict=True):
+            found[at] = each
+    return found
+
+
+def _read_each(
+    device: Device, wanted: Sequence[Entry], into: Sequence[memoryview]
+) -> list[bytes | BlockFault | DeviceFault]:
     found: list[bytes | BlockFault | DeviceFault] = []
     for entry, view in zip(wanted, into, strict=True):
         if found and isinstance(found[-1], DeviceFault):

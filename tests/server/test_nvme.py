@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ import pytest
 from kvcache import wire
 from kvcache.channel import BlockingChannel
 from kvcache.errors import BadInput
-from kvcache.tiers.nvme import Device, DeviceFault
-from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, Entry, _json_guard
+from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
+from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, _json_guard
+from kvcache.tiers.nvme_slots import Held
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import HASHES, SIZE, connected, content, deadline, held, lease, opened, save, stats
 
@@ -289,7 +290,7 @@ class TestABadDisk:
             raise DeviceFault(errno.EIO, "reading failed: Input/output error")
 
         with monkeypatch.context() as broken:
-            broken.setattr(Device, "read", fails)
+            broken.setattr(Device, "_read_run", fails)
             broken.setattr(Device, "probe", fails)
             assert started.load(HASHES[:8]) == 0
             (trouble,) = started.troubles()
@@ -304,14 +305,14 @@ class TestABadDisk:
 
     def test_one_bad_sector_costs_one_block(self, started: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         self.save_and_forget(started)
-        read = Device.read
+        read = Device._read_run
 
-        def bad_at(device: Device, expected: Entry, into: memoryview) -> bytes:
-            if expected.key.endswith(HASHES[3]):
+        def bad_at(device: Device, run: Sequence[Held]) -> list[bytes | BlockFault]:
+            if any(expected.key.endswith(HASHES[3]) for expected, _ in run):
                 raise DeviceFault(errno.EIO, "reading failed: Input/output error")
-            return read(device, expected, into)
+            return read(device, run)
 
-        monkeypatch.setattr(Device, "read", bad_at)
+        monkeypatch.setattr(Device, "_read_run", bad_at)
         assert started.load(HASHES[:8]) == 3
         assert started.stats()["nvme_rejected_blocks:unreadable"] == 1
         assert started.troubles() == []
@@ -339,13 +340,13 @@ class TestABadDisk:
     ) -> None:
         self.save_and_forget(started)
         go_on = threading.Event()
-        read = Device.read
+        read = Device._read_run
 
-        def slow(device: Device, *args: object) -> bytes:
+        def slow(device: Device, run: Sequence[Held]) -> list[bytes | BlockFault]:
             assert go_on.wait(30)
-            return read(device, *args)  # type: ignore[arg-type]
+            return read(device, run)
 
-        monkeypatch.setattr(Device, "read", slow)
+        monkeypatch.setattr(Device, "_read_run", slow)
         leased = started.lease(HASHES[:8], wait_ms=20)
         assert (leased.count, leased.coming) == (0, 8)
         assert started.stats()["nvme_late_loads"] == 1

@@ -39,6 +39,7 @@ PATIENCE_S = 20
 SEGMENT = 1 << 20
 HOST_UNIT = 1 << 20
 PROBE_S = 0.01
+READ = "_read_run"  # What every read of a device goes through.
 ME = "me"
 
 
@@ -56,7 +57,7 @@ class Faults:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.broken: dict[Path, int] = {}
-        for name in ("read", "write", "probe"):
+        for name in (READ, "write", "probe"):
             monkeypatch.setattr(Device, name, self._wrapped(getattr(Device, name)))
         monkeypatch.setattr(stack_module, "PROBE_S_MIN", PROBE_S)
         monkeypatch.setattr(stack_module, "PROBE_S_MAX", PROBE_S)
@@ -64,7 +65,7 @@ class Faults:
     def _wrapped(self, real: Callable[..., object]) -> Callable[..., object]:
         def call(device: Device, *args: object, **named: object) -> object:
             number = self.broken.get(device.path, 0)
-            if number and not (number == errno.ENOSPC and real.__name__ == "read"):
+            if number and not (number == errno.ENOSPC and real.__name__ == READ):
                 raise DeviceFault(number, f"{real.__name__} failed")
             return real(device, *args, **named)
 

@@ -16,7 +16,7 @@ from kvcache.tiers.drive import RATE_NS_MAX, READERS
 from kvcache.tiers.nvme import Device, DeviceFault
 from kvcache.tiers.nvme_format import stride_of
 from kvcache.tiers.promote import IN_FLIGHT_PARTS
-from tests.kvcache.tiers.stack_rig import PATIENCE_S, SIZE, Faults, Rig, path_of
+from tests.kvcache.tiers.stack_rig import PATIENCE_S, READ, SIZE, Faults, Rig, path_of
 
 TURNS = path_of(*range(1, 31))
 
@@ -179,7 +179,7 @@ class TestADriveThatIsSlowOrSick:
             rig.save(TURNS)
             assert await rig.persist(TURNS) == 30
             rig.forget_in_memory()
-            slow = Slow(monkeypatch, "read", rig.paths[0])
+            slow = Slow(monkeypatch, READ, rig.paths[0])
             rig.ask(TURNS)
             await rig.until(lambda: slow.began == READERS)
             rig.stack.drives[0].fence("it hangs")
