@@ -1,4 +1,5 @@
-"""What a decision costs: reserve, commit, lease, match and eviction in one process, no bytes moved.
+"""What a decision costs: reserve, commit, lease, match and eviction in one process, no bytes moved; and
+taking back, and losing, the blocks of a device.
 
     .venv/bin/python benchmarks/bench_ledger.py [--json] [--quick]
 
@@ -8,12 +9,14 @@ nobody. ``ratio`` is the budget over what was measured (higher is better, under 
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import TypeVar
 
@@ -24,9 +27,9 @@ from harness import Figure
 
 from kvcache.block import KEY_BYTES, StorageKey
 from kvcache.eviction.registry import POLICIES, policy_class
-from kvcache.ledger import Ledger, Reservation
+from kvcache.ledger import Ledger, Reservation, Restored
 from kvcache.policy import RequestContext
-from kvcache.tiers.space import Space
+from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot
 
 BLOCK_BYTES = 2 << 20
 BLOCK_COUNT = 16_000
@@ -46,7 +49,15 @@ BUDGET_US = {
     "evict.4000_of_16000": 100_000.0,
     "match.8000": 2_000.0,
     "lease.8000": 10_000.0,
+    "restore.300000": 700_000.0,
+    "withdraw.300000": 1_000_000.0,
 }
+
+
+DEVICE_BLOCKS = 300_000
+CHAIN_BLOCKS = 50
+WRITTEN_BLOCKS = 25
+SEGMENT_BYTES = 128 << 20
 
 
 def keys(name: str, count: int) -> list[StorageKey]:
@@ -104,13 +115,54 @@ class Bench:
         self.ledger.release(lease.lease_id, OWNER, 2)
 
 
-def figures(policy: str, rounds: int, machine: str) -> Iterator[Figure]:
+def entries() -> Iterator[Restored]:
+    """Of a full device: chains, written a part at a time, in the order of their slots."""
+    parts = [
+        chain[at : at + WRITTEN_BLOCKS]
+        for chain in map(pairs, range(DEVICE_BLOCKS // CHAIN_BLOCKS))
+        for at in range(0, CHAIN_BLOCKS, WRITTEN_BLOCKS)
+    ]
+    Random(1).shuffle(parts)
+    stride = NVME_LAYOUT.stride(BLOCK_BYTES)
+    a_segment = NVME_LAYOUT.slot_count(SEGMENT_BYTES, stride)
+    for place, (key, before) in enumerate(pair for part in parts for pair in part):
+        segment, at = divmod(place, a_segment)
+        offset = segment * SEGMENT_BYTES + NVME_LAYOUT.extent_header_bytes + at * stride
+        # Keys that were read from a disk are objects of their own.
+        parent = StorageKey(bytes(bytearray(before))) if before else None
+        yield Restored(key, parent, make_slot(0, offset), BLOCK_BYTES, b"c" * 16)
+
+
+def pairs(chain: int) -> list[tuple[StorageKey, StorageKey | None]]:
+    path = keys(f"chain/{chain}", CHAIN_BLOCKS)
+    return list(zip(path, [None, *path[:-1]], strict=True))
+
+
+def device(policy: str, there: list[Restored], spent: dict[str, list[float]]) -> None:
+    capacity = -(-DEVICE_BLOCKS // 60) * SEGMENT_BYTES
+    space = Space(capacity, SEGMENT_BYTES, NVME_LAYOUT)
+    arena = space.add_arena(capacity)
+    ledger = Ledger(space, policy_class(policy))
+    start = time.perf_counter_ns()
+    assert ledger.restore(there) == []
+    restored = time.perf_counter_ns()
+    ledger.take_changes()
+    begun = time.perf_counter_ns()
+    assert ledger.withdraw_arena(arena, 1) == DEVICE_BLOCKS
+    spent.setdefault("withdraw.300000", []).append((time.perf_counter_ns() - begun) / 1_000)
+    spent.setdefault("restore.300000", []).append((restored - start) / 1_000)
+    assert ledger.policy_fault == ""
+
+
+def figures(policy: str, rounds: int, there: list[Restored], machine: str) -> Iterator[Figure]:
     spent: dict[str, list[float]] = {}
     for _ in range(rounds):
         bench = Bench(policy, spent)
         bench.fill()
         bench.long_prompts()
         assert bench.ledger.policy_fault == ""
+    for _ in range(rounds):
+        device(policy, there, spent)
     for name, budget_us in BUDGET_US.items():
         taken_us = median(spent[name])
         yield Figure(
@@ -126,9 +178,11 @@ def figures(policy: str, rounds: int, machine: str) -> Iterator[Figure]:
 
 def main() -> None:
     chosen = harness.options("what a decision of the ledger costs")
-    rounds, machine = chosen.rounds(5, 1), harness.machine()
+    rounds, machine, there = chosen.rounds(5, 1), harness.machine(), list(entries())
+    gc.collect()
+    gc.freeze()  # The entries are the bench's, not the ledger's: no collection need look through them.
     harness.report(
-        [figure for policy in POLICIES for figure in figures(policy, rounds, machine)],
+        [figure for policy in POLICIES for figure in figures(policy, rounds, there, machine)],
         chosen,
     )
 

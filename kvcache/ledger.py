@@ -46,6 +46,7 @@ from kvcache.tiers.space import Space
 __all__ = ["Change", "Lease", "Ledger", "Owner", "Reservation", "Restored"]
 
 _TIMELESS = RequestContext(now_ns=0)
+_NEAR_BLOCKS = 4_096  # What is known of so many stays in the processor's cache: four times as fast.
 
 
 class Ledger:
@@ -311,9 +312,15 @@ class Ledger:
         is being written there is its writers' to abort.
 
         How many blocks went: all, or ``count`` at most; call it again until none does."""
-        gone, parked = self._holdings.withdraw_arena(arena, count)
-        for block in parked:
-            heappush(self._quarantine, (until_ns, block))
+        gone = 0
+        while count is None or gone < count:
+            most = _NEAR_BLOCKS if count is None else min(_NEAR_BLOCKS, count - gone)
+            step, parked = self._holdings.withdraw_arena(arena, most)
+            for block in parked:
+                heappush(self._quarantine, (until_ns, block))
+            gone += step
+            if not step:
+                break
         return gone
 
     # --- what it tells --------------------------------------------------------------------------
