@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from kvcache.config import NodeConfig, load
+
+if TYPE_CHECKING:
+    from kvcache.server.node import Node
 
 EXIT_ERROR = 1
 EXIT_BUG = 70
@@ -92,7 +96,7 @@ async def _run(config: NodeConfig, as_json: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stopped = loop.create_task(stop.wait())
-    started = loop.create_task(node.start())
+    started = loop.create_task(_start(node))
     try:
         await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
@@ -113,6 +117,17 @@ def _end_without_threads(error: BaseException | None) -> NoReturn:
         logging.error("the node ends: %s", error)
     logging.shutdown()
     os._exit(EXIT_ERROR if error is not None else 0)
+
+
+async def _start(node: Node) -> None:
+    """While it reads what it holds, the collector would look at a million new objects again and again; and
+    later, in the middle of a request, if they were not taken out of its sight."""
+    gc.disable()
+    try:
+        await node.start()
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def _end_at_a_bug(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ HELD_STATS = (
 )
 HELD_STATS_OF_A_TIER = ("blocks", "block_bytes", "orphans")
 AHEAD_BLOCKS_MAX = 64
+TOLD_AT_ONCE = 4_096
 VERDICT_MATCHES = "stored blocks of this namespace are found and used"
 VERDICT_CHARS_MAX = TEXT_CHARS_MAX // 4  # Four bytes a character at most, and the limit counts bytes.
 VERDICT_FIRST = "nothing is stored for this model yet"
@@ -79,6 +80,7 @@ class Core:
         self._space = space
         self._publisher = publisher
         self._telling = False
+        self._untold: deque[tuple[str, Change]] = deque()
         self._newest_lease = 0
         self._namespaces: dict[NamespaceId, Opened] = {}
         self._arenas: dict[tuple[int, str], int] = {}
@@ -222,17 +224,38 @@ class Core:
         self.settle()
 
     def _tell(self) -> None:
+        """Tell followers what has changed, ``TOLD_AT_ONCE`` blocks or so a turn: a device that comes back may
+        have a million."""
         self._telling = False
-        changes = self.ledger.take_changes()
-        for change in changes:
+        self._collect()
+        self._tell_some()
+        if self._untold and not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell_all(self) -> None:
+        self._collect()
+        while self._untold:
+            self._tell_some()
+
+    def _collect(self) -> None:
+        for change in self.ledger.take_changes():
             self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
-        self._publish(changes, TIER_HOST)
-        if self.stack is not None:
-            changes = self.stack.take_changes()
-            for change in changes:
-                if change.kind == "removed":
-                    self.counters[f"nvme_removed_blocks:{change.reason}"] += len(change.keys)
-            self._publish(changes, TIER_NVME)
+            self._untold.append((TIER_HOST, change))
+        for change in self.stack.take_changes() if self.stack is not None else ():
+            if change.kind == "removed":
+                self.counters[f"nvme_removed_blocks:{change.reason}"] += len(change.keys)
+            self._untold.append((TIER_NVME, change))
+
+    def _tell_some(self) -> None:
+        told = 0
+        while self._untold and told < TOLD_AT_ONCE:
+            tier = self._untold[0][0]
+            changes: list[Change] = []
+            while self._untold and self._untold[0][0] == tier and told < TOLD_AT_ONCE:
+                changes.append(self._untold.popleft()[1])
+                told += len(changes[-1].keys)
+            self._publish(changes, tier)
 
     def _publish(self, changes: Sequence[Change], tier: str) -> None:
         if not changes:
@@ -244,7 +267,7 @@ class Core:
 
     def watch(self, owner: int, watcher: Callable[[EventBatch], None]) -> Iterable[EventBatch]:
         """From now on ``watcher`` gets every batch; the batches returned say what is here already."""
-        self._tell()
+        self._tell_all()
         self._watchers[owner] = watcher
         return self._publisher.snapshot()
 
@@ -316,7 +339,7 @@ class Core:
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
-        self._tell()
+        self._tell_all()
         if self.stack is not None:
             self.stack.check()
         self.ledger.check()

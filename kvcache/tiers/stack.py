@@ -271,23 +271,27 @@ class Stack:
         self._ledger.expire(self._clock.now_ns())
         step = RESTORED_AT_ONCE if self._serving else max(1, len(usable))
         for at in range(0, len(usable), step):
-            some = usable[at : at + step]
-            self._take_back({make_slot(drive.number, entry.offset): entry for entry in some})
+            self._take_back(_restored(drive.number, usable[at : at + step]))
             await asyncio.sleep(0)
         drive.ready()
         apart, self._apart = self._still(self._apart), {}
-        self._take_back(apart)
+        self._take_back(
+            [each for slot, entry in apart.items() for each in _restored(slot_arena(slot), [entry])]
+        )
         if all(each.readable for each in self.drives):  # Then nothing will come that they continue.
             for slot, entry in self._still(self._apart).items():
                 self.drives[slot_arena(slot)].forget(entry)
             self._apart = {}
         self._demoter.wake()
 
-    def _take_back(self, entries: Mapping[Slot, Entry]) -> None:
+    def _take_back(self, blocks: Sequence[Restored]) -> None:
         """Find them again, as far as what they continue is found; else they are kept apart."""
-        refused = self._ledger.restore([_restored(slot, entry) for slot, entry in entries.items()])
-        self._counters["nvme_restored_blocks"] += len(entries) - len(refused)
-        self._apart.update((each.slot, entries[each.slot]) for each in refused)
+        if not blocks:
+            return
+        refused = self._ledger.restore(blocks)
+        self._counters["nvme_restored_blocks"] += len(blocks) - len(refused)
+        for slot in (each.slot for each in refused):
+            self._apart[slot] = self.drives[slot_arena(slot)].entries[slot_offset(slot)]
         self._settle()
 
     def _still(self, apart: Mapping[Slot, Entry]) -> dict[Slot, Entry]:
@@ -340,13 +344,15 @@ class Stack:
 def usable_entries(entries: Sequence[Entry], spec_of: SpecOf) -> list[Entry]:
     """Those of namespaces that are known, oldest first. The others are of no use to anybody, and stay where
     they are until their slots are needed. Any thread."""
-    kinds = {(entry.key[:HASH_BYTES], entry.block_bytes, entry.chunk_bytes) for entry in entries}
+    kinds = {(key[:HASH_BYTES], block, chunk) for _, key, _, block, chunk, _, _, _ in entries}
     wrong = {kind for kind in kinds if not _is_known(*kind, spec_of)}
-    usable = [
-        entry
-        for entry in entries
-        if not wrong or (entry.key[:HASH_BYTES], entry.block_bytes, entry.chunk_bytes) not in wrong
-    ]
+    usable = list(entries)
+    if wrong:
+        usable = [
+            entry
+            for entry in entries
+            if (entry.key[:HASH_BYTES], entry.block_bytes, entry.chunk_bytes) not in wrong
+        ]
     usable.sort(key=itemgetter(_GENERATION))
     return usable
 
@@ -356,12 +362,16 @@ def _is_known(name: bytes, block_bytes: int, chunk_bytes: int, spec_of: SpecOf) 
     return spec is not None and (spec[0].block_bytes, spec[0].chunk_bytes) == (block_bytes, chunk_bytes)
 
 
-def _restored(slot: Slot, entry: Entry) -> Restored:
-    namespace = entry.key[:HASH_BYTES]
-    return Restored(
-        key=entry.key,
-        parent=None if entry.parent == PARENT_ROOT else StorageKey(namespace + entry.parent),
-        slot=slot,
-        block_bytes=entry.block_bytes,
-        checksum=entry.checksum,
-    )
+def _restored(number: int, entries: Sequence[Entry]) -> list[Restored]:
+    """In places and not by name: there are hundreds of thousands."""
+    first = make_slot(number, 0)
+    return [
+        Restored(
+            key,
+            None if parent == PARENT_ROOT else StorageKey(key[:HASH_BYTES] + parent),
+            Slot(first + offset),
+            block_bytes,
+            checksum,
+        )
+        for offset, key, parent, block_bytes, _, _, checksum, _ in entries
+    ]
