@@ -284,11 +284,12 @@ class Device:
         """RAISES DeviceFault."""
         assert all(view.nbytes == entry.block_bytes for entry, view in run)
         number, inside = divmod(run[0][0].offset, self.segment_bytes)
-        with faults(f"reading {self._files.path(number)}"), self._files.hold(number) as descriptor:
+        length = sum([stride_of(view.nbytes) for _, view in run])
+        with faults(f"reading segment {number} of {self.path}"), self._files.hold(number) as descriptor:
             read = self._slots.read(descriptor, inside, run)
-            self._files.forget_cached(descriptor, inside, sum(stride_of(view.nbytes) for _, view in run))
+            self._files.forget_cached(descriptor, inside, length)
         with self._counting:
-            self.read_bytes += sum(view.nbytes for _, view in run)
+            self.read_bytes += sum([view.nbytes for _, view in run])
         return [_verified(entry, each) for (entry, _), each in zip(run, read, strict=True)]
 
     # --- its health, and what else it keeps -----------------------------------------------------
