@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -54,7 +54,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     nvme_write: Literal["through", "back", "evict"] = "through"
     nvme_back_ms: Milliseconds = 10_000
     nvme_admission: Literal["all", "second-touch"] = "all"
-    nvme_writes_a_day: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    nvme_writes_a_day: Annotated[float, msgspec.Meta(ge=0, le=1_000)] = 0.0
     nvme_late_ms: Milliseconds = 2_000
     nvme_direct: Literal["auto", "on", "off"] = "auto"
     nvme_scrub_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
@@ -76,7 +76,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """Directory and bytes of each device. RAISES BadInput for what is no ``PATH:SIZE``."""
         if self.nvme == "none":
             return []
-        return [_parse_place(text) for text in self.nvme.split(",")]
+        return [_parse_place(text, self.nvme) for text in self.nvme.split(",")]
 
     @property
     def nvme_segment_bytes(self) -> int:
@@ -95,6 +95,7 @@ def load(flags: Mapping[str, str | int | bool], environment: Mapping[str, str]) 
     given = dict(flags)
     path = str(given.pop("config", "") or environment.get("KVCACHE_CONFIG", ""))
     merged: dict[str, object] = {}
+    origins: dict[str, str] = {}
     for origin, values in (
         (path, _from_file(path) if path else {}),
         ("the environment", _from_environment(environment)),
@@ -102,10 +103,11 @@ def load(flags: Mapping[str, str | int | bool], environment: Mapping[str, str]) 
     ):
         _check_names(values, origin)
         merged.update(values)
+        origins.update(dict.fromkeys(values, origin))
     try:
         config = msgspec.convert(merged, NodeConfig, strict=False)
     except msgspec.ValidationError as error:
-        raise BadInput("bad_config", "a setting cannot be used", str(error)) from error
+        raise _unusable(str(error), merged, origins) from error
     _check(config)
     return config
 
@@ -162,30 +164,67 @@ def _check_nvme(config: NodeConfig) -> None:
     places, segment = config.nvme_places, config.nvme_segment_bytes
     if segment < 8192 or segment % 4096:
         raise BadInput(
-            "bad_config", f"nvme_segment is {segment} bytes", "it is a multiple of 4 KiB, at least 8 KiB"
+            "bad_config",
+            f"nvme_segment is {segment} bytes",
+            "it is a multiple of 4 KiB, at least 8 KiB",
+            "leave it at auto, or give for instance 512MiB",
         )
     for path, size in places:
         if size < segment:
             raise BadInput(
                 "bad_config",
-                f"{size} bytes in {path}",
-                f"a device holds at least one segment of {segment} bytes",
+                f"{size:,} bytes in {path}",
+                f"a device holds at least one segment, which has {segment:,} bytes",
                 "give it more, or a smaller nvme_segment",
             )
     if len({path.resolve() for path, _ in places}) < len(places):
         raise BadInput("bad_config", f"nvme is {config.nvme!r}", "a directory is named twice", "one a device")
 
 
-def _parse_place(text: str) -> tuple[Path, int]:
+def _parse_place(text: str, whole: str) -> tuple[Path, int]:
     path, colon, size = text.strip().rpartition(":")
-    if not colon or not path:
+    why = "" if colon and path else "that is no PATH:SIZE"
+    if not text.strip():
+        why = "something is missing before or after a comma"
+    elif re.search(r":[\d.]+\s*[A-Za-z]*\s*[;\s]", path):
+        why = "several are kept apart by commas"
+    if why:
         raise BadInput(
             "bad_config",
-            f"nvme is {text!r}",
-            "that is no PATH:SIZE",
+            f"nvme is {whole!r}",
+            why,
             "write for instance /mnt/nvme0/kvcache:200GiB, several with commas between them, or none",
         )
-    return Path(path), parse_size(size, "nvme")
+    # A file and the environment have no shell that would do this.
+    place = Path(path).expanduser() if path.startswith("~/") else Path(path)
+    return place.absolute(), parse_size(size, "the size in nvme")
+
+
+def _unusable(said: str, values: Mapping[str, object], origins: Mapping[str, str]) -> BadInput:
+    """In our words, what the schema refused. ``said`` is what the library made of it."""
+    named = re.search(r"`\$\.(\w+)", said)
+    if named is None:
+        return BadInput("bad_config", "a setting cannot be used", said, "kvcache serve --help lists them")
+    name = named[1]
+    wanted = get_type_hints(NodeConfig, include_extras=True)[name]
+    choices = [str(each) for each in get_args(wanted)] if get_origin(wanted) is Literal else []
+    near = difflib.get_close_matches(str(values[name]), choices, 1)
+    return BadInput(
+        "bad_config",
+        f"{name} is {values[name]!r}, set in {origins[name]}",
+        f"it is {_described(wanted, choices)}",
+        f"did you mean {near[0]!r}?" if near else "",
+    )
+
+
+def _described(wanted: object, choices: list[str]) -> str:
+    if choices:
+        return " or ".join([", ".join(choices[:-1]), choices[-1]])
+    if get_origin(wanted) is Annotated:
+        kind, limits = get_args(wanted)
+        number = "a whole number" if kind is int else "a number"
+        return f"{number} from {limits.ge:,} to {limits.le:,}"
+    return "true or false" if wanted is bool else "text, in a file in quotes"
 
 
 def _check_names(values: Mapping[str, object], origin: str) -> None:

@@ -118,3 +118,42 @@ def test_the_extent_is_a_power_of_two_that_fits(capacity: str) -> None:
 def test_a_size_is_exact_and_never_too_long_to_be_one() -> None:
     assert parse_size("9007199254740993") == 9007199254740993
     assert parse_size("9" * 400) == int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"nvme_write": "throu"},
+            ["nvme_write is 'throu', set in the command line", "through, back or evict"],
+        ),
+        ({"nvme_write": "throu"}, ["did you mean 'through'?"]),
+        ({"nvme_back_ms": "10s"}, ["nvme_back_ms is '10s'", "a whole number from 1 to 86,400,000"]),
+        ({"nvme_writes_a_day": "inf"}, ["a number from 0 to 1,000"]),
+        ({"nvme_writes_a_day": "nan"}, ["nvme_writes_a_day"]),
+        ({"nvme": "/a:1GiB,"}, ["nvme is '/a:1GiB,'", "before or after a comma"]),
+        ({"nvme": "/a:1GiB /b:1GiB"}, ["kept apart by commas"]),
+        ({"nvme": "/a:1GiB;/b:1GiB"}, ["kept apart by commas"]),
+        ({"nvme": "/a"}, ["that is no PATH:SIZE", "/mnt/nvme0/kvcache:200GiB"]),
+        ({"nvme": "/a:1GB2"}, ["the size in nvme is '1GB2'"]),
+    ],
+)
+def test_a_wrong_value_says_what_it_may_be(flags: dict[str, str | int | bool], said: list[str]) -> None:
+    message = refusal(flags, {})
+    assert all(each in message for each in said), message
+
+
+def test_a_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('nvme = ["/a:1GiB"]\n')
+    message = refusal({"config": str(file)}, {})
+    assert f"set in {file}" in message
+    assert "text, in a file in quotes" in message
+
+
+def test_a_home_is_found_without_a_shell_and_paths_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/somebody")
+    places = load({"nvme": "~/kv:1GiB, some/where:2GiB, /mnt/a:b:1GiB"}, {}).nvme_places
+    assert places[0] == (Path("/srv/somebody/kv"), 1 << 30)
+    assert places[1] == (Path.cwd() / "some/where", 2 << 30)
+    assert places[2][0] == Path("/mnt/a:b")
