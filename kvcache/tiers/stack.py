@@ -44,6 +44,7 @@ from kvcache.tiers.space import NVME_LAYOUT, Space, make_slot, slot_arena, slot_
 log = logging.getLogger("kvcache.nvme")
 
 CLOSE_S = 6.0
+WITHDRAWN_AT_ONCE = 4_096
 RESTORED_AT_ONCE = 2_048
 _GENERATION = Entry._fields.index("generation")
 STATES: tuple[State, ...] = ("ok", "read_only", "fenced", "loading")
@@ -103,6 +104,7 @@ class Stack:
         self._tasks: set[asyncio.Task[None]] = set()
         self._spec_of = spec_of
         self._apart: dict[Slot, Entry] = {}
+        self._leaving: dict[int, asyncio.Task[None]] = {}
         self._serving = False
 
     # --- its life -------------------------------------------------------------------------------
@@ -306,8 +308,14 @@ class Stack:
         return any(drive.is_busy for drive in self.drives)
 
     def _lost(self, drive: Drive) -> None:
-        self._ledger.withdraw_arena(drive.number, self._clock.now_ns())
-        self._settle()
+        self._leaving[drive.number] = self._spawn(self._withdraw(drive))
+
+    async def _withdraw(self, drive: Drive) -> None:
+        """Its blocks leave the ledger, a part a turn: there may be a million. Those that are still in it are
+        not read, as their drive is not."""
+        while self._ledger.withdraw_arena(drive.number, self._clock.now_ns(), WITHDRAWN_AT_ONCE):
+            self._settle()
+            await asyncio.sleep(0)
 
     async def _watch_over(self, drive: Drive) -> None:
         """Try again and again to bring back a drive that is not as it should be."""
@@ -317,6 +325,8 @@ class Stack:
             if drive.state not in ("read_only", "fenced"):
                 pause_s = PROBE_S_MIN
                 continue
+            if drive.number in self._leaving:
+                await asyncio.wait({self._leaving.pop(drive.number)})
             try:
                 entries = await drive.heal()
             except (BadInput, DeviceFault) as error:
