@@ -41,6 +41,7 @@ from kvcache.tiers.admission import hours_since
 from kvcache.tiers.demote import Rules
 from kvcache.tiers.drive import Place
 from kvcache.tiers.host import HUGE_PAGE_BYTES, HostTier, huge_pages_free_bytes, memory_available_bytes
+from kvcache.tiers.nvme_load import segment_bytes_of
 from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack, StackRules
@@ -299,11 +300,12 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
 
 def _build_stack(core: Core, clock: Clock) -> Stack:
     config = core.config
+    segment_bytes = _segment_bytes(config)
     places = [
         Place(
             path,
             size,
-            config.nvme_segment_bytes,
+            segment_bytes,
             config.nvme_direct,
             config.nvme_late_ms * NS_PER_MS,
             int(config.nvme_writes_a_day * size) or None,
@@ -325,6 +327,16 @@ def _build_stack(core: Core, clock: Clock) -> Stack:
         core.counters,
         core.settle,
     )
+
+
+def _segment_bytes(config: NodeConfig) -> int:
+    """Where the setting leaves it open, what is there decides: else a tier could not grow, nor get a
+    smaller device, without losing all it holds."""
+    if config.nvme_segment == "auto":
+        for path, _ in config.nvme_places:
+            if found := segment_bytes_of(path):
+                return found
+    return config.nvme_segment_bytes
 
 
 def _use_huge_pages(config: NodeConfig) -> bool:

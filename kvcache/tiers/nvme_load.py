@@ -175,6 +175,14 @@ def load_superblock(path: Path, segment_bytes: int, findings: list[str], *, read
     return superblock
 
 
+def segment_bytes_of(path: Path) -> int | None:
+    """What the segments of this directory have, as far as it says. None: it is new, damaged, or not there."""
+    try:
+        return parse_superblock((path / SUPERBLOCK).read_bytes()).segment_bytes
+    except (OSError, BadRecord):
+        return None
+
+
 def disk_finding(path: Path, missing_bytes: int) -> str:
     """That the segments still to be made cannot fit; empty when they can. RAISES DeviceFault."""
     with faults(f"asking for the free space of {path}"):

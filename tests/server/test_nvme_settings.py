@@ -1,0 +1,37 @@
+"""An NVMe tier that is started with other settings than before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvcache import wire
+from tests.server.conftest import Serve
+from tests.server.talk import HASHES, connected, deadline, opened, save, stats
+
+pytestmark = pytest.mark.slow
+
+
+def restored(serve: Serve, nvme: str, segment: str) -> int:
+    """Start a node, make eight blocks durable, end it. How many it had found."""
+    node = serve(capacity="1MiB", nvme=nvme, nvme_segment=segment, nvme_scrub_share=0.0)
+    with connected(node.node.address) as channel:
+        found = int(stats(channel).get("nvme_restored_blocks", 0))
+        namespace = opened(channel)
+        save(channel, namespace, HASHES[:8])
+        reply = channel.call(wire.Persist(namespace, b"".join(HASHES[:8]), 5_000), deadline())
+        assert reply == wire.Matched(8)
+        told = channel.call(wire.Stats(), deadline())
+        assert isinstance(told, wire.StatsReply)
+        assert told.troubles == []
+    node.run(node.node.close())
+    return found
+
+
+def test_a_tier_grows_and_shrinks_and_gets_a_smaller_device(serve: Serve, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert restored(serve, f"{first}:16MiB", "1MiB") == 0
+    assert restored(serve, f"{first}:2GiB", "auto") == 8, "auto would be 64 MiB for a new directory"
+    assert restored(serve, f"{first}:8MiB", "auto") == 8
+    assert restored(serve, f"{second}:4MiB,{first}:2GiB", "auto") == 8
