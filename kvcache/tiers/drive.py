@@ -36,6 +36,7 @@ from kvcache.tiers.nvme_files import faults
 from kvcache.tiers.nvme_format import Entry
 from kvcache.tiers.rates import Rate
 from kvcache.tiers.threads import Dropped, Threads
+from kvcache.tiers.words import READ_ONLY, Teller, words
 
 log = logging.getLogger("kvcache.nvme")
 
@@ -50,12 +51,6 @@ RATE_NS_MAX = 30 * NS_PER_S
 ZEROING_BYTES_S_MIN = 50_000_000
 
 State = Literal["closed", "loading", "ok", "read_only", "fenced"]
-_READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-_WORDS = {
-    errno.ENOSPC: "the file system is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EROFS: "it is mounted read-only",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +83,7 @@ class Drive:
         self.place = place
         self.state: State = "closed"
         self.why = ""
+        self._tried = ""
         self.refusal: BadInput | None = None
         """Why it could not be opened when last tried, if that is not the device's fault."""
         self.entries: dict[int, Entry] = {}
@@ -114,6 +110,7 @@ class Drive:
         self._budget_known = False
         self._save_budget_ns = 0
         self._progress = ""
+        self._teller = Teller(place.path, place.segment_bytes, clock)
         self._opening: list[Device] = []
 
     # --- its life -------------------------------------------------------------------------------
@@ -122,12 +119,15 @@ class Drive:
         """Take the directory and read what it holds; then ``ready`` is to be called.
 
         RAISES BadInput, DeviceFault; then it is fenced."""
+        is_first = self.state == "closed"
         self.state, self._progress, self.refusal = "loading", "", None
-        place = self.place
+        place, began_ns = self.place, self._clock.now_ns()
+        self._teller.opening()
         try:
             spent, entries, found = await self._writing.run(self._open_device)
         except (BadInput, DeviceFault) as error:
-            self.state, self.why = "fenced", str(error)
+            self.state, self.why = "fenced", words(error)
+            self._tried = self.why if is_first else self._tried
             self.refusal = error if isinstance(error, BadInput) else None
             raise
         self._device = device = self._opening.pop()
@@ -141,7 +141,9 @@ class Drive:
         self._read_ns = self._clock.now_ns()
         self.rate.forget()
         for finding in device.findings:
-            log.warning("%s: %s", place.path, finding)
+            log.warning("%s", finding)  # Each names its file.
+        took_s = (self._clock.now_ns() - began_ns) / NS_PER_S
+        log.info("%s: read in %.1f s, %d blocks", place.path, took_s, len(entries))
         return entries
 
     def _open_device(self) -> tuple[dict[str, object], list[Entry], dict[int, Entry]]:
@@ -162,7 +164,7 @@ class Drive:
 
     def ready(self) -> None:
         """What it holds can be found: from now on it is read and written."""
-        self.state, self.why = "ok", ""
+        self.state, self.why, self._tried = "ok", "", ""
 
     async def namespaces(self) -> list[NamespaceMap]:
         """Those of its blocks, as far as they are known there. RAISES DeviceFault."""
@@ -249,7 +251,9 @@ class Drive:
             return [DeviceFault(errno.ECANCELED, f"{self.place.path} was fenced")] * len(wanted)
         finally:
             self._queued_bytes -= size
-        for each in found:
+        for entry, each in zip(wanted, found, strict=True):
+            if isinstance(each, BlockFault):
+                self._teller.bad_block(entry, each)
             self._bad_spots = self._bad_spots + 1 if is_unreadable(each) else 0
             if isinstance(each, DeviceFault):
                 self.failed(each)
@@ -325,17 +329,24 @@ class Drive:
         """The device refused. Reads go on where only writes cannot; else it is fenced."""
         if not self.readable:
             return
-        if fault.errno in _READ_ONLY:
+        if fault.errno in READ_ONLY:
             if self.state == "ok":
                 log.error("%s: no more writes: %s", self.place.path, fault)
-            self.state, self.why = "read_only", _WORDS[fault.errno]
+            self.state, self.why = "read_only", READ_ONLY[fault.errno]
             return
-        self.fence(str(fault))
+        self.fence(words(fault))
+
+    def still(self, error: BadInput | DeviceFault) -> None:
+        """It was tried and does not work yet. What is wrong may be something else by now."""
+        why = words(error)
+        if self.state == "fenced" and why != self._tried:
+            self.why = self._tried = why
+            log.warning("%s: still not used: %s", self.place.path, why)
 
     def fence(self, why: str) -> None:
         if not self.readable:
             return
-        self.state, self.why = "fenced", why
+        self.state, self.why, self._tried = "fenced", why, why
         self.fences += 1
         self.entries = {}
         log.error("%s: fenced: %s", self.place.path, why)
@@ -373,4 +384,5 @@ class Drive:
 
     def _loading(self, what: str, done: int, total: int) -> None:
         """Called in a thread, by the device that is being opened."""
+        self._teller.progress(what, done, total)
         self._progress = f" ({what}: {done:,} of {total:,})"

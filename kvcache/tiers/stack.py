@@ -46,6 +46,8 @@ log = logging.getLogger("kvcache.nvme")
 CLOSE_S = 6.0
 WITHDRAWN_AT_ONCE = 4_096
 RESTORED_AT_ONCE = 2_048
+RELAPSES = 8
+"""So many times ``PROBE_S_MAX`` lie between two tries of a drive that works only when it is tried."""
 _GENERATION = Entry._fields.index("generation")
 STATES: tuple[State, ...] = ("ok", "read_only", "fenced", "loading")
 
@@ -319,21 +321,20 @@ class Stack:
 
     async def _watch_over(self, drive: Drive) -> None:
         """Try again and again to bring back a drive that is not as it should be."""
-        pause_s = PROBE_S_MIN
+        pause_s = patience_s = PROBE_S_MIN
         while True:
             await asyncio.sleep(pause_s)
             if drive.state not in ("read_only", "fenced"):
-                pause_s = PROBE_S_MIN
+                pause_s = patience_s = max(PROBE_S_MIN, patience_s / 2)
                 continue
-            if drive.number in self._leaving:
-                await asyncio.wait({self._leaving.pop(drive.number)})
             try:
                 entries = await drive.heal()
             except (BadInput, DeviceFault) as error:
-                log.debug("%s: still not: %s", drive.place.path, error)
-                pause_s = min(2 * pause_s, PROBE_S_MAX)
+                drive.still(error)
+                pause_s = min(2 * pause_s, max(PROBE_S_MAX, patience_s))
                 continue
-            pause_s = PROBE_S_MIN
+            # One that fails as soon as it is used is not read again and again, all it holds, every second.
+            pause_s, patience_s = patience_s, min(2 * patience_s, RELAPSES * PROBE_S_MAX)
             if entries is not None:
                 await self._restore(drive, entries)
             self._demoter.wake()
