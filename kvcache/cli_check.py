@@ -139,6 +139,10 @@ def report_text(report: Report) -> str:
         f"{report.path}: {report.blocks:,} blocks looked at in {report.seconds:.1f} s ({rate}/s)",
         f"  {report.fine_blocks:>9,}  fine, {readable('_bytes', float(report.fine_bytes))}",
     ]
+    if report.apart_blocks:
+        lines.append(
+            f"  {report.apart_blocks:>9,}  fine, too, behind blocks that are on another device, or gone"
+        )
     lines += [f"  {count:>9,}  {WORDS.get(reason, reason)}" for reason, count in report.bad.most_common()]
     lines += [f"  {finding}" for finding in report.findings]
     if report.stopped:
@@ -146,7 +150,7 @@ def report_text(report: Report) -> str:
     elif report.ok:
         lines.append("  all is well; nothing was changed")
     elif report.repaired:
-        dropped = report.blocks - report.fine_blocks
+        dropped = report.blocks - report.fine_blocks - report.apart_blocks
         lines.append(f"  repaired: {dropped:,} dropped, the index written anew; run it again to see all well")
     else:
         lines.append("  nothing was changed; a node serves none of what is wrong; --repair drops it")
@@ -161,6 +165,7 @@ def report_map(report: Report) -> dict[str, object]:
         "blocks": report.blocks,
         "fine_blocks": report.fine_blocks,
         "fine_bytes": report.fine_bytes,
+        "apart_blocks": report.apart_blocks,
         "bad": dict(report.bad),
         "findings": report.findings,
         "stopped": report.stopped,

@@ -49,7 +49,6 @@ WORDS: dict[str, str] = {
     "segment": "its segment file is damaged or missing",
     "duplicate": "an older copy of a block that is there",
     "stale": "an index entry for a slot that is no more",
-    "cut_off": "the block before it is missing or wrong, so no prompt finds it",
 }
 
 _REJECTED = {"its segment is not there": "segment", "a newer copy is there": "duplicate"}
@@ -60,13 +59,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(slots=True)
 class Report:
-    """What was found. ``bad`` counts by the reasons in ``WORDS``; ``findings`` are about the directory
-    itself, in plain words; ``stopped`` says why not all was looked at."""
+    """What was found. ``bad`` counts by the reasons in ``WORDS``; ``apart_blocks`` are good and continue
+    blocks that are not; ``findings`` are about the directory itself, in plain words; ``stopped`` says why not
+    all was looked at."""
 
     path: str
     blocks: int = 0
     fine_blocks: int = 0
     fine_bytes: int = 0
+    apart_blocks: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     stopped: str = ""
@@ -90,9 +91,9 @@ def check(path: Path, *, repair: bool, progress: Progress) -> Report:
         report = Report(str(path), findings=list(device.findings))
         unnamed = _bad_namespaces(device)
         report.findings += [f"{file}: it does not say what its name does" for file in unnamed]
-        fine = _fine(device, report, progress)
+        good = _good(device, report, progress)
         if repair and not report.ok and not report.stopped:
-            _repair(opened, unnamed, fine)
+            _repair(opened, unnamed, good)
             report.repaired = True
     finally:
         device.close()
@@ -100,8 +101,8 @@ def check(path: Path, *, repair: bool, progress: Progress) -> Report:
     return report
 
 
-def _fine(device: Device, report: Report, progress: Progress) -> list[Entry]:
-    """The entries of blocks that are as they should be, and can be reached."""
+def _good(device: Device, report: Report, progress: Progress) -> list[Entry]:
+    """The entries of blocks that are as they should be."""
     report.bad.update(_REJECTED.get(why, "stale") for _, why in device.rejected)
     entries = sorted(device.take_entries())
     report.blocks = len(entries) + len(device.rejected)
@@ -111,11 +112,10 @@ def _fine(device: Device, report: Report, progress: Progress) -> list[Entry]:
     good = [entry for entry in entries if entry.offset not in bad]
     if report.stopped:
         return good
-    cut_off = _cut_off(good)
-    report.bad.update("cut_off" for _ in cut_off)
-    fine = [entry for entry in good if entry.offset not in cut_off]
-    report.fine_blocks, report.fine_bytes = len(fine), sum(entry.block_bytes for entry in fine)
-    return fine
+    apart = _apart(good)
+    report.apart_blocks, report.fine_blocks = len(apart), len(good) - len(apart)
+    report.fine_bytes = sum(entry.block_bytes for entry in good if entry.offset not in apart)
+    return good
 
 
 def _bad_namespaces(device: Device) -> list[Path]:
@@ -124,7 +124,7 @@ def _bad_namespaces(device: Device) -> list[Path]:
     return [file for file in sorted((device.path / NAMESPACES).glob("*.json")) if file.stem not in known]
 
 
-def _repair(opened: Opened, unnamed: Sequence[Path], fine: Sequence[Entry]) -> None:
+def _repair(opened: Opened, unnamed: Sequence[Path], good: Sequence[Entry]) -> None:
     """RAISES DeviceFault. REQUIRES: the directory's lock is held."""
     superblock, folder = opened.superblock, opened.path / INDEX
     with faults(f"repairing {opened.path}"):
@@ -134,8 +134,8 @@ def _repair(opened: Opened, unnamed: Sequence[Path], fine: Sequence[Entry]) -> N
                 opened.files.remove(number)
         for file in unnamed:
             file.unlink(missing_ok=True)
-        entries_max = max(len(fine), opened.segment_count * superblock.segment_bytes // (2 * PAGE_BYTES))
-        Index.create(folder, entries_max, fine).close()
+        entries_max = max(len(good), opened.segment_count * superblock.segment_bytes // (2 * PAGE_BYTES))
+        Index.create(folder, entries_max, good).close()
 
 
 def _read(device: Device, entries: Sequence[Entry], report: Report, progress: Progress) -> dict[int, str]:
@@ -195,7 +195,7 @@ def _verify(device: Device, group: Sequence[Entry]) -> list[str]:
     return reasons
 
 
-def _cut_off(entries: Sequence[Entry]) -> set[int]:
+def _apart(entries: Sequence[Entry]) -> set[int]:
     """The offsets of those that no chain of blocks leads to from the first of a prompt."""
     following: dict[bytes, list[Entry]] = {}
     reached: list[Entry] = []

@@ -89,6 +89,7 @@ def test_for_a_script(tier: Path) -> None:
         "ok": False,
         "blocks": 5,
         "fine_blocks": 4,
+        "apart_blocks": 0,
         "fine_bytes": 4 * BLOCK,
         "bad": {"checksum": 1},
         "findings": [],

@@ -225,13 +225,12 @@ DAMAGE: list[tuple[Callable[[Path], None], dict[str, int], int, str]] = [
     (payload, {"checksum": 1}, 19, ""),
     (header, {"header": 1}, 19, ""),
     (swapped, {"generation": 1}, 19, ""),
-    (in_the_middle, {"checksum": 1, "cut_off": 6}, 13, ""),
+    (in_the_middle, {"checksum": 1}, 13, ""),
     (truncated, {"segment": 10}, 10, "000001.seg"),
     (removed, {"segment": 10}, 10, ""),
     (segment_header, {"segment": 10}, 10, "000001.seg"),
     (formatted, {"stale": 10}, 10, ""),
     (duplicate, {"duplicate": 1}, 20, ""),
-    (orphan, {"cut_off": 2}, 17, ""),
     (index_value, {}, 19, "1 entries of the index are damaged"),
     (index_missing, {}, 20, "there is no index"),
     (index_garbage, {}, 20, "the index cannot be read"),
@@ -264,12 +263,23 @@ def test_damage_is_named_and_repaired(
 
     again = check(tier, repair=False, progress=silent)
     assert again.ok, (again.bad, again.findings)
-    assert (again.blocks, again.fine_blocks) == (fine, fine)
+    assert (again.blocks, again.fine_blocks) == (fine + report.apart_blocks, fine)
     device = open_device(tier)
-    assert len(device.entries()) == fine
+    assert len(device.entries()) == again.blocks
     for entry in device.take_entries():
         assert fetch(device, entry) == CONTENTS[entry.key]
     device.close()
+
+
+def test_what_continues_another_device_is_well_and_survives_a_repair(tier: Path) -> None:
+    """A prompt goes over all devices of a node: the block before may be in another directory."""
+    orphan(tier)
+    report = check(tier, repair=False, progress=silent)
+    assert (report.ok, report.blocks, report.fine_blocks, report.apart_blocks) == (True, 19, 17, 2)
+    payload(tier)
+    assert check(tier, repair=True, progress=silent).repaired
+    again = check(tier, repair=False, progress=silent)
+    assert (again.ok, again.blocks, again.apart_blocks) == (True, 18, 2)
 
 
 def test_what_lies_in_free_slots_is_nobody_s_concern(tier: Path) -> None:
