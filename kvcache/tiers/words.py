@@ -30,7 +30,7 @@ READ_ONLY = {
 _HINTS = {
     errno.EACCES: "; give the node's user this directory",
     errno.EPERM: "; give the node's user this directory",
-    errno.ENOENT: "; is the device mounted, and its directory there?",
+    errno.ENOENT: "; see that the device is mounted and its directory there",
     errno.ENODEV: "; mount the one that it was, or restart the node to use this one",
     errno.ENOTDIR: "; a part of the path is a file",
     errno.EIO: "; look at the system's log",

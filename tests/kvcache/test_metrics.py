@@ -84,3 +84,16 @@ def test_two_pages_do_not_share_numbers() -> None:
 
 def test_every_request_of_the_protocol_is_counted() -> None:
     assert {"hello", "open", "match", "lease", "watch"} <= set(metrics.REQUESTS)
+
+
+def test_alerts_are_about_metrics_that_there_are() -> None:
+    """Also that none asks for a value which its label never has."""
+    docs = Path(__file__).parents[2] / "docs"
+    listed = (docs / "metrics.md").read_text()
+    wanted = re.findall(r"(kvcache_[a-z_]+)(?:\{(\w+)!?=~?\"([^\"]*)\"\})?", (docs / "nvme.md").read_text())
+    assert len(wanted) >= 8
+    for name, label, values in wanted:
+        assert f"| `{name}` |" in listed
+        if label:
+            (row,) = re.findall(rf"\| `{name}` \| {label} \| (.*) \|", listed)
+            assert set(values.split("|")) <= set(row.split(", "))

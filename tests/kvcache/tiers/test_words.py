@@ -50,7 +50,7 @@ def test_progress_is_told_only_of_what_takes_long(log: pytest.LogCaptureFixture)
 
 
 def test_what_helps_is_said_where_it_is_known() -> None:
-    assert words(DeviceFault(errno.ENOENT, "opening")).startswith("opening; is the device mounted")
+    assert words(DeviceFault(errno.ENOENT, "opening")).startswith("opening; see that the device is mounted")
     assert words(DeviceFault(errno.EUCLEAN, "opening")) == "opening"
 
 
