@@ -101,7 +101,7 @@ async def _run(config: NodeConfig, as_json: bool) -> None:
         await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             await started
-            _say_ready(node.address, node.tcp_address, node.http_address, config, as_json)
+            _say_ready(node, config, as_json)
             await stopped
     finally:
         started.cancel()
@@ -144,12 +144,20 @@ def _end_at_a_bug(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -
     os._exit(EXIT_BUG)
 
 
-def _say_ready(socket: str, tcp: str, http: str, config: NodeConfig, as_json: bool) -> None:
+def _say_ready(node: Node, config: NodeConfig, as_json: bool) -> None:
     """One line on standard output once clients can connect: scripts wait for it."""
-    places = {"socket": socket, "tcp": tcp, "http": http}
+    places = {"socket": node.address, "tcp": node.tcp_address, "http": node.http_address}
     if as_json:
         line = json.dumps({"ready": True, "pid": os.getpid(), "capacity": config.capacity, **places})
     else:
-        line = f"ready: {config.capacity} for blocks, " + ", ".join(text for text in places.values() if text)
+        said = [f"{config.capacity} for blocks", _nvme_words(node), *places.values()]
+        line = "ready: " + ", ".join(text for text in said if text)
     click.echo(line)
     sys.stdout.flush()
+
+
+def _nvme_words(node: Node) -> str:
+    """The log has said why, if it is not all of them."""
+    drives = node.core.stack.drives if node.core.stack is not None else []
+    in_use = sum(drive.readable for drive in drives)
+    return f"{in_use} of {len(drives)} NVMe directories in use" if drives else ""

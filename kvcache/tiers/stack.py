@@ -253,8 +253,8 @@ class Stack:
         """What is wrong with it, if anything, is the drive's own trouble."""
         try:
             entries = await drive.open()
-        except (BadInput, DeviceFault) as error:
-            log.error("%s: %s", drive.place.path, error)
+        except (BadInput, DeviceFault):
+            log.error("%s: not used: %s", drive.place.path, drive.why)
             return
         await self._restore(drive, entries)
 

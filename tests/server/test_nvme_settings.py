@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
+from kvcache.server.cli import _nvme_words
 from tests.server.conftest import Serve
 from tests.server.talk import HASHES, connected, deadline, opened, save, stats
 
@@ -35,3 +36,11 @@ def test_a_tier_grows_and_shrinks_and_gets_a_smaller_device(serve: Serve, tmp_pa
     assert restored(serve, f"{first}:2GiB", "auto") == 8, "auto would be 64 MiB for a new directory"
     assert restored(serve, f"{first}:8MiB", "auto") == 8
     assert restored(serve, f"{second}:4MiB,{first}:2GiB", "auto") == 8
+
+
+def test_the_ready_line_says_how_many_directories_are_used(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    node = serve(capacity="1MiB", nvme=f"{tmp_path}/file:16MiB,{tmp_path}/good:16MiB").node
+    assert _nvme_words(node) == "1 of 2 NVMe directories in use"
+    assert any("file is not a directory" in each for each in node.core.troubles())
+    assert _nvme_words(serve(capacity="1MiB", socket=str(tmp_path / "other.sock")).node) == ""
