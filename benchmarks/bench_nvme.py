@@ -2,21 +2,22 @@
 
     python benchmarks/bench_nvme.py [--directory DIR] [--json] [--quick]
 
-``put`` is durable and in steady state: 16 blocks a call over slots that hold older blocks, so that index
+``put`` is durable and in steady state: 32 MiB a batch over slots that hold older blocks, so that index
 entries are deleted and committed, blocks written and synced, index entries put and committed, and the
-index synced. ``put_first`` is into new segments, which are filled with zeros in the same time. ``get``
-reads in random order, past the page cache, into shared memory of 4 KiB pages as a node's slab is, and
-verifies header and checksum: a block at a time, 16 neighbours a call in random order, and with four
-threads. ``mixed`` puts and gets at once, each in its half. The ceiling is fio's, in the same round
+index synced. (A node that has much to write makes batches of up to 64 MiB and 256 blocks.) ``put_first``
+is into new segments, which are filled with zeros in the same time. ``get`` reads in random order, past
+the page cache, into shared memory of 4 KiB pages as a node's slab is, and verifies header and checksum:
+a block at a time, 8 MiB of neighbours a call as a node brings a prompt, and a block at a time in four
+threads. ``mixed`` (not in the short form) puts and gets at once, each in its half. The ceiling is fio's, in the same round
 (``nvme_rivals.py``, which also holds the rivals); it has no index and verifies nothing. Needs fio: on
 Debian, apt-get install fio. Restart: ``nvme_restart.py``.
 
-On paper: a put of 16 blocks of 2 MiB is 32 MiB of writing, and beside it an fdatasync of the segment and
-two commits of an index of pages, which sync too: five syncs in all. Where a sync takes 0.2 ms and the
-disk writes 4 GB/s that is 1 ms beside 8 ms; where it takes 4 ms and the disk 1.6 GB/s, 20 beside 21, and
-batches must be larger. A get is one request and a copy with its sum at memory's speed (0.1 ms in 2 MiB),
-which hides behind other threads' reads. CPU: the system's share of direct I/O (pinning pages, requests)
-and the copy, 0.03 s a GB each; the interpreter's 40 us a block are 0.02 s a GB at 2 MiB.
+On paper: a batch is 32 MiB of writing, and beside it an fdatasync of the segment and two commits of an
+index of pages, which sync too: five syncs in all. Where a sync takes 0.2 ms and the disk writes 4 GB/s
+that is 1 ms beside 8 ms; where it takes 4 ms and the disk 1.6 GB/s, 20 beside 21, and batches must be
+larger. A get is one request and a copy with its sum at memory's speed (0.1 ms in 2 MiB), which hides
+behind other threads' reads. CPU: the system's share of direct I/O (pinning pages, requests) and the
+copy, 0.03 s a GB each; the interpreter's 40 us a block are 0.02 s a GB at 2 MiB.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from statistics import median
 import harness
 import nvme_restart
 from harness import GIB, KIB, MIB, Figure
-from nvme_rivals import GB, GROUP, Files, Fio, Lmdb, Pool, Took, Work, clocked, in_threads
+from nvme_rivals import GB, READ_BYTES, WRITE_BYTES, Files, Fio, Lmdb, Pool, Took, Work, clocked, in_threads
 
 from kvcache.block import HASH_BYTES, KEY_BYTES, StorageKey
 from kvcache.sums import block_checksum, sum_chunks
@@ -52,7 +53,7 @@ WORK_BYTES, WORK_BYTES_QUICK = 512 * MIB, 256 * MIB
 ROUNDS, ROUNDS_QUICK = 7, 2
 THREADS = 4
 MIXED_READERS = 3
-MIXED_S, MIXED_S_QUICK = 2.0, 1.0
+MIXED_S = 2.0
 FIO, HUGE = "fio", "fio, huge pages"
 FILES, VALUES = "a file a block", "values in LMDB"
 LMDB_PART = 4
@@ -84,7 +85,7 @@ class Ours:
         return clocked(self._work.payload_bytes, partial(self._put, new))
 
     def _put(self, new: Sequence[Entry]) -> None:
-        for group in self._work.groups():
+        for group in self._work.groups(WRITE_BYTES):
             puts = [(new[index], self._work.taken(index)) for index in group]
             self._entries += self._device.write(puts, (), durable=True)
 
@@ -101,7 +102,7 @@ class Ours:
     def get_groups(self) -> Took:
         """As a node brings a prompt: neighbours are asked for together."""
         self._work.blank()
-        groups = self._work.groups()
+        groups = self._work.groups(READ_BYTES)
         random.Random(self._round).shuffle(groups)
         took = clocked(self._work.payload_bytes, lambda: [self._get_group(group) for group in groups])
         self._work.compare("the NVMe tier")
@@ -117,7 +118,7 @@ class Ours:
 
     def mixed(self, seconds: float, readers: int) -> tuple[Took, Took]:
         """As ``Fio.mixed``. CPU seconds are those of both sides together."""
-        groups = self._work.groups()
+        groups = self._work.groups(WRITE_BYTES)
         half = len(groups) // 2
         there = [index for group in groups[half:] for index in group]
         got = [0] * readers
@@ -238,17 +239,20 @@ def transfers(folder: Path, block_bytes: int, chosen: harness.Options, machine: 
         }
         yield from figures(names, f"get.{size}", harness.interleaved(one, rounds))
         grouped = {FIO: partial(fio.get, 1), HUGE: partial(huge.get, 1), "ours": ours.get_groups}
-        yield from figures(names, f"get.{size}.batch{GROUP}", harness.interleaved(grouped, rounds))
+        yield from figures(
+            names, f"get.{size}.batch{READ_BYTES // block_bytes}", harness.interleaved(grouped, rounds)
+        )
         several = {
             FIO: partial(fio.get, THREADS),
             HUGE: partial(huge.get, THREADS),
             "ours": partial(ours.get, THREADS),
         }
         yield from figures(names, f"get.{size}.threads{THREADS}", harness.interleaved(several, rounds))
-        seconds = MIXED_S_QUICK if chosen.quick else MIXED_S
-        both = {who: partial(each.mixed, seconds, MIXED_READERS) for who, each in ((FIO, fio), (HUGE, huge))}
-        both["ours"] = partial(ours.mixed, seconds, MIXED_READERS)
-        mixed = harness.interleaved(both, 1 if chosen.quick else rounds // 2)
+        if chosen.quick:
+            return
+        both = {who: partial(each.mixed, MIXED_S, MIXED_READERS) for who, each in ((FIO, fio), (HUGE, huge))}
+        both["ours"] = partial(ours.mixed, MIXED_S, MIXED_READERS)
+        mixed = harness.interleaved(both, rounds // 2)
         for at, op in enumerate(("put", "get")):
             sides = {who: [took[at] for took in taken] for who, taken in mixed.items()}
             yield from speeds(names, f"mixed.{op}.{size}", sides)

@@ -7,13 +7,13 @@ pieces, that is luck, and its speed doubles or halves from one run to the next. 
 steady, and higher: both are shown. Its CPU time is told in milliseconds, so for several threads it is
 rough.
 
-``Lmdb`` keeps the values in LMDB, which syncs at each transaction. ``Files`` is a file a block, written
-under another name, synced and renamed, and read past the page cache. These two verify nothing, which is to
-their favour.
+``Lmdb`` keeps the values in LMDB, which syncs at each transaction, here as many blocks as a batch has.
+``Files`` is a file a block, written under another name, synced and renamed, and read past the page
+cache. These two verify nothing, which is to their favour.
 
-Cold: direct I/O goes past this machine's page cache. What LMDB left there is dropped before each turn and
-``resident_share`` looks that it is gone. What lies below a virtual disk nobody here can empty; it is there
-for all alike.
+Cold: direct I/O goes past this machine's page cache. What LMDB left there is dropped before each turn
+and ``resident_share`` looks that it is gone. What lies below a virtual disk nobody here can empty; it is
+there for all alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from harness import MIB
 
 GB = 1e9
 PAGE_BYTES = 4096
-GROUP = 16
+WRITE_BYTES = 32 * MIB
+READ_BYTES = 8 * MIB
 WRITES_AT_ONCE = 2
 STAMP_BYTES = 64
 
@@ -110,8 +111,10 @@ class Work:
     def place(self, index: int) -> memoryview:
         return self.target.view[index * self.block_bytes : (index + 1) * self.block_bytes]
 
-    def groups(self) -> list[range]:
-        return [range(at, min(at + GROUP, self.block_count)) for at in range(0, self.block_count, GROUP)]
+    def groups(self, group_bytes: int) -> list[range]:
+        """REQUIRES: the blocks are a whole number of groups."""
+        count = group_bytes // self.block_bytes
+        return [range(at, at + count) for at in range(0, self.block_count, count)]
 
     def shuffled(self, seed: int) -> list[int]:
         order = list(range(self.block_count))
@@ -119,7 +122,7 @@ class Work:
         return order
 
     def part(self, divisor: int) -> Work:
-        return Work(self.block_bytes, max(self.block_count // divisor, GROUP), self.source, self.target)
+        return Work(self.block_bytes, self.block_count // divisor, self.source, self.target)
 
     def stamp(self, mark: str) -> None:
         """Make every block unlike every other, and unlike what it was before."""
@@ -164,13 +167,19 @@ class Fio:
             )
         self._work = work
         self._file = folder / f"fio-{work.block_bytes}-{huge_pages}.bin"
+        self._write = (
+            "--rw=write",
+            f"--fdatasync={WRITE_BYTES // work.block_bytes}",
+            "--ioengine=libaio",
+            f"--iodepth={WRITES_AT_ONCE}",
+        )
         self._environment = dict(os.environ)
         if huge_pages:
             self._environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         self.put()
 
     def put(self) -> Took:
-        return _took(self._run("--name=put", *_WRITE)["write"], self._work)
+        return _took(self._run("--name=put", *self._write)["write"], self._work)
 
     def get(self, threads: int) -> Took:
         share = self._work.block_count // threads * self._work.stride
@@ -182,7 +191,7 @@ class Fio:
         half = self._work.block_count // 2 * self._work.stride
         timed = ("--time_based", f"--runtime={seconds:.0f}", f"--size={half}")
         get = ("--name=get", "--rw=randread", f"--offset={half}", f"--numjobs={readers}", "--group_reporting")
-        found = self._run(*timed, "--name=put", *_WRITE, "--new_group", *get)
+        found = self._run(*timed, "--name=put", *self._write, "--new_group", *get)
         return _took(found["write"], self._work), _took(found["read"], self._work)
 
     def close(self) -> None:
@@ -215,9 +224,6 @@ class Fio:
         return found
 
 
-_WRITE = ("--rw=write", f"--fdatasync={GROUP}", "--ioengine=libaio", f"--iodepth={WRITES_AT_ONCE}")
-
-
 def _took(said: dict[str, float], work: Work) -> Took:
     """fio's bytes, without the pages that hold headers in our case."""
     payload_bytes = int(said["io_bytes"]) * work.block_bytes // work.stride
@@ -225,7 +231,7 @@ def _took(said: dict[str, float], work: Work) -> Took:
 
 
 class Lmdb:
-    """Values in LMDB: ``GROUP`` a transaction, synced; read with LMDB's and the system's read-ahead."""
+    """Values in LMDB: a batch a transaction, synced; read with LMDB's and the system's read-ahead."""
 
     def __init__(self, folder: Path, work: Work) -> None:
         self._work = work
@@ -241,7 +247,7 @@ class Lmdb:
         return clocked(self._work.payload_bytes, self._put)
 
     def _put(self) -> None:
-        for group in self._work.groups():
+        for group in self._work.groups(WRITE_BYTES):
             with self._environment.begin(write=True) as transaction:
                 for index in group:
                     transaction.put(index.to_bytes(32, "big"), self._work.taken(index))
@@ -278,7 +284,7 @@ class Files:
         return clocked(self._work.payload_bytes, self._put)
 
     def _put(self) -> None:
-        for group in self._work.groups():
+        for group in self._work.groups(WRITE_BYTES):
             for index in group:
                 self._put_one(index)
             os.fsync(self._descriptor)
