@@ -211,7 +211,7 @@ def _unusable(said: str, values: Mapping[str, object], origins: Mapping[str, str
     near = difflib.get_close_matches(str(values[name]), choices, 1)
     return BadInput(
         "bad_config",
-        f"{name} is {values[name]!r}, set in {origins[name]}",
+        f"{name} is {values[name]!r}, from {origins[name]}",
         f"it is {_described(wanted, choices)}",
         f"did you mean {near[0]!r}?" if near else "",
     )

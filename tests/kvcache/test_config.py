@@ -125,7 +125,7 @@ def test_a_size_is_exact_and_never_too_long_to_be_one() -> None:
     [
         (
             {"nvme_write": "throu"},
-            ["nvme_write is 'throu', set in the command line", "through, back or evict"],
+            ["nvme_write is 'throu', from the command line", "through, back or evict"],
         ),
         ({"nvme_write": "throu"}, ["did you mean 'through'?"]),
         ({"nvme_back_ms": "10s"}, ["nvme_back_ms is '10s'", "a whole number from 1 to 86,400,000"]),
@@ -147,7 +147,7 @@ def test_a_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text('nvme = ["/a:1GiB"]\n')
     message = refusal({"config": str(file)}, {})
-    assert f"set in {file}" in message
+    assert f"from {file}" in message
     assert "text, in a file in quotes" in message
 
 
