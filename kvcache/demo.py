@@ -262,7 +262,8 @@ class Demo:
                 f"trace      {self._source}, in blocks of {setup.block_tokens} tokens",
                 f"node       {self._options.capacity} of host memory, process {self._node.pid}, "
                 f"{self._setup.address}",
-                f"NVMe       {self._nvme_bytes / (1 << 30):.1f} GiB of disk in {self._home / 'tier'}, written behind",
+                f"NVMe       {self._nvme_bytes / (1 << 30):.1f} GiB of disk in {self._home / 'tier'}, "
+                "written behind",
                 f"HTTP       {self._node.http}  (/metrics, /v1/stats, /v1/locate; while this runs)",
                 f"clients    {self._options.clients} processes over shared memory",
                 f"blocks     {setup.block_bytes:,} bytes that follow from the key; one of {MODEL.name} "
