@@ -1,9 +1,9 @@
 """What a transport is: the contract between nodes that move blocks and whatever carries the bytes.
 
-One-sided and batched. A node *exports* pieces of its memory under a *ticket*, tells the ticket to its peer over the
-control channel (which has authenticated him), and the peer reads them straight into memory of his own; or
-it *posts* memory to be filled, and the peer writes there. A ticket says nothing about addresses or paths, is
-good once, for one peer's one transfer, and not after its time.
+One-sided and batched. A node *exports* pieces of its memory under a *ticket*, tells the ticket to its peer
+over the control channel (which has authenticated him), and the peer reads them straight into memory of his
+own; or it *posts* memory to be filled, and the peer writes there. A ticket says nothing about addresses or
+paths, is good once, for one peer's one transfer, and not after its time.
 
     owner   export(pieces) ─► ticket ... (control channel) ... ─► peer   read(ticket, into)
     owner   post(pieces)   ─► ticket ...                       ─► peer   write(ticket, pieces)
@@ -20,7 +20,8 @@ Rules that every transport keeps, and ``kvcache.testing.transports`` tests:
 * a call ends by its deadline, 250 ms at most past it; then, and when it is cancelled, no byte is
   written into its memory any more once it has returned;
 * a transfer is whole or raises; what a transfer that raised has left in its memory is undefined;
-* no silence is trusted: a peer that sends nothing for ``Limits.silence_ns`` is lost, whatever the system says;
+* no silence is trusted: a peer that sends nothing for ``Limits.silence_ns`` is lost, whatever the system
+  says;
 * bytes in flight are bounded, an endpoint's and all together; what waits goes by ``Priority``, then in order.
 """
 
