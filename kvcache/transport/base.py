@@ -89,9 +89,10 @@ class Endpoint(Protocol):
         deadline_ns: int,
         priority: Priority = Priority.DECODE,
     ) -> None:
-        """Fill ``into[i]`` with piece i of what the peer exported: all pieces, of equal lengths.
+        """Fill ``into[i]`` with piece i of what the peer exported: all pieces, each of the same length.
 
-        RAISES PeerLost, TransferRefused, TransferLate. REQUIRES: flat, writable byte views."""
+        RAISES PeerLost, TransferRefused, TransferLate. REQUIRES: flat, writable byte views, not empty; one at
+        least."""
 
     async def write(
         self,
@@ -101,7 +102,8 @@ class Endpoint(Protocol):
         priority: Priority = Priority.DECODE,
     ) -> None:
         """Fill what the peer posted, piece by piece. When it returns, the bytes are there, and the peer's
-        ``filled`` was called. RAISES PeerLost, TransferRefused, TransferLate."""
+        ``filled`` was called. When it raises, the peer may have been filled all the same.
+        RAISES PeerLost, TransferRefused, TransferLate. REQUIRES: flat byte views, not empty; one at least."""
 
     async def notify(self, note: bytes, deadline_ns: int) -> None:
         """Tell the peer something, at most ``NOTE_BYTES_MAX``, in order with other notes. RAISES PeerLost,
@@ -142,14 +144,16 @@ class Transport(Protocol):
         Without it everything works, slower. REQUIRES: it stays until ``close``."""
 
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
-        """One peer may read these, once, until then."""
+        """One peer may read these, once; he must have begun by then. REQUIRES: as ``Endpoint.write``."""
 
     def post(self, pieces: Sequence[memoryview], until_ns: int, filled: Callable[[], None]) -> Ticket:
-        """One peer may fill these, once, until then; ``filled`` is called when he has, all of them."""
+        """One peer may fill these, once; he must have begun by then. ``filled`` is called when he has, all of
+        them. REQUIRES: as ``Endpoint.read``."""
 
     def withdraw(self, ticket: Ticket) -> Awaitable[None]:
-        """The ticket is good no more; when this returns, no transfer touches its pieces. Of a ticket that is
-        used or expired, the same: so it ends every ticket's life."""
+        """The ticket is good no more; when this returns, no transfer touches its pieces. A transfer that runs
+        is ended, or waited for where it cannot be. Of a ticket that is used or expired, the same: so it ends
+        every ticket's life."""
 
     async def close(self) -> None:
         """End every endpoint and listener; then no memory is touched any more. May be called twice."""
