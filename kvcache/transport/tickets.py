@@ -18,6 +18,7 @@ import asyncio
 import heapq
 import secrets
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvcache.clock import Clock
 from kvcache.transport.base import Ticket, TransferRefused
@@ -36,7 +37,12 @@ class Use:
         self._filled = filled
         self._stop: Callable[[], None] | None = None
         self._ended: asyncio.Event | None = None
+        self._forget: Callable[[], object] | None = None
         self._is_over = False
+
+    def when_over(self, forget: Callable[[], object]) -> None:
+        """For the book: call ``forget`` at the end."""
+        self._forget = forget
 
     def when_stopped(self, stop: Callable[[], None]) -> None:
         """Call ``stop`` when the owner withdraws, at once if he has. It may call ``end``."""
@@ -55,6 +61,9 @@ class Use:
         """Nothing touches the pieces any more. May be called twice."""
         self._is_over = True
         self._stop = None
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
         if self._ended is not None:
             self._ended.set()
 
@@ -72,26 +81,18 @@ class Use:
         return self._is_over
 
 
-class _Offer:
-    __slots__ = ("is_spent", "until_ns", "use")
-
-    def __init__(self, use: Use, until_ns: int) -> None:
-        self.use = use
-        self.until_ns = until_ns
-        self.is_spent = False
-
-
 class Book:
     """A transport's tickets. Every ticket's life ends with ``withdraw``, or with its time."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._offers: dict[bytes, _Offer] = {}
+        self._offers: dict[bytes, tuple[int, Use]] = {}
+        self._running: dict[bytes, Use] = {}
         self._ends: list[tuple[int, bytes]] = []
 
     def __len__(self) -> int:
         """How many tickets are offered or running."""
-        return len(self._offers)
+        return len(self._offers) + len(self._running)
 
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         """As ``Transport.export``. REQUIRES: at least one piece, none of them empty."""
@@ -112,16 +113,13 @@ class Book:
 
     async def withdraw(self, ticket: bytes) -> None:
         """As ``Transport.withdraw``."""
-        offer = self._offers.get(bytes(ticket))
-        if offer is None:
-            return
-        if offer.is_spent:
-            await offer.use.stopped()
         self._offers.pop(bytes(ticket), None)
+        if (use := self._running.get(bytes(ticket))) is not None:
+            await use.stopped()
 
     async def close(self) -> None:
         """Withdraw every ticket. May be called twice."""
-        for ticket in list(self._offers):
+        for ticket in [*self._offers, *self._running]:
             await self.withdraw(ticket)
 
     def _offer(self, use: Use, until_ns: int) -> Ticket:
@@ -129,32 +127,27 @@ class Book:
         assert all(piece.nbytes == len(piece) > 0 for piece in use.pieces), "a piece is a flat view of bytes"
         self._sweep()
         ticket = secrets.token_bytes(TOKEN_BYTES)
-        self._offers[ticket] = _Offer(use, until_ns)
+        self._offers[ticket] = until_ns, use
         heapq.heappush(self._ends, (until_ns, ticket))
         return Ticket(ticket)
 
     def _take(self, ticket: bytes, sizes: Sequence[int], *, is_post: bool) -> Use:
-        offer = self._offers.get(bytes(ticket))
-        if offer is None or offer.is_spent:
+        name = bytes(ticket)
+        until_ns, use = self._offers.pop(name, (0, None))
+        if use is None:
             raise TransferRefused("no such ticket: used, withdrawn or expired")
-        offer.is_spent = True
-        use = offer.use
-        if offer.until_ns <= self._clock.now_ns():
-            use.end()
+        if until_ns <= self._clock.now_ns():
             raise TransferRefused("the ticket has expired")
         if use.is_post != is_post:
-            use.end()
             raise TransferRefused("the ticket is for the other direction")
         if [len(piece) for piece in use.pieces] != list(sizes):
-            use.end()
             raise TransferRefused("the pieces are of other sizes")
+        self._running[name] = use
+        use.when_over(partial(self._running.pop, name))
         return use
 
     def _sweep(self) -> None:
-        """Let go of what nobody came for and of what is over, so that a book does not grow for ever."""
+        """Let go of what nobody came for, so that a book does not grow for ever."""
         now_ns = self._clock.now_ns()
         while self._ends and self._ends[0][0] <= now_ns:
-            ticket = heapq.heappop(self._ends)[1]
-            offer = self._offers.get(ticket)
-            if offer is not None and (not offer.is_spent or offer.use.is_over):
-                del self._offers[ticket]
+            self._offers.pop(heapq.heappop(self._ends)[1], None)
