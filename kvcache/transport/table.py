@@ -16,7 +16,9 @@ from kvcache.transport.base import Limits, Transport
 GROUP = "kvcache.transports"
 
 OURS: dict[str, str] = {
+    "nixl": "kvcache.transport.nixl_transport:NixlTransport",
     "tcp": "kvcache.transport.tcp:TcpTransport",
+    "ucx": "kvcache.transport.ucx:UcxTransport",
 }
 
 
