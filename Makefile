@@ -11,11 +11,12 @@ FAULT_FACTOR ?= 20
 RUN := .venv/bin
 RUN_ENGINES := .venv-engines/bin
 RUN_UCX := .venv-ucx/bin
+RUN_NIXL := .venv-nixl/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kvcache/_native/*.cpp kvcache/_native/*.h kvcache/_native/*.hpp)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format test-engines test-ucx torture bench demo-engine clean
+.PHONY: help demo test check format test-engines test-ucx test-nixl torture bench demo-engine clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +43,9 @@ test-engines: .venv-engines/.installed  ## the tests that run a real engine (vLL
 
 test-ucx: .venv-ucx/.installed  ## the contract of transports over ucxx (270 MB), on TCP
 	$(RUN_UCX)/pytest -m ucx --junit-xml=.reports/test-ucx.xml tests/transport
+
+test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 MB), on one host
+	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport
 
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
 	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine and not ucx and not nixl" --ignore=tests/engines --timeout=3600
@@ -94,4 +98,16 @@ clean:  ## remove what was built, not the environments
 
 .venv-ucx/.installed: .venv-ucx/.pinned $(BUILD_INPUTS)
 	$(RUN_UCX)/pip install --quiet --group engines --editable .
+	touch $@
+
+.venv-nixl/bin/python:
+	$(PYTHON) -m venv .venv-nixl
+
+.venv-nixl/.pinned: requirements/nixl.txt | .venv-nixl/bin/python
+	$(RUN_NIXL)/pip install --quiet 'pip>=25.1'
+	$(RUN_NIXL)/pip install --quiet --no-deps -r requirements/nixl.txt
+	touch $@
+
+.venv-nixl/.installed: .venv-nixl/.pinned $(BUILD_INPUTS)
+	$(RUN_NIXL)/pip install --quiet --group engines --editable .
 	touch $@
