@@ -47,6 +47,8 @@ SETTINGS = {"TCP_TX_SEG_SIZE": "256k", "TCP_RX_SEG_SIZE": "256k"}
 HELLO_NS = 5 * NS_PER_S
 CUT_NS = 1 * NS_PER_S
 _EPOLL_MS = 100
+_FUTURES_STEP = 32
+"""After so many messages ucxx's pool of 100 futures is filled again: when it is empty ucxx complains."""
 
 
 class Worker:
@@ -58,6 +60,7 @@ class Worker:
         self.context = libucxx.UCXContext(settings)
         self.ucx = libucxx.UCXWorker(self.context, enable_delayed_submission=True, enable_python_future=True)
         self._is_ending = False
+        self._message_count = 0
         self._notifier = threading.Thread(target=self._notify, name="ucx-notifier", daemon=True)
         self._notifier.start()
         self.ucx.start_progress_thread(polling_mode=False, epoll_timeout=_EPOLL_MS)
@@ -68,6 +71,12 @@ class Worker:
             self.loop.call_soon_threadsafe(work)
         except RuntimeError:
             self._is_ending = True
+
+    def count_message(self) -> None:
+        """One more message begins."""
+        self._message_count += 1
+        if self._message_count % _FUTURES_STEP == 0:
+            self.ucx.populate_python_futures_pool()
 
     def close(self) -> None:
         """REQUIRES: every wire is cut. Blocks for milliseconds."""
@@ -100,7 +109,8 @@ class Worker:
 class UcxWire:
     """A connection of UCX. For the worker's loop."""
 
-    def __init__(self, ucx: libucxx.UCXEndpoint) -> None:
+    def __init__(self, worker: Worker, ucx: libucxx.UCXEndpoint) -> None:
+        self._worker = worker
         self._ucx: libucxx.UCXEndpoint | None = ucx
         self._messages: set[asyncio.Task[None]] = set()
         self._cutting: asyncio.Task[None] | None = None
@@ -144,6 +154,7 @@ class UcxWire:
         try:
             if self._ucx is None:
                 raise PeerLost("the connection is cut")
+            self._worker.count_message()
             array = Array(view)
             request = getattr(self._ucx, method)(array, *tag)
         except (UCXError, PeerLost) as error:
@@ -224,7 +235,7 @@ class UcxTransport:
         worker = self._started()
 
         def came(ucx: libucxx.UCXEndpoint) -> None:
-            worker.call(lambda: self._greeted(ucx, listener, accepted, note))
+            worker.call(lambda: self._greeted(UcxWire(worker, ucx), listener, accepted, note))
 
         try:
             made = libucxx.UCXListener.create(
@@ -290,7 +301,7 @@ class UcxTransport:
         worker, loop = self._started(), asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(where.host, where.port, family=socket.AF_INET)
-            wire = UcxWire(libucxx.UCXEndpoint.create(worker.ucx, found[0][4][0], where.port, True))
+            wire = UcxWire(worker, libucxx.UCXEndpoint.create(worker.ucx, found[0][4][0], where.port, True))
         except (UCXError, OSError) as error:
             raise PeerLost(f"nobody answers at {where.host}:{where.port}: {error}") from error
         base = new_tag_base(secrets.randbits(40))
@@ -305,12 +316,12 @@ class UcxTransport:
 
     def _greeted(
         self,
-        ucx: libucxx.UCXEndpoint,
+        wire: UcxWire,
         listener: UcxListener,
         accepted: Callable[[Endpoint], None],
         note: Note,
     ) -> None:
-        greeting = self._shared.spawn(self._greet(UcxWire(ucx), listener, accepted, note))
+        greeting = self._shared.spawn(self._greet(wire, listener, accepted, note))
         self._greetings.add(greeting)
         greeting.add_done_callback(self._greetings.discard)
 
