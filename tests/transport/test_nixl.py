@@ -24,8 +24,8 @@ class TestNixl(TransportContract):
 
 
 class TestReadsThatCannotBeCalledBack(FaultContract):
-    """Over sockets, where UCX emulates reads: one that waits for a peer that stands still stays in flight, and
-    would write later. A round of one is in flight long, so this is where the reading agent is replaced."""
+    """Over sockets, where UCX emulates reads: one that waits for a peer that stands still stays in flight
+    and would write later, so this is where the reading agent is replaced."""
 
     address = "nixl://127.0.0.1:0"
 
