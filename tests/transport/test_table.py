@@ -65,7 +65,7 @@ def test_what_cannot_be_loaded_is_said_in_words(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_nobody_offers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="there are .*tcp"):
+    with pytest.raises(BadInput, match=r"there are .*tcp"):
         table.open_transport("carrier-pigeon")
     for wrong in ("", "tcp", "://x"):
         with pytest.raises(BadInput):
