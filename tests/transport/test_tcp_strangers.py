@@ -163,6 +163,7 @@ def test_a_number_that_runs_cannot_be_asked_for_again() -> None:
     visit(scenario)
 
 
+@pytest.mark.slow
 def test_who_asks_and_never_takes_the_answers_is_lost() -> None:
     async def scenario(found: Place) -> None:
         _, writer, end = await found.guest()
