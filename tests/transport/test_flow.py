@@ -216,6 +216,24 @@ def test_a_closed_gate_sends_everybody_away_and_frees_what_it_held() -> None:
     play(scenario)
 
 
+def test_a_gate_that_closes_is_in_nobodys_way() -> None:
+    async def scenario() -> None:
+        whole = flow(10, 10)
+        running, gone, behind = whole.gate(), whole.gate(), whole.gate()
+        first, large, small = Holder(running, 8), Holder(gone, 10), Holder(behind, 2)
+        await settle()
+        assert not small.is_in
+        gone.close()
+        await settle()
+        assert small.is_in
+        with pytest.raises(PeerLost):
+            await large.task
+        await first.end()
+        await small.end()
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("turns", range(6))
 def test_a_cancel_at_any_time_loses_no_room(turns: int) -> None:
     async def scenario() -> None:

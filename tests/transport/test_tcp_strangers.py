@@ -69,7 +69,7 @@ def test_a_crowd_that_says_nothing_is_bounded() -> None:
     async def scenario(found: Place) -> None:
         crowd = [await found.stranger() for _ in range(80)]
         turned_away = [asyncio.ensure_future(reader.read()) for reader, _ in crowd]
-        done, _ = await asyncio.wait(turned_away, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(turned_away, timeout=5, return_when=asyncio.FIRST_COMPLETED)
         assert done
         for task in turned_away:
             task.cancel()
