@@ -10,11 +10,13 @@ FAULT_FACTOR ?= 20
 
 RUN := .venv/bin
 RUN_ENGINES := .venv-engines/bin
+RUN_UCX := .venv-ucx/bin
+RUN_NIXL := .venv-nixl/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kvcache/_native/*.cpp kvcache/_native/*.h kvcache/_native/*.hpp)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format test-engines torture bench demo-engine clean
+.PHONY: help demo test check format test-engines test-ucx test-nixl torture bench demo-engine clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,14 +24,14 @@ help:  ## this list
 demo: .venv/.installed  ## a node, a trace, a kill and a restart; a minute, no GPU
 	$(RUN)/kvcache demo
 
-test: .venv/.dev  ## all tests but those of real engines
-	$(RUN)/pytest -m "not engine" --ignore=tests/engines --junit-xml=.reports/test.xml
+test: .venv/.dev  ## all tests but those of real engines, ucxx and NIXL
+	$(RUN)/pytest -m "not engine and not ucx and not nixl" --ignore=tests/engines --junit-xml=.reports/test.xml
 
 check: .venv/.dev  ## the inner gate: format, lint, types, tidy, fast tests
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/pytest -q -m "not slow and not engine" --ignore=tests/engines
+	$(RUN)/pytest -q -m "not slow and not engine and not ucx and not nixl" --ignore=tests/engines
 
 format: .venv/.dev  ## what check would complain of, mended where a tool can
 	$(RUN)/ruff format .
@@ -39,8 +41,14 @@ test-engines: .venv-engines/.installed  ## the tests that run a real engine (vLL
 	@test -d tests/engines || { echo "make test-engines: there is no tests/engines" >&2; exit 1; }
 	$(RUN_ENGINES)/pytest -m engine --junit-xml=.reports/test-engines.xml tests/engines
 
+test-ucx: .venv-ucx/.installed  ## the contract of transports over ucxx (270 MB), on TCP
+	$(RUN_UCX)/pytest -m ucx --junit-xml=.reports/test-ucx.xml tests/transport
+
+test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 MB), on one host
+	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport
+
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
-	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine" --ignore=tests/engines --timeout=3600
+	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine and not ucx and not nixl" --ignore=tests/engines --timeout=3600
 
 bench: .venv/.dev  ## every script in benchmarks/, the short form
 	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "make bench: no script in benchmarks/" >&2; exit 1; }
@@ -78,4 +86,28 @@ clean:  ## remove what was built, not the environments
 
 .venv-engines/.installed: .venv-engines/.pinned $(BUILD_INPUTS)
 	$(RUN_ENGINES)/pip install --quiet --group engines --editable .
+	touch $@
+
+.venv-ucx/bin/python:
+	$(PYTHON) -m venv .venv-ucx
+
+.venv-ucx/.pinned: requirements/ucx.txt | .venv-ucx/bin/python
+	$(RUN_UCX)/pip install --quiet 'pip>=25.1'
+	$(RUN_UCX)/pip install --quiet --no-deps -r requirements/ucx.txt
+	touch $@
+
+.venv-ucx/.installed: .venv-ucx/.pinned $(BUILD_INPUTS)
+	$(RUN_UCX)/pip install --quiet --group engines --editable .
+	touch $@
+
+.venv-nixl/bin/python:
+	$(PYTHON) -m venv .venv-nixl
+
+.venv-nixl/.pinned: requirements/nixl.txt | .venv-nixl/bin/python
+	$(RUN_NIXL)/pip install --quiet 'pip>=25.1'
+	$(RUN_NIXL)/pip install --quiet --no-deps -r requirements/nixl.txt
+	touch $@
+
+.venv-nixl/.installed: .venv-nixl/.pinned $(BUILD_INPUTS)
+	$(RUN_NIXL)/pip install --quiet --group engines --editable .
 	touch $@

@@ -48,6 +48,8 @@ HEAVY: dict[str, str] = {
     "sglang": r"client/connectors/sglang\w*\.py",
     "torch": r"client/connectors/\w+\.py" + DEMO_ENGINE,
     "transformers": r"client/connectors/transformers\w*\.py" + DEMO_ENGINE,
+    "nixl_cu12": r"kvcache/transport/nixl\.py",
+    "nixl_cu13": r"kvcache/transport/nixl\.py",
     "ucxx": r"kvcache/transport/ucx\.py",
     "uvloop": r"server/(node|cli)\.py",
     "vllm": r"client/connectors/vllm\w*\.py" + DEMO_ENGINE,
