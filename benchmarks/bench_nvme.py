@@ -2,22 +2,22 @@
 
     python benchmarks/bench_nvme.py [--directory DIR] [--json] [--quick]
 
-``put`` is durable and in steady state: 32 MiB a batch over slots that hold older blocks, so that index
+``put`` is durable and in steady state: 64 MiB a batch over slots that hold older blocks, so that index
 entries are deleted and committed, blocks written and synced, index entries put and committed, and the
-index synced. (A node that has much to write makes batches of up to 64 MiB and 256 blocks.) ``put_first``
-is into new segments, which are filled with zeros in the same time. ``get`` reads in random order, past
-the page cache, into shared memory of 4 KiB pages as a node's slab is, and verifies header and checksum:
-a block at a time, 8 MiB of neighbours a call as a node brings a prompt, and a block at a time in four
-threads. ``mixed`` (not in the short form) puts and gets at once, each in its half. The ceiling is fio's,
-in the same round (``nvme_rivals.py``, which also holds the rivals); it has no index and verifies
-nothing. Needs fio: on Debian, apt-get install fio. Restart: ``nvme_restart.py``.
+index synced: the largest batch that a node makes. ``put_first`` is into new segments, which are filled
+with zeros in the same time. ``get`` reads in random order, past the page cache, into shared memory of 4
+KiB pages as a node's slab is, and verifies header and checksum: a block at a time, 8 MiB of neighbours a
+call as a node brings a prompt, and a block at a time in four threads. ``mixed`` (not in the short form)
+puts and gets at once, each in its half. The ceiling is fio's, in the same round (``nvme_rivals.py``,
+which also holds the rivals); it has no index and verifies nothing. Needs fio: on Debian, apt-get install
+fio. Restart: ``nvme_restart.py``.
 
-On paper: a batch is 32 MiB of writing, and beside it an fdatasync of the segment and two commits of an
+On paper: a batch is 64 MiB of writing, and beside it an fdatasync of the segment and two commits of an
 index of pages, which sync too: five syncs in all. Where a sync takes 0.2 ms and the disk writes 4 GB/s
-that is 1 ms beside 8 ms; where it takes 4 ms and the disk 1.6 GB/s, 20 beside 21, and batches must be
-larger. A get is one request and a copy with its sum at memory's speed (0.1 ms in 2 MiB), which hides
-behind other threads' reads. CPU: the system's share of direct I/O (pinning pages, requests) and the
-copy, 0.03 s a GB each; the interpreter's 40 us a block are 0.02 s a GB at 2 MiB.
+that is 1 ms beside 17; where it takes 4 ms and the disk 1.6 GB/s, 20 beside 42. A get is one request and
+a copy with its sum at memory's speed (0.1 ms in 2 MiB), which hides behind other threads' reads. CPU:
+the system's share of direct I/O (pinning pages, requests) and the copy, 0.03 s a GB each; the
+interpreter's 40 us a block are 0.02 s a GB at 2 MiB.
 """
 
 from __future__ import annotations
@@ -39,7 +39,20 @@ from statistics import median
 import harness
 import nvme_restart
 from harness import GIB, KIB, MIB, Figure
-from nvme_rivals import GB, READ_BYTES, WRITE_BYTES, Files, Fio, Lmdb, Pool, Took, Work, clocked, in_threads
+from nvme_rivals import (
+    GB,
+    READ_BYTES,
+    WRITE_BYTES,
+    Bare,
+    Files,
+    Fio,
+    Lmdb,
+    Pool,
+    Took,
+    Work,
+    clocked,
+    in_threads,
+)
 
 from kvcache.block import HASH_BYTES, KEY_BYTES, StorageKey
 from kvcache.sums import block_checksum, sum_chunks
@@ -54,7 +67,7 @@ ROUNDS, ROUNDS_QUICK = 7, 2
 THREADS = 4
 MIXED_READERS = 3
 MIXED_S = 2.0
-FIO, HUGE = "fio", "fio, huge pages"
+FIO, HUGE, BARE = "fio", "fio, huge pages", "bare calls"
 FILES, VALUES = "a file a block", "values in LMDB"
 LMDB_PART = 4
 CPU_GOAL = 0.08
@@ -224,27 +237,42 @@ def transfers(folder: Path, block_bytes: int, chosen: harness.Options, machine: 
     with ExitStack() as stack:
         fio = stack.enter_context(closing(Fio(folder, work)))
         huge = stack.enter_context(closing(Fio(folder, work, huge_pages=True)))
+        bare = stack.enter_context(closing(Bare(folder, work)))
         files = stack.enter_context(closing(Files(folder, work)))
         values = stack.enter_context(closing(Lmdb(folder, work.part(LMDB_PART))))
         ours = stack.enter_context(closing(Ours(folder, work)))
-        put = {FIO: fio.put, HUGE: huge.put, "ours": ours.put, FILES: files.put, VALUES: values.put}
+        put = {
+            FIO: fio.put,
+            HUGE: huge.put,
+            BARE: bare.put,
+            "ours": ours.put,
+            FILES: files.put,
+            VALUES: values.put,
+        }
         yield from figures(names, f"put.{size}", harness.interleaved(put, rounds))
         yield names.figure(f"put_first.{size}", ours.first.speed, "GB/s")
         one: dict[str, Callable[[], Took]] = {
             FIO: partial(fio.get, 1),
             HUGE: partial(huge.get, 1),
+            BARE: partial(bare.get, 1),
             "ours": partial(ours.get, 1),
             FILES: files.get,
             VALUES: values.get,
         }
         yield from figures(names, f"get.{size}", harness.interleaved(one, rounds))
-        grouped = {FIO: partial(fio.get, 1), HUGE: partial(huge.get, 1), "ours": ours.get_groups}
+        grouped = {
+            FIO: partial(fio.get, 1),
+            HUGE: partial(huge.get, 1),
+            BARE: partial(bare.get, 1),
+            "ours": ours.get_groups,
+        }
         yield from figures(
             names, f"get.{size}.batch{READ_BYTES // block_bytes}", harness.interleaved(grouped, rounds)
         )
         several = {
             FIO: partial(fio.get, THREADS),
             HUGE: partial(huge.get, THREADS),
+            BARE: partial(bare.get, THREADS),
             "ours": partial(ours.get, THREADS),
         }
         yield from figures(names, f"get.{size}.threads{THREADS}", harness.interleaved(several, rounds))

@@ -4,7 +4,8 @@
 requests at a time (one a reading thread, two for writes), fdatasync after as many writes. Its memory is
 one block for each, of 4 KiB pages, which may lie together or not: where the disk takes requests of few
 pieces, that is luck, and its speed doubles or halves from one run to the next. With huge pages it is
-steady, and higher: both are shown. Its CPU time is told in milliseconds, so for several threads it is
+steady, and higher: both are shown. ``Bare`` shows what the same calls do from Python on a node's memory,
+which is more than a cache holds. Its CPU time is told in milliseconds, so for several threads it is
 rough.
 
 ``Lmdb`` keeps the values in LMDB, which syncs at each transaction, here as many blocks as a batch has.
@@ -37,7 +38,7 @@ from harness import MIB
 
 GB = 1e9
 PAGE_BYTES = 4096
-WRITE_BYTES = 32 * MIB
+WRITE_BYTES = 64 * MIB
 READ_BYTES = 8 * MIB
 WRITES_AT_ONCE = 2
 STAMP_BYTES = 64
@@ -228,6 +229,44 @@ def _took(said: dict[str, float], work: Work) -> Took:
     """fio's bytes, without the pages that hold headers in our case."""
     payload_bytes = int(said["io_bytes"]) * work.block_bytes // work.stride
     return Took(payload_bytes, payload_bytes / said["bw_bytes"], said["cpu_seconds"])
+
+
+class Bare:
+    """The same memory to a file and back by the same calls from Python: no header, index or checksum.
+
+    fio writes and reads one and the same buffer, which stays in the processor's cache; this does not."""
+
+    def __init__(self, folder: Path, work: Work) -> None:
+        self._work = work
+        self._file = folder / f"bare-{work.block_bytes}.bin"
+        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        os.posix_fallocate(self._descriptor, 0, work.payload_bytes)
+        self.put()
+
+    def put(self) -> Took:
+        return clocked(self._work.payload_bytes, self._put)
+
+    def _put(self) -> None:
+        for group in self._work.groups(WRITE_BYTES):
+            in_threads(WRITES_AT_ONCE, group, self._put_one)
+            os.fdatasync(self._descriptor)
+
+    def _put_one(self, index: int) -> None:
+        os.pwritev(self._descriptor, [self._work.taken(index)], index * self._work.block_bytes)
+
+    def get(self, threads: int) -> Took:
+        self._work.blank()
+        order = self._work.shuffled(2)
+        took = clocked(self._work.payload_bytes, lambda: in_threads(threads, order, self._get_one))
+        self._work.compare("a bare file")
+        return took
+
+    def _get_one(self, index: int) -> None:
+        os.preadv(self._descriptor, [self._work.place(index)], index * self._work.block_bytes)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+        self._file.unlink()
 
 
 class Lmdb:
