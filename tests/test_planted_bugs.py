@@ -175,6 +175,13 @@ PLANTS = (
         "tests/faults/test_power_cut.py::test_with_the_sync_none_is_refused",
     ),
     Plant(
+        "a durable commit is not synced",
+        "kvcache/tiers/nvme_index_child.py",
+        "            if durable:\n",
+        "            if False:\n",
+        "tests/kvcache/tiers/test_nvme_index_faults.py::test_a_commit_is_synced_and_a_durable_one_twice",
+    ),
+    Plant(
         "a slot is used again while the index names its old block",
         "kvcache/tiers/nvme.py",
         "        if stale:\n",
