@@ -5,12 +5,12 @@
 ``put`` is durable and in steady state: 64 MiB a batch over slots that hold older blocks, so that index
 entries are deleted and committed, blocks written and synced, index entries put and committed, and the
 index synced: the largest batch that a node makes. ``put_first`` is into new segments, which are filled
-with zeros in the same time. ``get`` reads in random order, past the page cache, into shared memory of 4
-KiB pages as a node's slab is, and verifies header and checksum: a block at a time, 8 MiB of neighbours a
-call as a node brings a prompt, and a block at a time in four threads. ``mixed`` (not in the short form)
-puts and gets at once, each in its half. The ceiling is fio's, in the same round (``nvme_rivals.py``,
-which also holds the rivals); it has no index and verifies nothing. Needs fio: on Debian, apt-get install
-fio. Restart: ``nvme_restart.py``.
+with zeros in the same time. ``get`` reads in random order, past the page cache, into memory of a node's
+host tier, and verifies header and checksum: a block at a time, 8 MiB of neighbours a call as a node
+brings a prompt, and a block at a time in four threads. ``mixed`` (not in the short form) puts and gets
+at once, each in its half. The ceiling is fio's, in the same round (``nvme_rivals.py``, which also holds
+the rivals); it has no index and verifies nothing. Needs fio: on Debian, apt-get install fio. Restart:
+``nvme_restart.py``.
 
 On paper: a batch is 64 MiB of writing, and beside it an fdatasync of the segment and two commits of an
 index of pages, which sync too: five syncs in all. Where a sync takes 0.2 ms and the disk writes 4 GB/s

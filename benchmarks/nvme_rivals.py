@@ -36,6 +36,9 @@ from pathlib import Path
 import lmdb
 from harness import MIB
 
+from kvcache.tiers.host import HostTier
+from kvcache.tiers.space import make_slot
+
 GB = 1e9
 PAGE_BYTES = 4096
 WRITE_BYTES = 64 * MIB
@@ -78,12 +81,14 @@ def cpu_seconds() -> float:
 
 
 class Pool:
-    """Shared memory in 4 KiB pages, as a node's slab is; there, and its address."""
+    """Memory as a node has it, and its address."""
 
     def __init__(self, pool_bytes: int) -> None:
-        self.memory = mmap.mmap(-1, pool_bytes)
-        self.view = memoryview(self.memory)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._tier = HostTier(pool_bytes, pool_bytes)
+        arena = self._tier.add_arena("bench")
+        self._tier.populate(arena)
+        self.view = self._tier.view(make_slot(arena, 0), pool_bytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
         noise = os.urandom(MIB)
         for start in range(0, pool_bytes, MIB):
             self.view[start : start + MIB] = noise[: pool_bytes - start]
