@@ -49,6 +49,14 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     handshake_ms: Milliseconds = 5_000
     connections_max: Count = 1_024
     namespaces_max: Count = 4_096
+    data: str = "auto"
+    peers: str = "none"
+    peer_token_file: str = ""
+    peer_keep: Literal["keep", "pass"] = "keep"
+    peer_wait_ms: Milliseconds = 2_000
+    replicate_rate: str = "0"
+    replicate_hits: Count = 8
+    trust_network: bool = False
     nvme: str = "none"
     nvme_segment: str = "auto"
     nvme_write: Literal["through", "back", "evict"] = "through"
@@ -70,6 +78,24 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             return parse_size(self.unit, "unit")
         wanted = max(1, self.capacity_bytes // 32)
         return min(max(1 << (wanted.bit_length() - 1), 256 << 10), 256 << 20)
+
+    @property
+    def data_addresses(self) -> list[str]:
+        """Where transports listen. ``auto``: beside ``tcp``, on a port that is free; nowhere without it."""
+        if self.data == "auto":
+            bind = parse_bind(self.tcp, "tcp")
+            host = f"[{bind[0]}]" if bind is not None and ":" in bind[0] else (bind or ("",))[0]
+            return [f"tcp://{host}:0"] if bind is not None else []
+        return [] if self.data == "none" else _parse_addresses(self.data, "data")
+
+    @property
+    def peer_addresses(self) -> list[str]:
+        """The control addresses of the peers. RAISES BadInput for what is none."""
+        return [] if self.peers == "none" else _parse_addresses(self.peers, "peers")
+
+    @property
+    def replicate_bytes_s(self) -> int:
+        return parse_size(self.replicate_rate, "replicate_rate")
 
     @property
     def nvme_places(self) -> list[tuple[Path, int]]:
@@ -151,6 +177,7 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
     if config.nvme_places:
         _check_nvme(config)
+    _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s
     if config.unit_bytes % 4096 or config.unit_bytes > config.capacity_bytes:
         raise BadInput(
             "bad_config",
@@ -179,6 +206,21 @@ def _check_nvme(config: NodeConfig) -> None:
             )
     if len({path.resolve() for path, _ in places}) < len(places):
         raise BadInput("bad_config", f"nvme is {config.nvme!r}", "a directory is named twice", "one a device")
+
+
+def _parse_addresses(text: str, name: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for part in found:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", part):
+            raise BadInput(
+                "bad_config",
+                f"{name} is {text!r}",
+                f"{part!r} is no address" if part else "something is missing before or after a comma",
+                "write for instance tcp://10.0.0.2:8211, several with commas between them, or none",
+            )
+    if len(set(found)) < len(found):
+        raise BadInput("bad_config", f"{name} is {text!r}", "an address is named twice", "name it once")
+    return found
 
 
 def _parse_place(text: str, whole: str) -> tuple[Path, int]:

@@ -21,7 +21,7 @@ import struct
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +30,17 @@ from kvcache.packing import BODY_BYTES_MAX as BODY_BYTES_MAX
 from kvcache.packing import PREFIX_BLOCKS_MAX as PREFIX_BLOCKS_MAX
 from kvcache.packing import TEXT_CHARS_MAX as TEXT_CHARS_MAX
 from kvcache.packing import pack, unpack
+from kvcache.wire_base import Message as Message
+from kvcache.wire_base import OrNone, Unsigned
+from kvcache.wire_events import BlockEvent as BlockEvent
+from kvcache.wire_events import EventBatch as EventBatch
+from kvcache.wire_peers import Advance as Advance
+from kvcache.wire_peers import Export as Export
+from kvcache.wire_peers import Exported as Exported
+from kvcache.wire_peers import Follow as Follow
+from kvcache.wire_peers import Followed as Followed
+from kvcache.wire_peers import Post as Post
+from kvcache.wire_peers import Posted as Posted
 
 PROTOCOL_VERSION = 1
 HEADER = struct.Struct("<2sBBIQ")
@@ -37,20 +48,13 @@ MAGIC = b"KV"
 PAYLOAD_BYTES_MAX = 1 << 30
 BATCH_BLOCKS_MAX = 1_024
 
-Unsigned = Annotated[int, msgspec.Meta(ge=0)]
-OrNone = Annotated[int, msgspec.Meta(ge=-1)]
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages."""
-
-
 # --- requests -----------------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
+    ``tenant`` names another tenant than the credential's to act for (role peer).
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
     connection it had before, so that slots reserved through those can be used again.
     """
@@ -60,6 +64,7 @@ class Hello(Message, frozen=True, tag="hello"):
     map: bool = False
     client: str = ""
     writes_ended: bool = False
+    tenant: str = ""
 
     def __repr__(self) -> str:
         """Without the token, which must not reach a log."""
@@ -86,9 +91,10 @@ class Match(Message, frozen=True, tag="match"):
 
 
 class TakeLease(Message, frozen=True, tag="lease"):
-    """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe
-    first. With ``request``, the same lease for all who ask for it under this tenant, namespace and prefix,
-    until each has released it."""
+    """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe or
+    fetched from a peer first. With ``request``, the same lease for all who ask for it under this tenant,
+    namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
+    computing them; with ``pushed`` it brings them here by itself."""
 
     namespace: bytes
     prefix: bytes
@@ -96,20 +102,23 @@ class TakeLease(Message, frozen=True, tag="lease"):
     duration_ms: Unsigned = 30_000
     wait_ms: Unsigned = 0
     prefill_tokens_s: Unsigned = 0
+    source: str = ""
+    pushed: bool = False
 
 
 class Release(Message, frozen=True, tag="release"):
     """The reader is done. ``failed`` lists positions in the lease whose bytes failed their check."""
 
     lease: Unsigned
-    failed: list[Unsigned] = []
+    failed: list[Unsigned] = msgspec.field(default_factory=list)
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
     """Room for the blocks of ``prefix`` that are not held yet, behind ``parent`` (empty: the root).
 
     ``hint``, ``priority``, ``session`` and ``gap_ms`` are for the eviction policy
-    (``policy.RequestContext``)."""
+    (``policy.RequestContext``). ``push`` is the node to which they are copied
+    while they are written."""
 
     namespace: bytes
     parent: bytes
@@ -118,6 +127,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     priority: int = 50
     session: OrNone = -1
     gap_ms: OrNone = -1
+    push: str = ""
 
 
 class Commit(Message, frozen=True, tag="commit"):
@@ -186,7 +196,8 @@ class Watch(Message, frozen=True, tag="watch"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello. With a map, the slab's descriptor comes as ancillary data of this frame."""
+    """Answer to Hello. With a map, the slab's descriptor comes as ancillary data of this frame. ``data`` are
+    the addresses at which the node's transports listen."""
 
     version: Unsigned
     node: str
@@ -195,6 +206,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     roles: list[str]
     tenant_key: bytes
     slab_bytes: Unsigned
+    data: list[str] = msgspec.field(default_factory=list)
 
     def __repr__(self) -> str:
         """Without the tenant's key, which must not reach a log."""
@@ -218,7 +230,8 @@ class Leased(Message, frozen=True, tag="leased"):
     """``lease`` is 0 when ``count`` is 0. ``offsets`` are byte offsets in the mapped slab (empty for
     connections without one), -1 for a block that lies elsewhere and must be Read. ``checksums`` joins
     16 bytes a block. ``expires_ns`` is on CLOCK_MONOTONIC of the node's host; ``remaining_ms`` is the
-    same for another host. ``coming`` more blocks right behind are being read from NVMe: ask again."""
+    same for another host. ``coming`` more blocks right behind are on their way from NVMe or a peer: ask
+    again."""
 
     lease: Unsigned
     count: Unsigned
@@ -266,33 +279,7 @@ class StatsReply(Message, frozen=True, tag="stats_reply"):
     """``troubles`` says in plain words what of the node does not work as it should, and what to do."""
 
     values: dict[str, float]
-    troubles: list[str] = []
-
-
-class BlockEvent(Message, frozen=True, tag="block_event"):
-    """One change: ``kind`` is stored, removed or cleared. ``hashes`` are joined; ``parent`` (stored only)
-    is the hash before the first, empty for the root. ``tier`` is hbm, host or nvme."""
-
-    kind: str
-    namespace: bytes
-    tier: str
-    parent: bytes = b""
-    hashes: bytes = b""
-
-
-class EventBatch(Message, frozen=True, tag="event_batch"):
-    """Events of one source; ``seq`` grows by one a batch. ``snapshot`` marks what was there already,
-    at that ``seq``; ``left`` batches of it follow. ``namespaces`` are told, by all their fields, before
-    their first event. ``digests``: what each tier holds afterwards (``events.Digest``), if all is told."""
-
-    source: str
-    incarnation: Unsigned
-    seq: Unsigned
-    snapshot: bool
-    events: list[BlockEvent]
-    left: Unsigned = 0
-    namespaces: list[dict[str, str | int]] = []
-    digests: dict[str, bytes] = {}
+    troubles: list[str] = msgspec.field(default_factory=list)
 
 
 class Failure(Message, frozen=True, tag="failure"):
@@ -306,10 +293,12 @@ class Failure(Message, frozen=True, tag="failure"):
 
 _Asking = Hello | Open | Match | TakeLease | Release | Read | Stats | Watch
 _Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
-Request = _Asking | _Changing
+_Moving = Export | Post | Advance | Follow
+Request = _Asking | _Changing | _Moving
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
-Reply = _Answer | EventBatch | Failure
+_Moved = Exported | Posted | Followed
+Reply = _Answer | _Moved | EventBatch | Failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,13 @@ SETTINGS: dict[str, str] = {
     "handshake_ms": "how long a new connection may take to say who it is",
     "connections_max": "most connections at once",
     "namespaces_max": "most namespaces at once",
+    "data": "where transports listen for peers: tcp://HOST:PORT,..., auto (as tcp), or none",
+    "peers": "control addresses of other nodes, with commas (tcp://HOST:PORT or unix:///PATH), or none",
+    "peer_token_file": "file with the token that this node shows its peers",
+    "peer_keep": "keep (blocks from peers are like any other) or pass (not on NVMe, and the first to go)",
+    "peer_wait_ms": "how long one try to get blocks from a peer may take",
+    "replicate_rate": "bytes a second at most to copy hot prefixes to peers, for instance 50MB (0: off)",
+    "replicate_hits": "uses within a minute that make a prefix hot",
     "nvme": "PATH:SIZE of a directory for blocks, several with commas, one a device; or none",
     "nvme_segment": "bytes a file of the NVMe tier, or auto",
     "nvme_write": "through (at once), back (after nvme_back_ms), or evict (before memory lets go)",
@@ -58,6 +65,12 @@ def _with_settings(command: click.Command) -> click.Command:
 @click.command()
 @click.option("--config", help="TOML file with these settings")
 @click.option("--populate/--no-populate", default=None, help="take all memory at start, or at first touch")
+@click.option(
+    "--trust-network",
+    is_flag=True,
+    default=None,
+    help="allow transports that any host which reaches their port can abuse (ucx, nixl)",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the ready line as JSON")
 @click.option("--verbose", is_flag=True, help="log more")
 def _serve(as_json: bool, verbose: bool, **flags: str | bool | None) -> None:

@@ -1,0 +1,152 @@
+"""What a reader asks on one connection: what is there, hold it, send it, let it go.
+
+A release that reports failed blocks looks at them while the lease still holds their slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from kvcache import wire
+from kvcache.block import HASH_BYTES, Slot, StorageKey
+from kvcache.clock import NS_PER_MS
+from kvcache.errors import BadInput
+from kvcache.ledger import Lease
+from kvcache.policy import RequestContext
+from kvcache.server.core import Core, Opened
+from kvcache.server.identity import Identity
+from kvcache.server.session import Answer, Later, Outgoing
+from kvcache.tiers.space import slot_arena, slot_offset
+
+OFFSET_ELSEWHERE = -1
+WAIT_MS_MAX = 60_000
+
+
+class Reading:
+    """The reader's half of one connection."""
+
+    def __init__(self, core: Core, identity: Identity) -> None:
+        self._core = core
+        self._identity = identity
+
+    def match(self, request: wire.Match) -> wire.Reply:
+        self._identity.require("reader", "writer", "router")
+        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
+        count = self._ask(opened, keys, request.prefill_tokens_s)
+        self._core.counters["match_blocks"] += len(keys)
+        self._core.counters["match_hit_blocks"] += count
+        return wire.Matched(count)
+
+    def _ask(self, opened: Opened, keys: Sequence[StorageKey], prefill_tokens_s: int) -> int:
+        """How many leading blocks can be had. What is on NVMe starts to be read into memory."""
+        core = self._core
+        if core.stack is None:
+            return core.ledger.match(keys)
+        arena = self._identity.arena
+        if "writer" not in self._identity.roles:
+            arena = core.arena(os.getuid(), self._identity.tenant)
+        return core.stack.ask(keys, arena, opened.spec.block_tokens, prefill_tokens_s)
+
+    def lease(self, request: wire.TakeLease) -> Answer | Later:
+        self._identity.require("reader")
+        core = self._core
+        opened = core.namespace(request.namespace, self._identity.tenant)
+        keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        if core.stack is not None:
+            count = self._ask(opened, keys, request.prefill_tokens_s)
+            held = core.ledger.match(keys)
+            if held < count and request.wait_ms:
+                return self._wait_and_lease(request, opened, keys, held)
+        return self._grant(request, opened, keys)
+
+    async def _wait_and_lease(
+        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], held: int
+    ) -> Answer:
+        stack = self._core.stack
+        assert stack is not None
+        await stack.wait(keys[held:], min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS)
+        return self._grant(request, opened, keys)
+
+    def _grant(self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey]) -> wire.Reply:
+        core = self._core
+        duration_ms = min(max(request.duration_ms, 1), core.config.lease_ms_max)
+        now_ns = core.clock.now_ns()
+        context = RequestContext(now_ns=now_ns)
+        lease = core.ledger.lease(
+            keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
+        )
+        coming = 0
+        if core.stack is not None:
+            coming = core.stack.coming(keys[len(lease.keys) :])
+            if not coming:
+                core.stack.touched(lease.keys)
+        if not coming:  # Else it is asked again.
+            core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+        return wire.Leased(
+            lease=lease.lease_id,
+            count=len(lease.keys),
+            offsets=offsets(self._identity, lease.slots),
+            generations=list(lease.generations),
+            checksums=b"".join(lease.checksums),
+            expires_ns=lease.expires_ns,
+            remaining_ms=max(0, lease.expires_ns - now_ns) // NS_PER_MS,
+            coming=coming,
+        )
+
+    def _held(self, lease_id: int) -> tuple[Opened, Lease]:
+        lease = self._core.ledger.leased(lease_id, self._identity.owner)
+        return self._of(lease.keys[0]), lease
+
+    def _of(self, key: StorageKey) -> Opened:
+        """The namespace of a key that this connection holds."""
+        return self._core.namespace(key[:HASH_BYTES], self._identity.tenant)
+
+    def read(self, request: wire.Read) -> Answer:
+        self._identity.require("reader")
+        opened, lease = self._held(request.lease)
+        end = request.start + request.count
+        size = opened.spec.block_bytes
+        if not 0 <= request.start < end <= len(lease.keys) or request.count * size > wire.PAYLOAD_BYTES_MAX:
+            raise BadInput(
+                "bad_lease",
+                f"blocks {request.start} to {end} of a lease of {len(lease.keys)}",
+                "they are not in it, or are too many bytes for one reply",
+                "read within the lease, fewer blocks a call",
+            )
+        self._core.counters["read_bytes:socket"] += request.count * size
+        views = [self._core.host.view(slot, size) for slot in lease.slots[request.start : end]]
+        return Outgoing(wire.Blocks(request.count), views)
+
+    def release(self, request: wire.Release) -> Answer | Later:
+        if not request.failed:
+            return self._let_go(request.lease)
+        opened, lease = self._held(request.lease)
+        positions = sorted(set(request.failed))
+        if positions[0] < 0 or positions[-1] >= len(lease.keys):
+            raise BadInput(
+                "bad_lease",
+                f"block {positions[-1]} of a lease of {len(lease.keys)}",
+                "it is not in it",
+                "report positions within the lease",
+            )
+        return self._examine_and_let_go(opened, lease, positions)
+
+    async def _examine_and_let_go(self, opened: Opened, lease: Lease, positions: Sequence[int]) -> Answer:
+        await self._core.examine(opened, lease, positions)
+        return self._let_go(lease.lease_id)
+
+    def _let_go(self, lease_id: int) -> wire.Reply:
+        core = self._core
+        intact = core.ledger.release(lease_id, self._identity.owner, core.clock.now_ns())
+        core.settle()
+        return wire.Released(intact)
+
+
+def offsets(identity: Identity, slots: Sequence[Slot]) -> list[int]:
+    """Where a connection that maps the slab finds these slots; empty for one that does not."""
+    if not identity.mapped:
+        return []
+    mine = identity.arena
+    return [slot_offset(slot) if slot_arena(slot) == mine else OFFSET_ELSEWHERE for slot in slots]

@@ -1,0 +1,156 @@
+"""What a writer asks on one connection: room, the bytes where they come over the socket, publish or not.
+
+A commit of blocks that came over the wire first sums what lies in the slots, then publishes: unpublished ->
+written -> summed -> published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcache import wire
+from kvcache.block import HASH_BYTES, BlockHash, StorageKey, split_hashes, storage_key
+from kvcache.errors import BadInput
+from kvcache.ledger import Reservation
+from kvcache.policy import RequestContext
+from kvcache.server.core import Core, Opened
+from kvcache.server.identity import Identity
+from kvcache.server.reading import offsets
+from kvcache.server.session import Answer, Later
+from kvcache.sums import SUM_BYTES
+
+
+class Writing:
+    """The writer's half of one connection."""
+
+    def __init__(self, core: Core, identity: Identity) -> None:
+        self._core = core
+        self._identity = identity
+        self._written: dict[int, set[int]] = {}  # by reservation, while it is open
+
+    def reserve(self, request: wire.Reserve) -> wire.Reply:
+        self._identity.require("writer")
+        core = self._core
+        opened = core.namespace(request.namespace, self._identity.tenant)
+        keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        reservation = core.ledger.reserve(
+            self._identity.arena,
+            self._parent(opened, request.parent),
+            keys,
+            opened.spec.block_bytes,
+            self._identity.owner,
+            self._context(request),
+        )
+        core.settle()
+        if reservation.reason in ("busy", "full"):
+            core.counters[f"short_reservations:{reservation.reason}"] += 1
+        if reservation.reservation_id:
+            core.make_room_later(self._identity.arena, opened.spec.block_bytes, len(reservation.keys))
+        return wire.Reserved(
+            reservation=reservation.reservation_id,
+            start=reservation.start,
+            count=len(reservation.keys),
+            offsets=offsets(self._identity, reservation.slots),
+            generations=list(reservation.generations),
+            reason=reservation.reason,
+        )
+
+    def _parent(self, opened: Opened, parent: bytes) -> StorageKey | None:
+        if not parent:
+            return None
+        hashes = split_hashes(parent)
+        if len(hashes) != 1:
+            raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
+        return storage_key(opened.namespace_id, BlockHash(hashes[0]))
+
+    def _context(self, request: wire.Reserve) -> RequestContext:
+        return RequestContext(
+            now_ns=self._core.clock.now_ns(),
+            session=request.session,
+            hint=request.hint,
+            priority=request.priority,
+            expected_gap_ms=request.gap_ms if request.gap_ms >= 0 else None,
+        )
+
+    def _reserved(self, reservation_id: int) -> tuple[Opened, Reservation]:
+        reservation = self._core.ledger.reserved(reservation_id, self._identity.owner)
+        return self._core.namespace(reservation.keys[0][:HASH_BYTES], self._identity.tenant), reservation
+
+    def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
+        """The reserved slots that a Write fills. RAISES KVCacheError when it may not."""
+        self._identity.require("writer")
+        opened, reservation = self._reserved(request.reservation)
+        end = request.start + request.count
+        size = opened.spec.block_bytes
+        if not 0 <= request.start < end <= len(reservation.keys) or payload_bytes != request.count * size:
+            raise BadInput(
+                "bad_block",
+                f"{payload_bytes} bytes for {request.count} blocks from {request.start}",
+                f"{len(reservation.keys)} are reserved, of {size} bytes each",
+                "send whole blocks within the reservation",
+            )
+        return [self._core.host.view(slot, size) for slot in reservation.slots[request.start : end]]
+
+    def wrote(self, request: wire.Write) -> wire.Reply:
+        opened, _ = self._reserved(request.reservation)
+        written = self._written.setdefault(request.reservation, set())
+        written.update(range(request.start, request.start + request.count))
+        self._core.counters["written_bytes:socket"] += request.count * opened.spec.block_bytes
+        return wire.Done()
+
+    def commit(self, request: wire.Commit) -> Answer | Later:
+        self._identity.require("writer")
+        opened, reservation = self._reserved(request.reservation)
+        step = opened.spec.chunk_count * SUM_BYTES
+        if len(request.sums) != step * len(reservation.keys):
+            raise BadInput(
+                "bad_block",
+                f"{len(request.sums)} bytes of sums for {len(reservation.keys)} blocks",
+                f"a block of this namespace has {opened.spec.chunk_count} chunks of {SUM_BYTES} bytes of sum",
+                "send every chunk's sum, in order; the reservation is still open",
+            )
+        sums = [request.sums[at : at + step] for at in range(0, len(request.sums), step)]
+        if self._identity.mapped and reservation.reservation_id not in self._written:
+            return self._publish(opened, reservation, sums)
+        missing = set(range(len(reservation.keys))) - self._written.get(reservation.reservation_id, set())
+        if missing:
+            raise BadInput(
+                "bad_reservation",
+                f"{len(missing)} of {len(reservation.keys)} reserved blocks were not written",
+                "commit publishes what was written",
+                "write every block first, or abort; the reservation is still open",
+            )
+        return self._verify_and_publish(opened, reservation, sums)
+
+    async def _verify_and_publish(
+        self, opened: Opened, reservation: Reservation, sums: Sequence[bytes]
+    ) -> Answer:
+        arrived = await self._core.slot_sums(opened, reservation.slots)
+        if arrived != list(sums):
+            self._core.counters["rejected_blocks:transfer"] += len(reservation.keys)
+            raise BadInput(
+                "bad_block",
+                "the bytes that arrived do not have the sums that were sent",
+                "they changed on the way, or were summed wrongly",
+                "write them again; the reservation is still open",
+            )
+        return self._publish(opened, reservation, sums)
+
+    def _publish(self, opened: Opened, reservation: Reservation, sums: Sequence[bytes]) -> wire.Reply:
+        core = self._core
+        checksums = core.checksums(opened, reservation.keys, sums)
+        count = core.ledger.commit(reservation.reservation_id, self._identity.owner, checksums, sums)
+        core.counters["saved_tokens"] += count * opened.spec.block_tokens
+        if core.stack is not None:
+            core.stack.committed(reservation.keys)
+        self._forget(reservation.reservation_id)
+        return wire.Committed(count)
+
+    def abort(self, request: wire.Abort) -> wire.Reply:
+        self._core.ledger.abort(request.reservation, self._identity.owner)
+        self._forget(request.reservation)
+        return wire.Done()
+
+    def _forget(self, reservation_id: int) -> None:
+        self._written.pop(reservation_id, None)
+        self._core.settle()
