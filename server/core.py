@@ -19,9 +19,11 @@ from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
 from kvcache.events import TIER_HOST, TIER_NVME, Publisher
+from kvcache.leases import Owner
 from kvcache.ledger import Change, Lease, Ledger
 from kvcache.namespace import Namespace, spec_of_shape
 from kvcache.policy import RequestContext
+from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space
@@ -86,6 +88,7 @@ class Core:
         self._arenas: dict[tuple[int, str], int] = {}
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
+        self.uses = Uses(self._freed)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -273,6 +276,10 @@ class Core:
 
     def unwatch(self, owner: int) -> None:
         self._watchers.pop(owner, None)
+
+    def _freed(self, owner: Owner) -> None:
+        self.ledger.writes_ended(owner)
+        self.settle()
 
     def expire(self) -> None:
         """Called by the node's timer."""

@@ -92,7 +92,9 @@ class Connection:
         """The connection is gone: give back what it held. Unmapped, the node wrote, and has stopped."""
         self._core.counters["connections_closed"] += 1
         self._core.unwatch(self._identity.owner)
-        self.kept_aside = self._core.ledger.disconnect(self._identity.owner, not self._identity.mapped)
+        used = self._core.uses.leave(self._identity.owner)
+        no_copies = not self._identity.mapped and not used
+        self.kept_aside = self._core.ledger.disconnect(self._identity.owner, no_copies)
         self._core.settle()
 
     # --- namespaces --------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sessions: dict[int, asyncio.Transport] = {}
         self._greeting: set[socket.socket] = set()  # accepted, and not said who they are yet
-        self._writers = Writers(self._writes_ended)
+        self._writers = Writers(self.core.uses.writes_ended)
         self._lock_descriptor = -1
         self._child: HttpChild | None = None
 
@@ -130,6 +130,7 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
+        await self.core.uses.close()
         for each in [*self._sockets, *self._greeting]:
             each.close()
         self._sockets.clear()
@@ -255,10 +256,6 @@ class Node:
     def _ended(self, identity: Identity, kept_aside: bool) -> None:
         self._sessions.pop(identity.owner, None)
         self._writers.leave(identity.owner, kept_aside)
-
-    def _writes_ended(self, owner: int) -> None:
-        self.core.ledger.writes_ended(owner)
-        self.core.settle()
 
     # --- tasks ----------------------------------------------------------------------------------
 
