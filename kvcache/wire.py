@@ -55,6 +55,8 @@ class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
     ``tenant`` names another tenant than the credential's to act for (role peer).
+    ``node`` is the name of the node that asks, if it is one: for a node nothing is fetched from other nodes,
+    so that two that ask each other do not go on for ever.
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
     connection it had before, so that slots reserved through those can be used again.
     """
@@ -65,6 +67,7 @@ class Hello(Message, frozen=True, tag="hello"):
     client: str = ""
     writes_ended: bool = False
     tenant: str = ""
+    node: str = ""
 
     def __repr__(self) -> str:
         """Without the token, which must not reach a log."""
@@ -94,7 +97,8 @@ class TakeLease(Message, frozen=True, tag="lease"):
     """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe or
     fetched from a peer first. With ``request``, the same lease for all who ask for it under this tenant,
     namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
-    computing them; with ``pushed`` it brings them here by itself."""
+    computing them; with ``pushed`` it brings them here by itself. ``parent`` is the block before the first of
+    ``prefix`` (empty: it is the first of the prompt, or not known)."""
 
     namespace: bytes
     prefix: bytes
@@ -104,6 +108,7 @@ class TakeLease(Message, frozen=True, tag="lease"):
     prefill_tokens_s: Unsigned = 0
     source: str = ""
     pushed: bool = False
+    parent: bytes = b""
 
 
 class Release(Message, frozen=True, tag="release"):

@@ -1,4 +1,4 @@
-"""How the HTTP process follows its node: events into the index (``kvcache.following``), numbers on request."""
+"""How the HTTP process follows its node: events into the index, and numbers on request."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Identity:
     """One connection's rights. ``owner`` names the connection to the ledger. ``inside`` marks the
-    node's own HTTP process, which sees the events of all tenants."""
+    node's own HTTP process, which sees the events of all tenants. ``node`` names the node that asks; empty
+    for all but nodes."""
 
     owner: int
     tenant: str
@@ -35,6 +36,7 @@ class Identity:
     mapped: bool
     peer: Peer
     inside: bool = False
+    node: str = ""
 
     def require(self, *roles: str) -> None:
         """RAISES NotAllowed unless the credential has one of ``roles``."""

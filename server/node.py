@@ -223,7 +223,7 @@ class Node:
         if "writer" in credential.roles:
             # Bytes that come over the wire are written by the node: they share the node's own arena.
             arena = self.core.arena(peer.uid if mapped else os.getuid(), credential.tenant)
-        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside)
+        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node)
 
     def _answer_hello(
         self, connection: socket.socket, call: int, hello: wire.Hello, identity: Identity
