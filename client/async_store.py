@@ -117,8 +117,14 @@ class AsyncNodeStore:
             lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms), leasing.release
         )
 
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return await self._run(lambda context: operations.load(context, lease, into, start))
+    async def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        return await self._run(lambda context: operations.load(context, lease, into, start, heads))
 
     async def save(
         self,

@@ -115,8 +115,14 @@ class BlockingNodeStore:
     ) -> Lease:
         return self._run(lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms))
 
-    def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return self._run(lambda context: operations.load(context, lease, into, start))
+    def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        return self._run(lambda context: operations.load(context, lease, into, start, heads))
 
     def save(
         self,

@@ -156,8 +156,17 @@ class BlockStore(Protocol):
         from NVMe first are waited for, for at most ``wait_ms``; ``coming`` are those that were not there
         by then. RAISES BadInput."""
 
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
+    async def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
         """Fill ``into[i]`` (the pieces of one block, in order) with block ``start + i`` of the lease.
+
+        With ``heads``, (first, count), only with these heads of every plane, in one piece or plane by plane:
+        for a rank of another tensor parallel degree (``kvcache.slices``). Bytes beside them may be wrong.
 
         Returns the positions in the lease that could not be had: what their buffers hold is undefined.
         RAISES BadInput when ``into`` is not the shape of blocks of the lease.
@@ -215,7 +224,13 @@ class BlockingStore(Protocol):
         wait_ms: int = LEASE_WAIT_MS,
     ) -> Lease: ...
 
-    def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]: ...
+    def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]: ...
 
     def save(
         self,

@@ -41,6 +41,10 @@ from kvcache.wire_peers import Follow as Follow
 from kvcache.wire_peers import Followed as Followed
 from kvcache.wire_peers import Post as Post
 from kvcache.wire_peers import Posted as Posted
+from kvcache.wire_slices import PIECES_MAX as PIECES_MAX
+from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
+from kvcache.wire_slices import ChunkSums as ChunkSums
+from kvcache.wire_slices import Sums as Sums
 
 PROTOCOL_VERSION = 1
 HEADER = struct.Struct("<2sBBIQ")
@@ -149,11 +153,14 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Read(Message, frozen=True, tag="read"):
-    """Send me the bytes of ``count`` blocks of the lease from position ``start``: the reply has a payload."""
+    """Send me the bytes of ``count`` blocks of the lease from position ``start``: the reply has a payload.
+    Of every plane, ``length`` bytes from ``offset`` on (0: all), whole chunks."""
 
     lease: Unsigned
     start: Unsigned
     count: Unsigned
+    offset: Unsigned = 0
+    length: Unsigned = 0
 
 
 class Write(Message, frozen=True, tag="write"):
@@ -275,7 +282,8 @@ class Done(Message, frozen=True, tag="done"):
 
 
 class Blocks(Message, frozen=True, tag="blocks"):
-    """Answer to Read. The payload holds ``count`` whole blocks."""
+    """Answer to Read. The payload holds what was asked for of ``count`` blocks, block after block, plane
+    after plane."""
 
     count: Unsigned
 
@@ -296,13 +304,13 @@ class Failure(Message, frozen=True, tag="failure"):
     todo: str = ""
 
 
-_Asking = Hello | Open | Match | TakeLease | Release | Read | Stats | Watch
+_Asking = Hello | Open | Match | TakeLease | Release | Read | Sums | Stats | Watch
 _Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
 _Moving = Export | Post | Advance | Follow
 Request = _Asking | _Changing | _Moving
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
-_Moved = Exported | Posted | Followed
+_Moved = Exported | Posted | Followed | ChunkSums
 Reply = _Answer | _Moved | EventBatch | Failure
 
 

@@ -55,6 +55,8 @@ class Connection:
                 return self._writing.abort(request)
             case wire.Read():
                 return self._reading.read(request)
+            case wire.Sums():
+                return self._reading.sums(request)
             case wire.Write():
                 return self._writing.wrote(request)
             case wire.Pin() | wire.Unpin():

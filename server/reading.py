@@ -17,6 +17,8 @@ from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
 from kvcache.server.identity import Identity
 from kvcache.server.session import Answer, Later, Outgoing
+from kvcache.slices import ChunkRange
+from kvcache.sums import SUM_BYTES
 from kvcache.tiers.space import slot_arena, slot_offset
 
 OFFSET_ELSEWHERE = -1
@@ -105,19 +107,51 @@ class Reading:
 
     def read(self, request: wire.Read) -> Answer:
         self._identity.require("reader")
+        opened, lease = self._leased(request)
+        length = request.length or opened.spec.plane_bytes - request.offset
+        part = ChunkRange(opened.spec, request.offset, length)
+        size = request.count * part.block_bytes
+        piece_count = request.count * (1 if part.is_whole else opened.spec.plane_count)
+        if size > wire.PAYLOAD_BYTES_MAX or piece_count > wire.PIECES_MAX:
+            raise BadInput(
+                "bad_lease",
+                f"{size} bytes in {piece_count} pieces for one reply",
+                f"the limits are {wire.PAYLOAD_BYTES_MAX} bytes and {wire.PIECES_MAX} pieces",
+                "read fewer blocks a call",
+            )
+        self._core.counters["read_bytes:socket"] += size
+        views: list[memoryview] = []
+        for slot in lease.slots[request.start : request.start + request.count]:
+            views += part.pieces(self._core.host.view(slot, opened.spec.block_bytes))
+        return Outgoing(wire.Blocks(request.count), views)
+
+    def sums(self, request: wire.Sums) -> wire.Reply:
+        self._identity.require("reader")
+        opened, lease = self._leased(request)
+        step = opened.spec.chunk_count * SUM_BYTES
+        if request.count > 1 and request.count * step > wire.SUMS_BYTES_MAX:
+            raise BadInput(
+                "too_large",
+                f"the sums of {request.count} blocks, of {step} bytes each",
+                f"the limit is {wire.SUMS_BYTES_MAX} bytes",
+                "ask for fewer blocks a call",
+            )
+        keys = lease.keys[request.start : request.start + request.count]
+        known = [self._core.ledger.chunk_sums(key) for key in keys]
+        return wire.ChunkSums(b"".join([each if len(each) == step else bytes(step) for each in known]))
+
+    def _leased(self, request: wire.Read | wire.Sums) -> tuple[Opened, Lease]:
+        """RAISES BadInput unless the blocks are in the lease."""
         opened, lease = self._held(request.lease)
         end = request.start + request.count
-        size = opened.spec.block_bytes
-        if not 0 <= request.start < end <= len(lease.keys) or request.count * size > wire.PAYLOAD_BYTES_MAX:
+        if not request.start < end <= len(lease.keys):
             raise BadInput(
                 "bad_lease",
                 f"blocks {request.start} to {end} of a lease of {len(lease.keys)}",
-                "they are not in it, or are too many bytes for one reply",
-                "read within the lease, fewer blocks a call",
+                "they are not in it",
+                "ask within the lease",
             )
-        self._core.counters["read_bytes:socket"] += request.count * size
-        views = [self._core.host.view(slot, size) for slot in lease.slots[request.start : end]]
-        return Outgoing(wire.Blocks(request.count), views)
+        return opened, lease
 
     def release(self, request: wire.Release) -> Answer | Later:
         if not request.failed:
