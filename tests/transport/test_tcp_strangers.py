@@ -13,6 +13,7 @@ import pytest
 from kvcache.clock import NS_PER_MS
 from kvcache.testing.transport_pair import lost, noise, soon, turns
 from kvcache.transport.base import PeerLost, Ticket, TransferLate
+from kvcache.transport.keys import NONCE_BYTES
 from kvcache.transport.tcp_frames import (
     CHUNK_BYTES,
     HEADER,
@@ -32,10 +33,10 @@ from tests.transport.tcp_place import HELLO_ALONE, WARY, Place, visit
 @pytest.mark.parametrize(
     "said",
     [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(40),
-        struct.pack("<8sHBB16s", MAGIC, VERSION + 1, 0, 1, bytes(16)),
-        struct.pack("<8sHBB16s", MAGIC, VERSION, 1, 1, bytes(16)),
-        struct.pack("<8sHBB16s", MAGIC, VERSION, 0, 255, bytes(16)),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(80),
+        HELLO.pack(MAGIC, VERSION + 1, 0, 1, bytes(16), bytes(NONCE_BYTES)),
+        HELLO.pack(MAGIC, VERSION, 1, 1, bytes(16), bytes(NONCE_BYTES)),
+        HELLO.pack(MAGIC, VERSION, 0, 255, bytes(16), bytes(NONCE_BYTES)),
     ],
 )
 def test_who_does_not_say_hello_is_sent_away(said: bytes) -> None:
@@ -51,7 +52,7 @@ def test_who_does_not_say_hello_is_sent_away(said: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("said", [b"", HELLO_ALONE.pack()[:-1], Hello(bytes(16), 0, 2).pack()])
+@pytest.mark.parametrize("said", [b"", HELLO_ALONE.pack()[:-1], HELLO_ALONE.pack()])
 def test_who_does_not_finish_his_hello_is_sent_away_in_time(said: bytes) -> None:
     async def scenario(found: Place) -> None:
         reader, writer = await found.stranger()
@@ -257,13 +258,8 @@ def test_a_cut_in_the_middle_of_a_chunk_loses_the_peer() -> None:
 
 def test_streams_of_two_sessions_do_not_mix() -> None:
     async def scenario(found: Place) -> None:
-        one, other = Hello(b"1" * 16, 0, 2), Hello(b"2" * 16, 1, 2)
-        writers = []
-        for hello in (one, other):
-            reader, writer = await found.stranger()
-            writer.write(hello.pack())
-            await reader.readexactly(HELLO.size)
-            writers.append(writer)
+        one, other = (Hello(name * 16, at, 2, bytes(NONCE_BYTES)) for at, name in enumerate((b"1", b"2")))
+        writers = [(await found.proven(hello))[1] for hello in (one, other)]
         await turns(20)
         assert found.accepted == []
         for writer in writers:
