@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from kvcache.block import HASH_BYTES, BlockHash, storage_key
+from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, storage_key
 from kvcache.client import local, remote, slicing
 from kvcache.client.checks import batches, check_reply, check_save, check_wait, flat_blocks, joined_hashes
 from kvcache.client.leasing import CHECKSUM_BYTES
@@ -107,8 +107,7 @@ def save(
         context.tally.add("unsaved_blocks:unavailable", len(prefix))
         return 0
     held = 0
-    most = min(BATCH_BLOCKS_MAX, COMMIT_SUMS_BYTES_MAX // (handle.spec.chunk_count * SUM_BYTES))
-    for batch in batches(prefix, most):
+    for batch in batches(prefix, blocks_a_batch(handle.spec)):
         part = views[held : held + len(batch)]
         count, reason = yield from _save_batch(context, handle, batch, part, parent, hints)
         held += count
@@ -244,6 +243,64 @@ def _wrong(
 # --- save ---------------------------------------------------------------------------------------------
 
 
+def blocks_a_batch(spec: BlockSpec) -> int:
+    """How many blocks one reservation takes at most: the sums of all must fit the commit."""
+    return max(1, min(BATCH_BLOCKS_MAX, COMMIT_SUMS_BYTES_MAX // (spec.chunk_count * SUM_BYTES)))
+
+
+def reserve(
+    handle: Handle, batch: Sequence[BlockHash], parent: bytes, hints: SaveHints
+) -> Operation[Reserved]:
+    """Room for what of the batch is not held. RAISES Unavailable, BadInput."""
+    request = Reserve(
+        handle.namespace_id,
+        parent,
+        b"".join(batch),
+        hints.hint,
+        hints.priority,
+        hints.session,
+        hints.gap_ms,
+        hints.push,
+    )
+    reserved = yield from ask(Reserved, request)
+    check_reply(reserved.start + reserved.count <= len(batch), "it reserved more blocks than were asked for")
+    check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
+    check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
+    return reserved
+
+
+def fill(context: Context, reserved: Reserved, writing: Operation[bytes]) -> Operation[str]:
+    """Commit what ``writing`` writes (it returns the sums), or abort. Returns why not; empty: committed."""
+    try:
+        sums = yield from writing
+        done = yield from ask(Committed, Commit(reserved.reservation, sums))
+        check_reply(done.count == reserved.count, "it committed another number of blocks")
+    except Unavailable as error:
+        context.missed(error)
+        return "unavailable"  # The node aborts what the connection had reserved.
+    except BadInput:
+        yield from abort(reserved.reservation)
+        return "refused"
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and the node aborts.
+    except BaseException:
+        yield from abort(reserved.reservation)
+        raise
+    return ""
+
+
+def abort(reservation: int) -> Operation[None]:
+    try:
+        yield from ask(Done, Abort(reservation))
+    except KVCacheError:
+        return  # Ended already, or with the connection.
+
+
+def count_saved(context: Context, handle: Handle, block_count: int) -> None:
+    context.tally.add("saved_blocks", block_count)
+    context.tally.add("saved_bytes", block_count * handle.spec.block_bytes)
+
+
 def _save_batch(
     context: Context,
     handle: Handle,
@@ -253,65 +310,30 @@ def _save_batch(
     hints: SaveHints,
 ) -> Operation[tuple[int, str]]:
     """How many leading blocks of the batch are held now, and if not all, why."""
-    request = Reserve(
-        handle.namespace_id,
-        parent,
-        b"".join(batch),
-        hints.hint,
-        hints.priority,
-        hints.session,
-        hints.gap_ms,
-    )
     try:
-        reserved = yield from ask(Reserved, request)
-        end = reserved.start + reserved.count
-        check_reply(end <= len(batch), "it reserved more blocks than were asked for")
-        check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
-        check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
+        reserved = yield from reserve(handle, batch, parent, hints)
     except (Unavailable, BadInput) as error:
         context.missed(error)
         return 0, _unsaved_by(error)
+    end = reserved.start + reserved.count
     if reserved.count:
-        reason = yield from _fill(context, handle, reserved, blocks[reserved.start : end])
+        writing = _written(context, handle, reserved, blocks[reserved.start : end])
+        reason = yield from fill(context, reserved, writing)
         if reason:
             return reserved.start, reason
-        context.tally.add("saved_blocks", reserved.count)
-        context.tally.add("saved_bytes", reserved.count * handle.spec.block_bytes)
+        count_saved(context, handle, reserved.count)
     return end, reserved.reason if reserved.reason in ("busy", "full") else "full"
 
 
-def _fill(
+def _written(
     context: Context, handle: Handle, reserved: Reserved, blocks: Sequence[Sequence[memoryview]]
-) -> Operation[str]:
-    """Write and commit, or abort. Returns why not, empty when committed."""
+) -> Operation[bytes]:
+    """Write whole blocks, into the map or over the wire. Returns their sums."""
     spec, slab = handle.spec, context.link.slab
     mapped = slab is not None and bool(reserved.offsets) and min(reserved.offsets) >= 0
-    try:
-        if mapped and slab is not None:
-            sums = yield from local.save(slab, reserved.offsets, blocks, spec.block_bytes, spec.chunk_bytes)
-        else:
-            sums = yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes)
-        done = yield from ask(Committed, Commit(reserved.reservation, sums))
-        check_reply(done.count == reserved.count, "it committed another number of blocks")
-    except Unavailable as error:
-        context.missed(error)
-        return "unavailable"  # The node aborts what the connection had reserved.
-    except BadInput:
-        yield from _abort(reserved.reservation)
-        return "refused"
-    except GeneratorExit:
-        raise  # The driver gave up the connection, and the node aborts.
-    except BaseException:
-        yield from _abort(reserved.reservation)
-        raise
-    return ""
-
-
-def _abort(reservation: int) -> Operation[None]:
-    try:
-        yield from ask(Done, Abort(reservation))
-    except KVCacheError:
-        return  # Ended already, or with the connection.
+    if mapped and slab is not None:
+        return (yield from local.save(slab, reserved.offsets, blocks, spec.block_bytes, spec.chunk_bytes))
+    return (yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes))
 
 
 def _unsaved_by(error: KVCacheError) -> str:
