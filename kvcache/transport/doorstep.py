@@ -32,6 +32,7 @@ class Guest:
         self.host = host
         self.source = _source(host)
         self.send_away = send_away
+        self.is_sent_away = False
         self._doorstep = doorstep
 
     def leave(self) -> None:
@@ -40,14 +41,15 @@ class Guest:
 
     def refuse(self, why: str) -> None:
         """He is not let in. ``why`` is in our words."""
-        self._doorstep.refused(self.host, why)
+        if not self.is_sent_away:
+            self._doorstep.refused(self.host, why)
 
 
 class Doorstep:
     def __init__(self, name: str, clock: Clock) -> None:
         """``name``: of the listener, without its key."""
+        self.name = name
         self.refused_count = 0
-        self._name = name
         self._clock = clock
         self._waiting: dict[Guest, None] = {}  # In the order of their coming.
         self._said_ns: int | None = None
@@ -78,10 +80,11 @@ class Doorstep:
             return
         count, self._said_count = self.refused_count - self._said_count, self.refused_count
         self._said_ns = now_ns
-        log.warning("%s let %d in no further, the last from %s: %s", self._name, count, host, why)
+        log.warning("%s let %d in no further, the last from %s: %s", self.name, count, host, why)
 
     def _send_away(self, guest: Guest) -> None:
         self.forget(guest)
+        guest.is_sent_away = True
         guest.send_away()
         self.refused(guest.host, "too many came at once")
 

@@ -20,7 +20,7 @@ OURS: dict[str, str] = {
     "tcp": "kvcache.transport.tcp:TcpTransport",
     "ucx": "kvcache.transport.ucx:UcxTransport",
 }
-KEYED = frozenset({"tcp"})
+KEYED = frozenset({"nixl", "tcp"})
 """Schemes whose listeners let in only who knows a key (``kvcache.transport.keys``)."""
 
 
