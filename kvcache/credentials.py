@@ -7,13 +7,16 @@ The file is TOML, readable by its owner alone:
     [[credential]]
     token = "at least 16 characters"                 # or uid = 1000, for unix sockets
     tenant = "team-a"
-    roles = ["reader", "writer"]                     # of reader, writer, router, operator
+    roles = ["reader", "writer"]                     # of reader, writer, router, operator, peer
 
 The tenant comes from the credential, never from a message: its key is derived from the master key, and
-names every block, so that tenants cannot meet even by guessing. Without a file there is one tenant,
-``default``, for the user that runs the node and, but for an operator's work, for loopback; its key is
-derived from a master key that everybody can read below, which is right because there is nobody to keep
-apart.
+names every block, so that tenants cannot meet even by guessing. ``peer`` is for other nodes, which move
+blocks for everybody: only with it may a message say for which tenant, and it is told where bytes are moved
+and the key to there. Nodes that are each other's peers have the same master key, or find nothing.
+
+Without a file there is one tenant, ``default``, for the user that runs the node and, but for an operator's
+work, for loopback; its key is derived from a master key that everybody can read below, which is right
+because there is nobody to keep apart.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import msgspec
 from kvcache.block import TENANT_KEY_BYTES
 from kvcache.errors import BadInput
 
-ROLES = ("reader", "writer", "router", "operator")
+ROLES = ("reader", "writer", "router", "operator", "peer")
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 TOKEN_CHARS_MIN = 16
@@ -135,6 +138,14 @@ class Credentials:
 
     def by_uid(self, uid: int) -> Credential | None:
         return self._users.get(uid)
+
+    def acting_for(self, credential: Credential, tenant: str) -> Credential | None:
+        """The same rights for the tenant that a message names (empty: its own); None when they do not reach
+        so far: without the role ``peer``, without a file (there is one tenant), or for what is no tenant."""
+        if tenant in ("", credential.tenant):
+            return credential
+        may = "peer" in credential.roles and self.anonymous is None
+        return Credential(tenant, credential.roles) if may and TENANT_PATTERN.fullmatch(tenant) else None
 
     def lists_other_users(self, uid: int) -> bool:
         return any(other != uid for other in self._users)

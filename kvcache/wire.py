@@ -201,7 +201,7 @@ class Scrub(Message, frozen=True, tag="scrub"):
 
 
 class Watch(Message, frozen=True, tag="watch"):
-    """Send the current content as events, then every event as it happens (roles router, operator)."""
+    """Send the current content as events, then every event as it happens (roles router, operator, peer)."""
 
 
 # --- replies ------------------------------------------------------------------------------------
