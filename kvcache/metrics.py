@@ -71,6 +71,13 @@ STATS: tuple[Stat, ...] = (
         "read_bytes", "counter", "Block bytes sent to readers that do not map the slab.", "path", ("socket",)
     ),
     Stat("written_bytes", "counter", "Block bytes received from such writers.", "path", ("socket",)),
+    # What peers moved over a transport.
+    Stat("exported_blocks", "counter", "Blocks that peers were given a ticket to read."),
+    Stat("exported_bytes", "counter", "The bytes of them that they may read with it."),
+    Stat("posted_blocks", "counter", "Blocks into which peers have written with a ticket."),
+    Stat("posted_bytes", "counter", "The bytes that they wrote."),
+    Stat("tickets", "gauge", "Tickets given out and not over."),
+    Stat("tickets_expired", "counter", "Tickets that ended because their time was over."),
     # What changed.
     Stat("stored_blocks", "counter", "Blocks published in host memory.", "reason", ("committed",)),
     Stat(

@@ -22,11 +22,13 @@ from kvcache.events import TIER_HOST, TIER_NVME, Publisher
 from kvcache.leases import Owner
 from kvcache.ledger import Change, Lease, Ledger
 from kvcache.namespace import Namespace, spec_of_shape
+from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
+from kvcache.server.tickets import Tickets
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
-from kvcache.tiers.space import Space
+from kvcache.tiers.space import Space, make_slot
 from kvcache.tiers.stack import Stack
 from kvcache.wire import TEXT_CHARS_MAX, EventBatch
 
@@ -72,6 +74,7 @@ class Core:
         host: HostTier,
         publisher: Publisher,
         clock: Clock,
+        plane: DataPlane,
     ) -> None:
         self.config = config
         self.ledger = ledger
@@ -79,6 +82,8 @@ class Core:
         self.clock = clock
         self._started_ns = clock.now_ns()
         self.counters: Counter[str] = Counter()
+        self.plane = plane
+        self.tickets = Tickets(plane, clock, self.counters)
         self._space = space
         self._publisher = publisher
         self._telling = False
@@ -148,6 +153,7 @@ class Core:
             arena = self.host.add_arena(f"{uid}-{tenant}")  # May be refused: then nothing has changed.
             made = self._space.add_arena()
             assert made == arena
+            self.plane.register(self.host.view(make_slot(arena, 0), self.host.capacity_bytes))
             self._arenas[uid, tenant] = arena
         return arena
 
@@ -284,6 +290,8 @@ class Core:
     def expire(self) -> None:
         """Called by the node's timer."""
         self.ledger.expire(self.clock.now_ns())
+        self.tickets.tick()
+        self.plane.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()
@@ -337,6 +345,7 @@ class Core:
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
             "watchers": float(len(self._watchers)),
+            "tickets": float(len(self.tickets)),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
         }
 

@@ -30,6 +30,8 @@ from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
 from kvcache.eviction.registry import policy_class
 from kvcache.ledger import Ledger
+from kvcache.peers.plane import DataPlane
+from kvcache.server.binding import refuse_unsafe_bind, refuse_unsafe_data
 from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
@@ -45,13 +47,14 @@ from kvcache.tiers.nvme_load import segment_bytes_of
 from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack, StackRules
+from kvcache.transport.keys import shown
 
 log = logging.getLogger("kvcache.server")
 
 EXPIRE_PERIOD_S = 0.25
 NVME_WAIT_S = 5.0
 NO_ARENA = -1
-ROLES_OF_A_MAP = frozenset({"reader", "writer"})
+ROLES_OF_BLOCKS = frozenset({"reader", "writer"})
 ACCEPT_PAUSE_S = 0.1
 
 
@@ -69,8 +72,9 @@ class Node:
         )
         self._tcp = parse_bind(config.tcp, "tcp")
         self._http = parse_bind(config.http, "http")
-        _refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
-        _refuse_unsafe_bind(self._http, self.credentials, "http")
+        refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
+        refuse_unsafe_bind(self._http, self.credentials, "http")
+        refuse_unsafe_data(config.data_addresses, self.credentials, config.trust_network)
         self._clock = clock or SystemClock()
         self.core = _build_core(config, self._clock, self.name, self.incarnation)
         self.tcp_address = ""
@@ -90,6 +94,11 @@ class Node:
         return f"unix://{self.socket_path}"
 
     @property
+    def data_addresses(self) -> list[str]:
+        """Where its transports listen, for a log: peers are told more (``Welcome.data``)."""
+        return [shown(address) for address in self.core.plane.addresses]
+
+    @property
     def is_stuck(self) -> bool:
         """After ``close``: does a thread still hang in a device? Then the process does not end by itself."""
         return self.core.stack is not None and self.core.stack.is_stuck
@@ -100,6 +109,7 @@ class Node:
         home = self.core.arena(os.getuid(), self.credentials.default_tenant(os.getuid()))
         # Both take seconds when there is much: the one in the kernel, the other on the disk.
         await asyncio.gather(self._populate(home), self._open_nvme())
+        await self.core.plane.start()
         self._listen()
         for listener in self._sockets:
             self._spawn(self._accept(listener))
@@ -131,6 +141,8 @@ class Node:
             transport.abort()
         await asyncio.sleep(0)
         await self.core.uses.close()
+        await self.core.tickets.close()
+        await self.core.plane.close()
         for each in [*self._sockets, *self._greeting]:
             each.close()
         self._sockets.clear()
@@ -217,7 +229,7 @@ class Node:
         if hello.writes_ended:
             self._writers.stopped(peer, hello.client)
         # Who maps the slab can read and write all of it.
-        may_map = hello.map and credential.roles >= ROLES_OF_A_MAP
+        may_map = hello.map and credential.roles >= ROLES_OF_BLOCKS
         mapped = may_map and self._writers.watch(owner, peer, hello.client)
         arena = NO_ARENA
         if "writer" in credential.roles:
@@ -236,6 +248,7 @@ class Node:
             roles=sorted(identity.roles),
             tenant_key=b"" if identity.inside else self.credentials.tenant_key(identity.tenant),
             slab_bytes=self.core.host.capacity_bytes if identity.mapped else 0,
+            data=self.core.plane.addresses if identity.roles & ROLES_OF_BLOCKS else [],
         )
         frame = wire.encode(call, welcome)
         descriptors = [self.core.host.descriptor(identity.arena)] if identity.mapped else []
@@ -289,7 +302,8 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     space = Space(config.capacity_bytes, config.unit_bytes)
     ledger = Ledger(space, policy_class(config.policy))
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
-    core = Core(config, ledger, space, host, Publisher(name, incarnation), clock)
+    plane = DataPlane(config.data_addresses, clock)
+    core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
     if config.nvme_places:
         core.stack = _build_stack(core, clock)
     return core
@@ -347,16 +361,6 @@ def _use_huge_pages(config: NodeConfig) -> bool:
             "use whole pages as units, raise vm.nr_hugepages, or leave huge_pages at auto",
         )
     return enough and config.huge_pages != "off"
-
-
-def _refuse_unsafe_bind(bind: tuple[str, int] | None, credentials: Credentials, name: str) -> None:
-    if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:
-        raise BadInput(
-            "unsafe_bind",
-            f"{name} would listen on {bind[0]}, which others can reach",
-            "no token is configured, so anybody could read and write blocks",
-            "bind 127.0.0.1, or give --credentials with at least one token",
-        )
 
 
 def _check_version(hello: wire.Hello) -> None:

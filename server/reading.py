@@ -15,6 +15,7 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Lease
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
+from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
 from kvcache.server.session import Answer, Later, Outgoing
 from kvcache.slices import ChunkRange
@@ -28,9 +29,10 @@ WAIT_MS_MAX = 60_000
 class Reading:
     """The reader's half of one connection."""
 
-    def __init__(self, core: Core, identity: Identity) -> None:
+    def __init__(self, core: Core, identity: Identity, exports: Exports) -> None:
         self._core = core
         self._identity = identity
+        self._exports = exports
 
     def match(self, request: wire.Match) -> wire.Reply:
         self._identity.require("reader", "writer", "router")
@@ -155,6 +157,8 @@ class Reading:
 
     def release(self, request: wire.Release) -> Answer | Later:
         if not request.failed:
+            if self._exports.is_exported(request.lease):
+                return self._withdraw_and_let_go(request.lease)
             return self._let_go(request.lease)
         opened, lease = self._held(request.lease)
         positions = sorted(set(request.failed))
@@ -169,7 +173,11 @@ class Reading:
 
     async def _examine_and_let_go(self, opened: Opened, lease: Lease, positions: Sequence[int]) -> Answer:
         await self._core.examine(opened, lease, positions)
-        return self._let_go(lease.lease_id)
+        return await self._withdraw_and_let_go(lease.lease_id)
+
+    async def _withdraw_and_let_go(self, lease_id: int) -> Answer:
+        await self._exports.stop_exports(lease_id)
+        return self._let_go(lease_id)
 
     def _let_go(self, lease_id: int) -> wire.Reply:
         core = self._core
