@@ -59,8 +59,7 @@ class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
     ``tenant`` names another tenant than the credential's to act for (role peer).
-    ``node`` is the name of the node that asks, if it is one: for a node nothing is fetched from other nodes,
-    so that two that ask each other do not go on for ever.
+    ``node`` is the name of the node that asks, if it is one: for it nothing is fetched from other nodes.
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
     connection it had before, so that slots reserved through those can be used again.
     """
