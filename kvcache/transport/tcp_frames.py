@@ -3,9 +3,12 @@
     u8 kind · u8 priority · u16 zero · u32 length · u64 transfer · u64 offset          little-endian
 
 Transfers are numbered by who asks, so READ and WRITE have numbers of their own on each side. A read is
-READ ─► READ_DATA ..., a write WRITE, WRITE_DATA ... ─► DONE; REFUSED and STOP end either, from the side that
-serves and from the side that asks. Data come in order of their offset; whoever no longer knows a transfer
-throws its data away. All of a transfer goes over one stream.
+READ ─► READ_DATA ..., READ_END; a write WRITE, WRITE_DATA ..., WRITE_END ─► DONE. REFUSED and STOP end
+either, from the side that serves and from the side that asks. Data come in order of their offset; whoever no
+longer knows a transfer throws its data away. All of a transfer goes over one stream.
+
+Only its END makes a transfer whole: a chunk that has begun is filled up, with anything, when its memory is
+given back, and the last chunk of a transfer can be such a one.
 
 Before that each stream is greeted: ``Hello`` ─► ``Challenge``, proof ─► proof (``kvcache.transport.keys``).
 """
@@ -47,9 +50,13 @@ class Kind(IntEnum):
     WRITE_DONE = 9
     NOTE = 10
     BEAT = 11
+    READ_END = 12
+    WRITE_END = 13
 
 
 DATA = frozenset({Kind.READ_DATA, Kind.WRITE_DATA})
+END_OF = {Kind.READ_DATA: Kind.READ_END, Kind.WRITE_DATA: Kind.WRITE_END}
+DATA_OF = {end: data for data, end in END_OF.items()}
 _KINDS = {int(kind): kind for kind in Kind}
 _BODY_MAX = {
     Kind.READ: BODY_BYTES_MAX,

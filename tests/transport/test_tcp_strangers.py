@@ -117,7 +117,11 @@ def test_data_that_nobody_waits_for_go_nowhere() -> None:
             writer.write(pack_head(kind, len(data), 77, offset=1 << 60) + data)
             writer.write(pack_head(kind, 0, 78))
         writer.write(
-            frame(Kind.WRITE_DONE, 5) + frame(Kind.READ_REFUSED, 6, b"\xff") + frame(Kind.READ_STOP, 7)
+            frame(Kind.WRITE_DONE, 5)
+            + frame(Kind.READ_REFUSED, 6, b"\xff")
+            + frame(Kind.READ_STOP, 7)
+            + frame(Kind.READ_END, 77)
+            + frame(Kind.WRITE_END, 78)
         )
         writer.write(frame(Kind.NOTE, 0, b"still here"))
         assert await found.notes.first(1) == [b"still here"]
@@ -136,6 +140,7 @@ def test_a_write_stays_within_what_was_posted(offset: int, length: int) -> None:
         ticket = found.transport.post([region[1_000:1_900]], soon(), lambda: filled.append(True))
         writer.write(frame(Kind.WRITE, 1, pack_request(ticket, [900])))
         writer.write(pack_head(Kind.WRITE_DATA, length, 1, offset=offset) + noise(3, length))
+        writer.write(frame(Kind.WRITE_END, 1))
         writer.write(pack_head(Kind.WRITE_DATA, 1, 1, offset=900) + b"x")  # More than it said.
         writer.write(frame(Kind.NOTE, 0, b"end"))
         if (offset, length) == (0, 900):
@@ -147,6 +152,21 @@ def test_a_write_stays_within_what_was_posted(offset: int, length: int) -> None:
             assert not any(region)
         assert not any(region[:1_000])
         assert not any(region[1_900:])
+        writer.close()
+
+    visit(scenario)
+
+
+@pytest.mark.parametrize("length", [0, 899])
+def test_a_write_that_ends_before_its_end_loses_the_peer(length: int) -> None:
+    async def scenario(found: Place) -> None:
+        _, writer, end = await found.guest()
+        filled: list[bool] = []
+        ticket = found.transport.post([memoryview(bytearray(900))], soon(), lambda: filled.append(True))
+        writer.write(frame(Kind.WRITE, 1, pack_request(ticket, [900])))
+        writer.write(frame(Kind.WRITE_DATA, 1, noise(3, length)) + frame(Kind.WRITE_END, 1))
+        await lost(end, 2_000 * NS_PER_MS)
+        assert filled == []
         writer.close()
 
     visit(scenario)
