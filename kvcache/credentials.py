@@ -165,7 +165,7 @@ class Credentials:
 
 def _parse(path: Path) -> _File:
     try:
-        return msgspec.convert(tomllib.loads(_read_private(path).decode()), _File)
+        return msgspec.convert(tomllib.loads(read_private(path).decode()), _File)
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `(.*?)`", str(error))
         near = difflib.get_close_matches(unknown[1], _NAMES, 1) if unknown else []
@@ -177,7 +177,7 @@ def _parse(path: Path) -> _File:
 _NAMES = sorted({*_File.__struct_fields__, *_Entry.__struct_fields__})
 
 
-def _read_private(path: Path) -> bytes:
+def read_private(path: str | Path) -> bytes:
     """The content of a file that nobody but us (and root) can read or write.
 
     What is checked is the file that was opened, not whatever bears its name a moment later.
@@ -185,7 +185,7 @@ def _read_private(path: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A FIFO must not hang us.
         try:
-            _check_private(path, os.fstat(descriptor))
+            _check_private(Path(path), os.fstat(descriptor))
             content = os.read(descriptor, FILE_BYTES_MAX + 1)
         finally:
             os.close(descriptor)
@@ -223,7 +223,7 @@ def _master_key(parsed: _File, path: Path) -> bytes:
     try:
         if parsed.master_key_file:
             file = path.parent / parsed.master_key_file
-            key = _read_private(file)
+            key = read_private(file)
         else:
             key = bytes.fromhex(parsed.master_key)
     except ValueError as error:

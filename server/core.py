@@ -24,6 +24,7 @@ from kvcache.ledger import Change, Lease, Ledger
 from kvcache.namespace import Namespace, spec_of_shape
 from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
+from kvcache.server.bringing import Bringing
 from kvcache.server.tickets import Tickets
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
@@ -94,6 +95,7 @@ class Core:
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
         self.uses = Uses(self._freed)
+        self.bringing = Bringing(ledger, clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -305,11 +307,15 @@ class Core:
             for key, part in zip(keys, sums, strict=True)
         ]
 
+    async def sum_chunks(self, views: Sequence[memoryview], chunk_bytes: int) -> bytes:
+        """Runs in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._summing, sum_chunks, views, chunk_bytes)
+
     async def slot_sums(self, opened: Opened, slots: Sequence[Slot]) -> list[bytes]:
         """The chunk sums of what lies in these slots just now. Runs in a thread."""
         views = [self.host.view(slot, opened.spec.block_bytes) for slot in slots]
-        loop = asyncio.get_running_loop()
-        joined = await loop.run_in_executor(self._summing, sum_chunks, views, opened.spec.chunk_bytes)
+        joined = await self.sum_chunks(views, opened.spec.chunk_bytes)
         step = len(joined) // len(views) if views else 1
         return [joined[at : at + step] for at in range(0, len(joined), step)]
 
@@ -336,7 +342,7 @@ class Core:
         """The numbers of ``metrics.STATS``, and no others."""
         held = self.ledger.stats()
         return {
-            **({} if self.stack is None else self.stack.stats()),
+            **self.bringing.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -351,7 +357,7 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return [] if self.stack is None else self.stack.troubles()
+        return self.bringing.troubles()
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""

@@ -30,6 +30,7 @@ from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
 from kvcache.eviction.registry import policy_class
 from kvcache.ledger import Ledger
+from kvcache.peers.peer import Here
 from kvcache.peers.plane import DataPlane
 from kvcache.server.binding import refuse_unsafe_bind, refuse_unsafe_data
 from kvcache.server.child import HttpChild
@@ -37,6 +38,7 @@ from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
+from kvcache.server.peering import join, peer_token
 from kvcache.server.session import Session, failure
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
@@ -77,6 +79,9 @@ class Node:
         refuse_unsafe_data(config.data_addresses, self.credentials, config.trust_network)
         self._clock = clock or SystemClock()
         self.core = _build_core(config, self._clock, self.name, self.incarnation)
+        if config.peer_addresses:
+            token = peer_token(config.peer_token_file)
+            join(self.core, Here(self.name, self.incarnation, token, self.credentials.tenant_key))
         self.tcp_address = ""
         self.http_address = ""
         self._inside_token = secrets.token_hex(32)
@@ -114,6 +119,7 @@ class Node:
         for listener in self._sockets:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
+        self.core.bringing.start()
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()
@@ -140,6 +146,7 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
+        await self.core.bringing.close()
         await self.core.uses.close()
         await self.core.tickets.close()
         await self.core.plane.close()
@@ -305,7 +312,7 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
     if config.nvme_places:
-        core.stack = _build_stack(core, clock)
+        core.stack = core.bringing.stack = _build_stack(core, clock)
     return core
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvcache import wire
-from kvcache.block import HASH_BYTES, Slot, StorageKey
+from kvcache.block import HASH_BYTES, Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease
+from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
 from kvcache.server.exports import Exports
@@ -38,39 +40,44 @@ class Reading:
         self._identity.require("reader", "writer", "router")
         opened = self._core.namespace(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
-        count = self._ask(opened, keys, request.prefill_tokens_s)
+        count = self._ask(keys, self._asked(opened, request.prefill_tokens_s))
         self._core.counters["match_blocks"] += len(keys)
         self._core.counters["match_hit_blocks"] += count
         return wire.Matched(count)
 
-    def _ask(self, opened: Opened, keys: Sequence[StorageKey], prefill_tokens_s: int) -> int:
-        """How many leading blocks can be had. What is on NVMe starts to be read into memory."""
-        core = self._core
-        if core.stack is None:
-            return core.ledger.match(keys)
-        arena = self._identity.arena
-        if "writer" not in self._identity.roles:
-            arena = core.arena(os.getuid(), self._identity.tenant)
-        return core.stack.ask(keys, arena, opened.spec.block_tokens, prefill_tokens_s)
+    def _asked(self, opened: Opened, prefill_tokens_s: int) -> Asked:
+        core, identity = self._core, self._identity
+        arena = identity.arena
+        if "writer" not in identity.roles and core.bringing.is_able:
+            arena = core.arena(os.getuid(), identity.tenant)
+        return Asked(
+            identity.tenant, opened.namespace_id, opened.spec, arena, prefill_tokens_s=prefill_tokens_s
+        )
+
+    def _ask(self, keys: Sequence[StorageKey], asked: Asked) -> int:
+        """How many leading blocks can be had. What is on NVMe, or at a peer, starts to come into memory."""
+        return self._core.bringing.ask(keys, asked, from_peers=not self._identity.node)
 
     def lease(self, request: wire.TakeLease) -> Answer | Later:
         self._identity.require("reader")
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
-        if core.stack is not None:
-            count = self._ask(opened, keys, request.prefill_tokens_s)
-            held = core.ledger.match(keys)
-            if held < count and request.wait_ms:
-                return self._wait_and_lease(request, opened, keys, held)
+        if core.bringing.is_able:
+            before = parent_key(opened, request.parent)
+            asked = replace(
+                self._asked(opened, request.prefill_tokens_s), parent=before, source=request.source
+            )
+            count = self._ask(keys, asked)
+            if request.wait_ms and core.ledger.match(keys) < count:
+                return self._wait_and_lease(request, opened, keys, asked)
         return self._grant(request, opened, keys)
 
     async def _wait_and_lease(
-        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], held: int
+        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], asked: Asked
     ) -> Answer:
-        stack = self._core.stack
-        assert stack is not None
-        await stack.wait(keys[held:], min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS)
+        wait_ns = min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS
+        await self._core.bringing.wait(keys, asked, wait_ns, from_peers=not self._identity.node)
         return self._grant(request, opened, keys)
 
     def _grant(self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey]) -> wire.Reply:
@@ -81,12 +88,9 @@ class Reading:
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        coming = 0
-        if core.stack is not None:
-            coming = core.stack.coming(keys[len(lease.keys) :])
-            if not coming:
-                core.stack.touched(lease.keys)
+        coming = core.bringing.coming(keys[len(lease.keys) :])
         if not coming:  # Else it is asked again.
+            core.bringing.touched(lease.keys)
             core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
@@ -192,3 +196,13 @@ def offsets(identity: Identity, slots: Sequence[Slot]) -> list[int]:
         return []
     mine = identity.arena
     return [slot_offset(slot) if slot_arena(slot) == mine else OFFSET_ELSEWHERE for slot in slots]
+
+
+def parent_key(opened: Opened, parent: bytes) -> StorageKey | None:
+    """The block that a prefix continues; None when it begins a prompt. RAISES BadInput."""
+    if not parent:
+        return None
+    hashes = split_hashes(parent)
+    if len(hashes) != 1:
+        raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
+    return storage_key(opened.namespace_id, hashes[0])

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcache import wire
-from kvcache.block import HASH_BYTES, BlockHash, StorageKey, split_hashes, storage_key
+from kvcache.block import HASH_BYTES
 from kvcache.errors import BadInput
 from kvcache.ledger import Reservation
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
-from kvcache.server.reading import offsets
+from kvcache.server.reading import offsets, parent_key
 from kvcache.server.session import Answer, Later
 from kvcache.server.written import Written
 from kvcache.sums import SUM_BYTES
@@ -38,7 +38,7 @@ class Writing:
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         reservation = core.ledger.reserve(
             self._identity.arena,
-            self._parent(opened, request.parent),
+            parent_key(opened, request.parent),
             keys,
             opened.spec.block_bytes,
             self._identity.owner,
@@ -57,14 +57,6 @@ class Writing:
             generations=list(reservation.generations),
             reason=reservation.reason,
         )
-
-    def _parent(self, opened: Opened, parent: bytes) -> StorageKey | None:
-        if not parent:
-            return None
-        hashes = split_hashes(parent)
-        if len(hashes) != 1:
-            raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
-        return storage_key(opened.namespace_id, BlockHash(hashes[0]))
 
     def _context(self, request: wire.Reserve) -> RequestContext:
         return RequestContext(
