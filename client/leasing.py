@@ -37,6 +37,14 @@ class _Terms:
     pushed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """A batch stands behind ``count`` blocks, the last of which is ``parent`` (empty: none)."""
+
+    count: int
+    parent: bytes
+
+
 def lease(
     context: Context,
     handle: Handle,
@@ -56,7 +64,8 @@ def lease(
     held = coming = 0
     try:
         for batch in batches(prefix, BATCH_BLOCKS_MAX) if context.reaches(handle) else ():
-            grant, coming = yield from _granted(context, handle, held, batch, terms, patience)
+            behind = _Behind(held, prefix[held - 1] if held else b"")
+            grant, coming = yield from _granted(context, handle, behind, batch, terms, patience)
             if grant.count:
                 grants.append(grant)
                 context.link.hold(grant.lease_id)
@@ -86,7 +95,7 @@ def release(context: Context, held: Lease) -> Operation[None]:
 def _granted(
     context: Context,
     handle: Handle,
-    start: int,
+    behind: _Behind,
     batch: Sequence[BlockHash],
     terms: _Terms,
     patience: Patience,
@@ -106,6 +115,7 @@ def _granted(
             rate,
             terms.source,
             terms.pushed,
+            behind.parent,
         )
         reply = yield from ask(Leased, wanted)
         _check(reply, len(batch))
@@ -117,7 +127,7 @@ def _granted(
         yield from patience.rest()
     # Counted from when we asked, on our own clock: never later than the node means it.
     expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
-    grant = Grant(reply.lease, start, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
+    grant = Grant(reply.lease, behind.count, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
     return grant, reply.coming
 
 
