@@ -109,6 +109,7 @@ class Exports:
     def export(self, request: wire.Export) -> wire.Reply:
         """RAISES BadInput when the lease does not hold these blocks (bad_lease), when that is no part of a
         block (bad_block), when no transport is there (bad_tier), or it is too much at once (too_large)."""
+        self._identity.require("peer")
         self._identity.require("reader")
         core = self._core
         core.tickets.check_via(request.via)
@@ -175,6 +176,7 @@ class Exports:
     def post(self, request: wire.Post) -> wire.Reply:
         """RAISES BadInput when the reservation is not open (bad_reservation), when that is no part of a block
         (bad_block), when no transport is there (bad_tier), or it is too much at once (too_large)."""
+        self._identity.require("peer")
         self._identity.require("writer")
         core = self._core
         core.tickets.check_via(request.via)

@@ -56,7 +56,7 @@ log = logging.getLogger("kvcache.server")
 EXPIRE_PERIOD_S = 0.25
 NVME_WAIT_S = 5.0
 NO_ARENA = -1
-ROLES_OF_BLOCKS = frozenset({"reader", "writer"})
+ROLES_OF_A_MAP = frozenset({"reader", "writer"})
 ACCEPT_PAUSE_S = 0.1
 
 
@@ -231,12 +231,17 @@ class Node:
         peer = peer_of(connection)
         loopback = connection.family != socket.AF_UNIX and is_loopback(connection.getpeername()[0])
         credential, inside = credential_for(
-            self.credentials, hello.token, peer, loopback=loopback, inside_token=self._inside_token
+            self.credentials,
+            hello.token,
+            peer,
+            loopback=loopback,
+            inside_token=self._inside_token,
+            tenant=hello.tenant,
         )
         if hello.writes_ended:
             self._writers.stopped(peer, hello.client)
         # Who maps the slab can read and write all of it.
-        may_map = hello.map and credential.roles >= ROLES_OF_BLOCKS
+        may_map = hello.map and credential.roles >= ROLES_OF_A_MAP
         mapped = may_map and self._writers.watch(owner, peer, hello.client)
         arena = NO_ARENA
         if "writer" in credential.roles:
@@ -255,7 +260,7 @@ class Node:
             roles=sorted(identity.roles),
             tenant_key=b"" if identity.inside else self.credentials.tenant_key(identity.tenant),
             slab_bytes=self.core.host.capacity_bytes if identity.mapped else 0,
-            data=self.core.plane.addresses if identity.roles & ROLES_OF_BLOCKS else [],
+            data=self.core.plane.addresses if "peer" in identity.roles else [],
         )
         frame = wire.encode(call, welcome)
         descriptors = [self.core.host.descriptor(identity.arena)] if identity.mapped else []
