@@ -35,6 +35,7 @@ class Plant:
 
 NODE = "tests/server/test_node.py"
 FAULTS = "tests/client/test_faults.py"
+KEY = "tests/transport/test_tcp_key.py"
 SLICES = "tests/kvcache/test_slices.py"
 
 PLANTS = (
@@ -147,7 +148,7 @@ PLANTS = (
     ),
     Plant(
         "a wide bind without a token",
-        "server/node.py",
+        "server/binding.py",
         "    if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:\n",
         "    if False:\n",
         f"{NODE}::TestStarting::test_a_wide_bind_without_a_token",
@@ -300,6 +301,48 @@ PLANTS = (
         "        keys = lease.keys[request.start : request.start + request.count]\n",
         "        keys = lease.keys[: request.count]\n",
         "tests/server/test_slices.py::test_the_sums_of_all_chunks",
+    ),
+    Plant(
+        "who connects proves nothing",
+        "kvcache/transport/tcp_listener.py",
+        "        if not is_proof(await receive(sock, PROOF_BYTES), self._key, CONNECTS, said):\n",
+        "        if not await receive(sock, PROOF_BYTES):\n",
+        f"{KEY}::test_a_proof_is_good_for_its_own_connection_only",
+    ),
+    Plant(
+        "who listens proves nothing",
+        "kvcache/transport/tcp.py",
+        "    if not is_proof(answer, key, LISTENS, said):\n",
+        "    if not answer:\n",
+        f"{KEY}::test_who_listens_proves_it_too",
+    ),
+    Plant(
+        "a proof is good for either side",
+        "kvcache/transport/keys.py",
+        "person=role",
+        'person=b""',
+        f"{KEY}::test_our_own_proof_and_nonce_sent_back_are_no_proof",
+    ),
+    Plant(
+        "the challenge is the same each time",
+        "kvcache/transport/tcp_listener.py",
+        "pack_challenge(new_nonce())",
+        "pack_challenge(bytes(32))",
+        f"{KEY}::test_a_proof_is_good_for_its_own_connection_only",
+    ),
+    Plant(
+        "any role acts for any tenant",
+        "kvcache/credentials.py",
+        'may = "peer" in credential.roles and',
+        "may =",
+        "tests/server/test_peer_rights.py::test_nobody_else_names_a_tenant",
+    ),
+    Plant(
+        "everybody is told where bytes are moved",
+        "server/node.py",
+        'data=self.core.plane.addresses if "peer" in identity.roles else []',
+        "data=self.core.plane.addresses",
+        "tests/server/test_peer_rights.py::test_where_bytes_are_moved_is_told_to_peers_alone",
     ),
 )
 
