@@ -41,6 +41,7 @@ class Issued:
         self.ticket = Ticket(b"")
         self.until_ns = until_ns
         self.over = over
+        self.ending: asyncio.Task[None] | None = None
         self._tickets = tickets
 
     @property
@@ -52,7 +53,7 @@ class Issued:
 
     async def stop(self) -> None:
         """When it returns, no transfer touches its pieces any more, and ``over`` was called. May be called
-        twice; when it is cancelled, the ticket ends all the same."""
+        again, also when it is over; when it is cancelled, the ticket ends all the same."""
         await asyncio.wait([self._tickets.end(self)])
 
 
@@ -64,7 +65,6 @@ class Tickets:
         self._clock = clock
         self._counters = counters
         self._out: dict[Issued, Transport] = {}
-        self._ending: dict[Issued, asyncio.Task[None]] = {}
         self._of: Counter[Owner] = Counter()
 
     def __len__(self) -> int:
@@ -121,13 +121,10 @@ class Tickets:
 
     def end(self, issued: Issued) -> asyncio.Task[None]:
         """Begin to end it, if that has not begun. The task ends when it is over."""
-        ending = self._ending.get(issued)
-        if ending is None:
-            assert issued in self._out, "a ticket ends once"
-            ending = asyncio.get_running_loop().create_task(self._withdraw(issued))
-            ending.add_done_callback(_report)
-            self._ending[issued] = ending
-        return ending
+        if issued.ending is None:
+            issued.ending = asyncio.get_running_loop().create_task(self._withdraw(issued))
+            issued.ending.add_done_callback(_report)
+        return issued.ending
 
     def leave(self, owner: Owner) -> None:
         """The connection has ended: so do its tickets."""
@@ -138,16 +135,14 @@ class Tickets:
     def tick(self) -> None:
         """End those whose time is over."""
         now_ns = self._clock.now_ns()
-        for issued in [each for each in self._out if each.until_ns <= now_ns and each not in self._ending]:
+        for issued in [each for each in self._out if each.until_ns <= now_ns and each.ending is None]:
             self._counters["tickets_expired"] += 1
             self.end(issued)
 
     async def close(self) -> None:
         """End all, and wait for it. REQUIRES: the plane is up. May be called twice."""
-        for issued in list(self._out):
-            self.end(issued)
-        while self._ending:
-            await asyncio.wait(self._ending.values())
+        if endings := [self.end(issued) for issued in self._out]:
+            await asyncio.wait(endings)
 
     def _admit(self, owner: Owner, via: str) -> Transport:
         self.check_via(via)
@@ -170,7 +165,7 @@ class Tickets:
 
     async def _withdraw(self, issued: Issued) -> None:
         await self._out[issued].withdraw(issued.ticket)
-        del self._out[issued], self._ending[issued]
+        del self._out[issued]
         self._of[issued.owner] -= 1
         if not self._of[issued.owner]:
             del self._of[issued.owner]

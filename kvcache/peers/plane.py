@@ -1,8 +1,9 @@
 """The data plane of one node: the transports that carry its blocks, and connections to its peers'.
 
     start ── opens a transport a scheme, listens at each address ──► up ── close ──► gone
-    endpoint(address) ── cached ──────────────────────────► line ── lost, or idle for IDLE_NS ──► closed
-                      └─ connecting, one try for all who ask ─┘
+    endpoint(address) ── cached ───────────────────────────────► line ── lost, or idle for IDLE_NS ──► closed
+                      └─ connecting, one try for all who ask ──┘
+                              └── nobody answers: other addresses of the peer are preferred for AVOID_NS
 
 A transport of a scheme that this node does not listen with is opened when a peer has no other: ``tcp://``
 only, and only to connect. Addresses are opaque: they bear the node's key (``kvcache.transport.keys``).
@@ -19,6 +20,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
@@ -38,6 +40,7 @@ from kvcache.transport.table import KEYED, open_transport, scheme_of
 
 IDLE_NS = 60 * NS_PER_S
 CONNECT_NS = 5 * NS_PER_S
+AVOID_NS = 30 * NS_PER_S
 LINES_MAX = 1_024
 ALWAYS = "tcp"
 """The scheme that every node can connect with."""
@@ -72,6 +75,7 @@ class DataPlane:
         self._ways: dict[str, _Way] = {}
         self._memory: list[memoryview] = []
         self._lines: dict[str, _Line] = {}
+        self._failed_ns: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -103,14 +107,11 @@ class DataPlane:
         return self._ways[scheme].listeners[0].address
 
     def usable(self, theirs: Sequence[str]) -> str:
-        """Which of a peer's addresses to use: the first in the order of our own schemes, else ``tcp://``,
-        else none (empty)."""
+        """Which of a peer's addresses to use: in the order of our own schemes, then ``tcp://``, the first
+        that did not fail lately; the first at all when each did, none (empty) when no scheme fits."""
         ours = [scheme for scheme, way in self._ways.items() if way.listeners]
-        for scheme in [*ours, ALWAYS]:
-            for address in theirs:
-                if address.startswith(f"{scheme}://"):
-                    return address
-        return ""
+        fit = [each for scheme in [*ours, ALWAYS] for each in theirs if each.startswith(f"{scheme}://")]
+        return next((each for each in fit if each not in self._failed_ns), fit[0] if fit else "")
 
     async def endpoint(self, address: str, deadline_ns: int) -> Endpoint:
         """The connection to what listens there, made if there is none. Ask anew for each transfer: one that
@@ -130,11 +131,14 @@ class DataPlane:
 
     def tick(self) -> None:
         """Close what is lost, and what nobody has used for ``IDLE_NS``."""
-        idle_ns = self._clock.now_ns() - IDLE_NS
+        now_ns = self._clock.now_ns()
         for address, line in list(self._lines.items()):
-            if line.is_lost or (line.is_idle and line.used_ns <= idle_ns):
+            if line.is_lost or (line.is_idle and line.used_ns + IDLE_NS <= now_ns):
                 del self._lines[address]
                 self._spawn(line.close())
+        for address, failed_ns in list(self._failed_ns.items()):
+            if failed_ns + AVOID_NS <= now_ns:
+                del self._failed_ns[address]
 
     async def close(self) -> None:
         """End every connection and transport; then no memory is touched any more. May be called twice."""
@@ -173,10 +177,17 @@ class DataPlane:
         transport = self._open(scheme).transport
         deadline_ns = self._clock.now_ns() + CONNECT_NS
         line = _Line(transport.connect(address, deadline_ns, lambda *_: None), self._clock)
+        line.connecting.add_done_callback(partial(self._tried, address))
         if old := self._lines.get(address):
             self._spawn(old.close())
         self._lines[address] = line
         return line
+
+    def _tried(self, address: str, connecting: asyncio.Task[Endpoint]) -> None:
+        """Its error is seen by those who wait for it, and by nobody when they are gone."""
+        self._failed_ns.pop(address, None)
+        if not connecting.cancelled() and connecting.exception() is not None:
+            self._failed_ns[address] = self._clock.now_ns()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -189,7 +200,6 @@ class _Line:
 
     def __init__(self, connecting: Coroutine[None, None, Endpoint], clock: Clock) -> None:
         self.connecting = asyncio.get_running_loop().create_task(connecting)
-        self.connecting.add_done_callback(_look)
         self.used_ns = clock.now_ns()
         self._clock = clock
         self._call_count = 0
@@ -272,9 +282,3 @@ def with_host(address: str, host: str) -> str:
             named = f"[{host}]" if ":" in host else host
             return f"{scheme}://{named}:{rest.removeprefix(everywhere)}"
     return address
-
-
-def _look(connecting: asyncio.Task[Endpoint]) -> None:
-    """An error is seen by those who wait for it, and by nobody when they are gone."""
-    if not connecting.cancelled():
-        connecting.exception()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
 
 from kvcache import wire
+from kvcache.block import BlockSpec
 from kvcache.channel import AsyncChannel
 from kvcache.clock import SystemClock
+from kvcache.errors import KVCacheError
+from kvcache.namespace import shape_of
+from kvcache.sums import sum_chunks
 from kvcache.transport.base import Endpoint, Ticket
 from kvcache.transport.table import open_transport, scheme_of
-from tests.server.talk import SIZE, SPEC, deadline, example, sums_of
+from tests.server.conftest import EmbeddedNode
+from tests.server.talk import SPEC, content, deadline, example
+
+WIDE = BlockSpec(block_tokens=16, plane_count=3, head_count=2, head_bytes=65_536)
+"""A plane has two chunks."""
+Work = Callable[["Peer"], Awaitable[None]]
 
 
 class Peer:
@@ -21,14 +33,16 @@ class Peer:
         self.channel = channel
         self.endpoint = endpoint
         self.namespace = b""
+        self.spec = SPEC
 
     async def ask(self, request: wire.Request) -> wire.Reply:
         return await self.channel.call(request, deadline())
 
-    async def open(self) -> None:
-        namespace = example()
+    async def open(self, spec: BlockSpec = SPEC) -> None:
+        self.spec = spec
+        namespace = example(shape=shape_of(spec))
         reply = await self.ask(
-            wire.Open(namespace.to_map(), SPEC.plane_count, SPEC.head_count, SPEC.head_bytes)
+            wire.Open(namespace.to_map(), spec.plane_count, spec.head_count, spec.head_bytes)
         )
         assert isinstance(reply, wire.Opened)
         self.namespace = reply.namespace
@@ -62,8 +76,9 @@ class Peer:
         assert isinstance(reply, wire.Posted)
         return reply
 
-    async def commit(self, reservation: int, blocks: Sequence[bytes]) -> int:
-        reply = await self.ask(wire.Commit(reservation, sums_of(*blocks)))
+    async def commit(self, reservation: int, data: Sequence[bytes]) -> int:
+        """``data``: the bytes of each block."""
+        reply = await self.ask(wire.Commit(reservation, sum_chunks(data, self.spec.chunk_bytes)))
         assert isinstance(reply, wire.Committed)
         return reply.count
 
@@ -82,10 +97,16 @@ class Peer:
         await self.endpoint.write(Ticket(ticket), [memoryview(piece) for piece in pieces], deadline())
 
 
+def sums_of_bytes(*data: bytes) -> bytes:
+    return sum_chunks(data, SPEC.chunk_bytes)
+
+
 @asynccontextmanager
-async def peer_of(address: str, *, token: str = "", map_slab: bool = False) -> AsyncIterator[Peer]:
+async def peer_of(
+    address: str, *, token: str = "", map_slab: bool = False, client: str = "", writes_ended: bool = False
+) -> AsyncIterator[Peer]:
     """Connected to a node, its namespace opened, with an endpoint to its first data address."""
-    greeting = wire.Hello(wire.PROTOCOL_VERSION, token=token, map=map_slab)
+    greeting = wire.Hello(wire.PROTOCOL_VERSION, token, map_slab, client, writes_ended)
     async with await AsyncChannel.connect(address, greeting, deadline()) as channel:
         data = channel.welcome.data[0]
         transport = open_transport(scheme_of(data), clock=SystemClock())
@@ -97,12 +118,71 @@ async def peer_of(address: str, *, token: str = "", map_slab: bool = False) -> A
             await transport.close()
 
 
-async def until(condition: object) -> None:
-    """Give the loop turns until ``condition()`` holds."""
-    assert callable(condition)
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until it holds."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-WHOLE = [SIZE]
+def as_peer(node: EmbeddedNode, *works: Work) -> None:
+    """Do it on a loop of its own, as the node has another; each on a connection of its own, which ends. Then
+    nothing is held."""
+
+    async def run() -> None:
+        for work in works:
+            async with peer_of(node.node.tcp_address) as peer:
+                await work(peer)
+
+    asyncio.run(run())
+    wait_for_nothing(node)
+
+
+async def settle(peer: Peer, **expected: float) -> None:
+    """Wait until the node's stats are so."""
+    async with asyncio.timeout(10):
+        while not expected.items() <= (await peer.stats()).items():
+            await asyncio.sleep(0.001)
+
+
+def wait_for_nothing(node: EmbeddedNode) -> None:
+    """All that connections held is given back."""
+    held = ("leases", "reservations", "limbo_blocks", "tickets")
+
+    async def settled() -> None:
+        await until(lambda: not any(node.node.core.stats()[name] for name in held))
+
+    node.run(settled())
+
+
+def credentials(folder: Path, **given: tuple[str, list[str]]) -> str:
+    """A file with a token, the name sixteen times, for each tenant and its roles."""
+    file = folder / "credentials.toml"
+    entries = [
+        f'[[credential]]\ntoken = "{name * 16}"\ntenant = "{tenant}"\nroles = {roles}\n'
+        for name, (tenant, roles) in given.items()
+    ]
+    file.write_text(f'master_key = "{"0f" * 32}"\n' + "".join(entries))
+    file.chmod(0o600)
+    return str(file)
+
+
+def different(block: bytes, spec: BlockSpec = SPEC) -> bytes:
+    """A block every plane and chunk of which differs from every other."""
+    return b"".join(block[:1] + at.to_bytes(3, "little") for at in range(spec.block_bytes // 4))
+
+
+async def save(peer: Peer, blocks: Sequence[bytes], made: Callable[[bytes], bytes] = content) -> None:
+    """By a ticket."""
+    reserved = await peer.reserve(blocks)
+    posted = await peer.post(reserved.reservation, reserved.count)
+    data = [made(block) for block in blocks]
+    await peer.write(posted.ticket, data)
+    assert await peer.commit(reserved.reservation, data) == len(blocks)
+
+
+async def refused(code: str, peer: Peer, request: wire.Request) -> str:
+    with pytest.raises(KVCacheError) as caught:
+        await peer.ask(request)
+    assert caught.value.code == code
+    return str(caught.value)
