@@ -76,6 +76,9 @@ STATS: tuple[Stat, ...] = (
     Stat("exported_bytes", "counter", "The bytes of them that they may read with it."),
     Stat("posted_blocks", "counter", "Blocks into which peers have written with a ticket."),
     Stat("posted_bytes", "counter", "The bytes that they wrote."),
+    Stat("lent_planes", "counter", "Planes of blocks that followers were given to read while written."),
+    Stat("lent_bytes", "counter", "Their bytes."),
+    Stat("followers", "gauge", "Peers that wait for blocks to be written."),
     Stat("tickets", "gauge", "Tickets given out and not over."),
     Stat("tickets_expired", "counter", "Tickets that ended because their time was over."),
     # What changed.

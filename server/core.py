@@ -25,6 +25,7 @@ from kvcache.namespace import Namespace, spec_of_shape
 from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
 from kvcache.server.bringing import Bringing
+from kvcache.server.progress import Progress
 from kvcache.server.tickets import Tickets
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
@@ -95,6 +96,7 @@ class Core:
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
         self.uses = Uses(self._freed)
+        self.progress = Progress()
         self.bringing = Bringing(ledger, clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
@@ -252,6 +254,7 @@ class Core:
     def _collect(self) -> None:
         for change in self.ledger.take_changes():
             self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
+            self.progress.tell(change.keys)
             self._untold.append((TIER_HOST, change))
         for change in self.stack.take_changes() if self.stack is not None else ():
             if change.kind == "removed":
@@ -352,6 +355,7 @@ class Core:
             "arenas": float(len(self._arenas)),
             "watchers": float(len(self._watchers)),
             "tickets": float(len(self.tickets)),
+            "followers": float(self.progress.waiting),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
         }
 
@@ -365,6 +369,7 @@ class Core:
         if self.stack is not None:
             self.stack.check()
         self.ledger.check()
+        self.progress.check()
         self._space.check()
         self._publisher.check()
 

@@ -31,7 +31,7 @@ class Connection:
         self._exports = Exports(core, identity, written)
         self._reading = Reading(core, identity, self._exports)
         self._writing = Writing(core, identity, self._exports, written)
-        self._streams = Streams(core, identity)
+        self._streams = Streams(core, identity, written)
         self._watching = Watching(core, identity, push)
         self.kept_aside = False
         """Ended with reserved slots into which copies may still be in flight."""
@@ -97,6 +97,7 @@ class Connection:
         self._core.counters["connections_closed"] += 1
         self._core.unwatch(self._identity.owner)
         self._core.tickets.leave(self._identity.owner)
+        self._core.progress.leave(self._identity.owner)
         used = self._core.uses.leave(self._identity.owner)
         no_copies = not self._identity.mapped and not used
         self.kept_aside = self._core.ledger.disconnect(self._identity.owner, no_copies)

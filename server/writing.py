@@ -105,7 +105,10 @@ class Writing:
                 "send every chunk's sum, in order; the reservation is still open",
             )
         sums = [request.sums[at : at + step] for at in range(0, len(request.sums), step)]
+        self._check_promised(reservation, sums)
         if self._identity.mapped and reservation.reservation_id not in self._written:
+            if self._is_cut_off(reservation):
+                return self._stop_and_publish(opened, reservation, sums)
             return self._publish(opened, reservation, sums)
         if missing := self._written.missing(reservation, opened.spec.plane_count):
             raise BadInput(
@@ -129,6 +132,26 @@ class Writing:
                 "they changed on the way, or were summed wrongly",
                 "write them again; the reservation is still open",
             )
+        return await self._stop_and_publish(opened, reservation, sums)
+
+    def _check_promised(self, reservation: Reservation, sums: Sequence[bytes]) -> None:
+        """RAISES BadInput unless they are what followers were told (``server.streams``)."""
+        advanced = self._core.progress.of(reservation.reservation_id)
+        if advanced is not None:
+            advanced.check_promised(sums)
+
+    def _is_cut_off(self, reservation: Reservation) -> bool:
+        """Has the block before it been lost, so that what is published now cannot be held for followers?"""
+        advanced = self._core.progress.of(reservation.reservation_id)
+        before = advanced.parent if advanced is not None else None
+        return before is not None and not self._core.ledger.has(before)
+
+    async def _stop_and_publish(
+        self, opened: Opened, reservation: Reservation, sums: Sequence[bytes]
+    ) -> Answer:
+        if self._is_cut_off(reservation):
+            self._core.progress.forget(reservation.reservation_id)
+            await self._core.uses.stop(reservation.reservation_id)
         return self._publish(opened, reservation, sums)
 
     def _publish(self, opened: Opened, reservation: Reservation, sums: Sequence[bytes]) -> wire.Reply:
@@ -136,6 +159,7 @@ class Writing:
         checksums = core.checksums(opened, reservation.keys, sums)
         count = core.ledger.commit(reservation.reservation_id, self._identity.owner, checksums, sums)
         core.uses.keep(reservation.reservation_id)
+        core.progress.forget(reservation.reservation_id)
         core.counters["saved_tokens"] += count * opened.spec.block_tokens
         if core.stack is not None:
             core.stack.committed(reservation.keys)
@@ -144,6 +168,7 @@ class Writing:
 
     def abort(self, request: wire.Abort) -> Answer | Later:
         self._core.ledger.reserved(request.reservation, self._identity.owner)
+        self._core.progress.forget(request.reservation)
         if self._core.uses.any(request.reservation):
             return self._stop_and_abort(request.reservation)
         return self._abort(request.reservation)

@@ -30,12 +30,11 @@ class Written:
         for at in blocks:
             of[at] |= bits
 
-    def missing(self, reservation: Reservation, plane_count: int) -> int:
-        """How many blocks are not written whole."""
-        whole = (1 << plane_count) - 1
-        return sum(
-            bits != whole for bits in self._of.get(reservation.reservation_id, [0] * len(reservation.keys))
-        )
+    def missing(self, reservation: Reservation, planes: int) -> int:
+        """Of how many blocks the leading ``planes`` planes have not all been written."""
+        all_of_them = (1 << planes) - 1
+        known = self._of.get(reservation.reservation_id, [0] * len(reservation.keys))
+        return sum(bits & all_of_them != all_of_them for bits in known)
 
     def forget(self, reservation_id: int) -> None:
         """It has ended, or was never known."""
