@@ -1,105 +1,24 @@
-"""Blocks that are read while they are written: what a follower is given, when, and what holds it for him."""
+"""Blocks that are read while they are written: what a follower is given, and when."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
 from kvcache import wire
-from kvcache.block import StorageKey
-from kvcache.channel import AsyncChannel
-from kvcache.clock import NS_PER_S
-from kvcache.errors import Unavailable
-from kvcache.server import lent, streams
-from kvcache.server import node as shell
+from kvcache.server import streams
 from kvcache.sums import sum_chunks
-from kvcache.transport.base import Ticket, TransferRefused
 from tests.server.conftest import EmbeddedNode, Serve
-from tests.server.peer import Peer, different, peer_of, refused, settle, until, wait_for_nothing
-from tests.server.talk import HASHES, SPEC, deadline
+from tests.server.follower import PLANE, follow, planes, play, read, waiting
+from tests.server.peer import Peer, different, peer_of, refused
+from tests.server.talk import HASHES, SPEC
 from tests.server.writer import Writer
-
-PLANE = SPEC.plane_bytes
-Work = Callable[[Writer, Peer], Awaitable[None]]
 
 
 @pytest.fixture
 def node(serve: Serve) -> EmbeddedNode:
     return serve(tcp="127.0.0.1:0")
-
-
-def play(node: EmbeddedNode, work: Work) -> None:
-    """A writer at the node and a follower elsewhere; in the end nothing is held."""
-
-    async def run() -> None:
-        writer = await Writer.at(node.node.address)
-        async with peer_of(node.node.tcp_address) as follower:
-            await work(writer, follower)
-        writer.close()
-        await stopped(node)
-
-    asyncio.run(run())
-    wait_for_nothing(node)
-    assert len(node.node.core.uses) == 0
-    assert len(node.node.core.progress) == 0
-
-
-async def stopped(node: EmbeddedNode) -> None:
-    """The writer's process says that its copies have ended."""
-    hello = wire.Hello(wire.PROTOCOL_VERSION, map=True, client="writer", writes_ended=True)
-    (await AsyncChannel.connect(node.node.address, hello, deadline())).close()
-
-
-async def follow(
-    peer: Peer, blocks: Sequence[bytes], plane: int = 0, wait_ms: int = 0, via: str = "tcp"
-) -> wire.Followed:
-    reply = await peer.ask(wire.Follow(peer.namespace, b"".join(blocks), via, plane, wait_ms))
-    assert isinstance(reply, wire.Followed)
-    return reply
-
-
-async def read(peer: Peer, followed: wire.Followed) -> list[bytes]:
-    """What each block's planes are, verified."""
-    size = followed.planes * PLANE
-    joined = await peer.read(followed.ticket, [size] * followed.count)
-    pieces = [joined[at : at + size] for at in range(0, len(joined), size)]
-    assert followed.sums == sum_chunks(pieces, SPEC.chunk_bytes)
-    return pieces
-
-
-async def waiting(node: EmbeddedNode) -> None:
-    """Until a follower waits."""
-    await until(lambda: node.node.core.progress.waiting == 1)
-
-
-class Gate:
-    """While it is shut, no ticket of the node is withdrawn."""
-
-    def __init__(self, node: EmbeddedNode) -> None:
-        self._node = node
-        self.entered = 0
-        node.call(self._shut)
-
-    def _shut(self) -> None:
-        transport = self._node.node.core.plane.transport("tcp")
-        assert transport is not None
-        self._event, withdraw = asyncio.Event(), transport.withdraw
-
-        async def later(ticket: Ticket) -> None:
-            self.entered += 1
-            await self._event.wait()
-            await withdraw(ticket)
-
-        transport.withdraw = later  # type: ignore[method-assign]  # For this test.
-
-    def open(self) -> None:
-        self._node.call(self._event.set)
-
-
-def planes(block: bytes, first: int, end: int) -> bytes:
-    return different(block)[first * PLANE : end * PLANE]
 
 
 class TestFollow:
@@ -288,135 +207,3 @@ class TestAdvance:
             await writer.abort()
 
         play(node, work)
-
-
-class TestHeldForTheFollower:
-    def test_after_a_commit_by_a_lease_until_he_asks_again(self, node: EmbeddedNode) -> None:
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance(4)
-            followed = await follow(follower, HASHES[:2])
-            await writer.commit()
-            assert (await follower.stats())["leases"] == 1
-            assert await read(follower, followed) == [different(block) for block in HASHES[:2]]
-            assert await follow(follower, HASHES[:2]) == wire.Followed("held", 2)
-            assert (await follower.stats())["leases"] == 0
-
-        play(node, work)
-
-    def test_a_ticket_of_before_is_no_good(self, node: EmbeddedNode) -> None:
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance()
-            first = await follow(follower, HASHES[:2])
-            second = await follow(follower, HASHES[:2])
-            with pytest.raises(TransferRefused):
-                await read(follower, first)
-            await read(follower, second)
-            await writer.abort()
-
-        play(node, work)
-
-    def test_an_abort_ends_it_first(self, node: EmbeddedNode) -> None:
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance()
-            followed = await follow(follower, HASHES[:2])
-            gate = Gate(node)
-            aborting = asyncio.create_task(writer.abort())
-            await until(lambda: gate.entered == 1)
-            stats = await follower.stats()
-            assert (stats["reservations"], stats["limbo_blocks"]) == (1, 0)
-            gate.open()
-            await aborting
-            with pytest.raises(TransferRefused):
-                await read(follower, followed)
-
-        play(node, work)
-
-    @pytest.mark.parametrize("writer_first", [False, True])
-    def test_a_writer_that_is_gone(self, node: EmbeddedNode, writer_first: bool) -> None:
-        """Its slots are free when his copies have ended, and the ticket too."""
-
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance()
-            followed = await follow(follower, HASHES[:2])
-            gate = Gate(node)
-            writer.channel.close()
-            await settle(follower, limbo_blocks=2)
-            assert gate.entered == 1
-            if writer_first:
-                await stopped(node)
-                assert (await follower.stats())["limbo_blocks"] == 2
-            gate.open()
-            with pytest.raises(TransferRefused):
-                await read(follower, followed)
-            if not writer_first:
-                await settle(follower, tickets=0)
-                assert (await follower.stats())["limbo_blocks"] == 2
-                await stopped(node)
-            await settle(follower, limbo_blocks=0)
-
-        play(node, work)
-
-    def test_a_follower_that_is_gone(self, node: EmbeddedNode) -> None:
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance()
-            await follow(follower, HASHES[:2])
-            async with peer_of(node.node.tcp_address) as other:
-                await follow(other, HASHES[:2])
-                assert (await follower.stats())["tickets"] == 2
-            await settle(follower, tickets=1)
-            await writer.commit()
-            async with peer_of(node.node.tcp_address) as waiter:
-                asking = asyncio.create_task(follow(waiter, HASHES[7:8], wait_ms=60_000))
-                await waiting(node)
-                waiter.channel.close()
-                with pytest.raises(Unavailable):
-                    await asking
-
-        play(node, work)
-
-    def test_time_is_over(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shell, "EXPIRE_PERIOD_S", 0.01)
-        monkeypatch.setattr(lent, "TICKET_MS", 1)
-        node = serve(tcp="127.0.0.1:0")
-
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:2])
-            await writer.advance()
-            followed = await follow(follower, HASHES[:2])
-            await writer.commit()
-            await settle(follower, tickets=0, leases=0)
-            with pytest.raises(TransferRefused):
-                await read(follower, followed)
-
-        play(node, work)
-
-    def test_a_parent_that_was_lost(self, node: EmbeddedNode) -> None:
-        """What is committed behind it cannot be found, nor held: the ticket ends before."""
-
-        async def work(writer: Writer, follower: Peer) -> None:
-            await writer.reserve(HASHES[:1])
-            await writer.commit()
-            await writer.reserve(HASHES[1:3], parent=HASHES[0])
-            await writer.advance()
-            followed = await follow(follower, HASHES[1:3])
-            node.call(lambda: quarantine(node, writer.namespace + HASHES[0]))
-            await writer.commit()
-            assert (await follower.stats())["tickets"] == 0
-            with pytest.raises(TransferRefused):
-                await read(follower, followed)
-            assert await follow(follower, HASHES[1:3], 1) == wire.Followed("none")
-
-        play(node, work)
-
-
-def quarantine(node: EmbeddedNode, key: bytes) -> None:
-    core = node.node.core
-    lease = core.ledger.borrow([StorageKey(key)], "test", core.clock.now_ns() + NS_PER_S)
-    assert core.ledger.quarantine(lease.keys[0], lease.generations[0], core.clock.now_ns())
-    core.ledger.release(lease.lease_id, "test", core.clock.now_ns())
-    core.settle()
