@@ -134,6 +134,7 @@ STATS: tuple[Stat, ...] = (
     Stat("peer_known_blocks", "gauge", "Blocks of peers that this node knows of."),
     Stat("peer_fetched_blocks", "counter", "Blocks brought from peers into host memory, verified."),
     Stat("peer_fetched_bytes", "counter", "Their bytes."),
+    Stat("peer_cut_blocks", "counter", "Those of them made of blocks of ranks of another degree."),
     Stat(
         "peer_failed_fetches",
         "counter",

@@ -73,6 +73,11 @@ class ChunkRange:
         return self.length == self.spec.plane_bytes
 
     @property
+    def piece_count(self) -> int:
+        """Of one block."""
+        return 1 if self.is_whole else self.spec.plane_count
+
+    @property
     def block_bytes(self) -> int:
         """Of one block."""
         return self.spec.plane_count * self.length

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from kvcache.block import NamespaceId
 from kvcache.clock import NS_PER_MS
 from kvcache.credentials import read_private
 from kvcache.errors import BadInput
+from kvcache.namespace import Namespace
+from kvcache.peers.cut import Cuts
 from kvcache.peers.directory import Directory
 from kvcache.peers.fetch import Fetcher, Rules
 from kvcache.peers.peer import Here
@@ -16,10 +19,15 @@ def join(core: Core, here: Here) -> None:
     config, bringing = core.config, core.bringing
     directory = Directory(config.peer_addresses, here, core.plane, core.sum_chunks, core.clock)
     bringing.directory = directory
+
+    def namespace(namespace_id: NamespaceId) -> Namespace | None:
+        known = core.spec_of(namespace_id)
+        return None if known is None else Namespace.from_map(known[1])
+
     bringing.fetcher = Fetcher(
         core.ledger,
         core.host,
-        directory,
+        Cuts(directory, namespace, core.sum_chunks, core.clock, core.counters),
         Rules(config.peer_wait_ms * NS_PER_MS, config.peer_keep == "keep"),
         core.clock,
         core.counters,

@@ -117,7 +117,7 @@ class Reading:
         length = request.length or opened.spec.plane_bytes - request.offset
         part = ChunkRange(opened.spec, request.offset, length)
         size = request.count * part.block_bytes
-        piece_count = request.count * (1 if part.is_whole else opened.spec.plane_count)
+        piece_count = request.count * part.piece_count
         if size > wire.PAYLOAD_BYTES_MAX or piece_count > wire.PIECES_MAX:
             raise BadInput(
                 "bad_lease",

@@ -20,11 +20,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey
 from kvcache.clock import Clock
 from kvcache.locality import TIERS, LocalityIndex
-from kvcache.peers.peer import Here, Peer, Plane, Sums
+from kvcache.peers.load import Load
+from kvcache.peers.peer import Arrived, Here, Peer, Plane, Sums, Wanted
+from kvcache.transport.base import Priority
 
 INDEX_ENTRIES_MAX = 1 << 20
 BLAMED_MAX = 4_096
@@ -33,20 +36,46 @@ STATES = ("ok", "loading", "lost")
 _HOST = TIERS.index("host")
 
 
+class Giver(Protocol):
+    """Where blocks are had: a peer, or several of which each gives a part (``kvcache.peers.cut``)."""
+
+    load: Load
+    turns: asyncio.Semaphore
+
+    @property
+    def address(self) -> str:
+        """Unlike that of any other."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def may_be_asked(self) -> bool: ...
+
+    async def fetch(
+        self, wanted: Wanted, into: Sequence[memoryview], deadline_ns: int, priority: Priority
+    ) -> Arrived:
+        """As ``Peer.fetch``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A peer that holds the leading ``blocks`` of what was asked for, ``in_memory`` of them not on disk."""
 
-    peer: Peer
+    peer: Giver
     blocks: int
     in_memory: int
     is_current: bool
 
+    @property
+    def on_disk(self) -> bool:
+        """Some of them, and which is not said, have to be read from a disk there."""
+        return self.in_memory < self.blocks
+
     def rank(self, start: int, count: int, block_bytes: int) -> tuple[int, bool, bool, float]:
         """To bring ``count`` blocks from ``start`` on: lowest first."""
-        here = max(0, min(count, self.blocks - start))
-        on_disk = min(self.blocks, start + count) > self.in_memory
-        return -here, not self.is_current, on_disk, self.peer.load.queue_s(count * block_bytes)
+        there = max(0, min(count, self.blocks - start))
+        return -there, not self.is_current, self.on_disk, self.peer.load.queue_s(count * block_bytes)
 
 
 class Directory:
@@ -92,13 +121,14 @@ class Directory:
             told = located.get(peer.name)
             blocks, in_memory = (told.blocks, told.tiers[_HOST]) if told is not None else (0, 0)
             if source and peer.name == source:
-                blocks = in_memory = len(keys)
+                in_memory += len(keys) - blocks
+                blocks = len(keys)
             blocks = self._unblamed(peer, keys, blocks)
             if blocks:
                 found.append(Candidate(peer, blocks, in_memory, peer.name in current))
         return found
 
-    def blame(self, peer: Peer, keys: Sequence[StorageKey], rest_ns: int) -> None:
+    def blame(self, peer: Giver, keys: Sequence[StorageKey], rest_ns: int) -> None:
         """Do not ask this peer for these blocks for so long."""
         until_ns = self._clock.now_ns() + rest_ns
         for key in keys:

@@ -29,13 +29,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import Protocol
 
 from kvcache.block import BlockSpec, NamespaceId, StorageKey
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput
 from kvcache.ledger import Ledger, Reservation
-from kvcache.peers.directory import Candidate, Directory
-from kvcache.peers.peer import Arrived, FetchFailed, Peer, Wanted
+from kvcache.peers.directory import Candidate, Giver
+from kvcache.peers.peer import Arrived, FetchFailed, Wanted
 from kvcache.policy import RequestContext
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.promote import GROUP_BLOCKS_MAX, GROUP_BYTES, IN_FLIGHT_PARTS, OWNER
@@ -50,6 +51,16 @@ GONE_REST_NS = 500 * NS_PER_MS
 """The same for a block that it should have had: its events may not have arrived yet."""
 
 Good = tuple[bytes, bytes]
+
+
+class Finder(Protocol):
+    """Who knows where blocks are had (``directory.Directory``, ``cut.Cuts``)."""
+
+    def find(self, keys: Sequence[StorageKey], source: str = "") -> list[Candidate]:
+        """As ``Directory.find``."""
+
+    def blame(self, peer: Giver, keys: Sequence[StorageKey], rest_ns: int) -> None:
+        """As ``Directory.blame``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ class Fetcher:
         self,
         ledger: Ledger,
         memory: HostTier,
-        directory: Directory,
+        directory: Finder,
         rules: Rules,
         clock: Clock,
         counters: Counter[str],
@@ -216,7 +227,7 @@ class Fetcher:
             self._begin(_Group(reservation, asked), best[0].peer)
         return reservation.start + len(reservation.keys)
 
-    def _begin(self, group: _Group, peer: Peer) -> None:
+    def _begin(self, group: _Group, peer: Giver) -> None:
         self._bytes += group.rest_bytes
         peer.load.assign(group.rest_bytes)
         task = asyncio.get_running_loop().create_task(self._bring(group, peer))
@@ -227,15 +238,15 @@ class Fetcher:
         most = min(max(1, GROUP_BYTES // block_bytes), GROUP_BLOCKS_MAX)
         return list(takewhile(lambda key: key not in self._groups, keys[first : min(end, first + most)]))
 
-    async def _bring(self, group: _Group, first: Peer) -> None:
+    async def _bring(self, group: _Group, first: Giver) -> None:
         """Ask one peer after another, each once. What is in ``group.good`` at the end has come."""
-        peer: Peer | None = first
+        peer: Giver | None = first
         while peer is not None:
             async with peer.turns:
                 await self._try(group, peer)
             peer = self._next(group)
 
-    async def _try(self, group: _Group, peer: Peer) -> None:
+    async def _try(self, group: _Group, peer: Giver) -> None:
         now_ns = self._clock.now_ns()
         group.deadline_ns = group.deadline_ns or now_ns + self._rules.wait_ns
         group.tried.add(peer.address)
@@ -259,7 +270,7 @@ class Fetcher:
         group.good += arrived.blocks
         self._judge(peer, rest, arrived)
 
-    def _judge(self, peer: Peer, rest: Sequence[StorageKey], arrived: Arrived) -> None:
+    def _judge(self, peer: Giver, rest: Sequence[StorageKey], arrived: Arrived) -> None:
         if arrived.wrong:
             self._counters["peer_rejected_blocks:checksum"] += len(arrived.wrong)
             log.error("%d blocks of the peer %s were not what they should be", len(arrived.wrong), peer.name)
@@ -268,7 +279,7 @@ class Fetcher:
             self._counters["peer_failed_fetches:gone"] += 1
             self._directory.blame(peer, [rest[arrived.given]], GONE_REST_NS)
 
-    def _next(self, group: _Group) -> Peer | None:
+    def _next(self, group: _Group) -> Giver | None:
         """Who else has what is still missing, while there is time."""
         if not group.rest or group.deadline_ns <= self._clock.now_ns():
             return None
@@ -278,7 +289,7 @@ class Fetcher:
         best = min(others, key=lambda each: each.rank(0, len(group.rest), block_bytes), default=None)
         return None if best is None else best.peer
 
-    def _ended(self, group: _Group, first: Peer, task: asyncio.Task[None]) -> None:
+    def _ended(self, group: _Group, first: Giver, task: asyncio.Task[None]) -> None:
         """However it ended, and even if it never began: nothing is read into the slots any more."""
         reservation, count = group.reservation, len(group.good)
         size = len(reservation.keys) * reservation.block_bytes

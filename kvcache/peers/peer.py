@@ -33,6 +33,7 @@ from kvcache.locality import LocalityIndex
 from kvcache.peers.lines import Lines
 from kvcache.peers.load import Load
 from kvcache.peers.plane import with_host
+from kvcache.slices import ChunkRange
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.transport.base import Endpoint, PeerLost, Priority, Ticket, TransferLate, TransferRefused
 from kvcache.transport.flow import until
@@ -85,12 +86,21 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Blocks of one path that are to be brought together."""
+    """Blocks of one path that are to be brought together; with ``only``, these chunks of each.
+
+    ``behind``: the blocks before them, first to last, where the peer may have to read them from a disk: it
+    takes none into memory without those before it."""
 
     tenant: str
     namespace: NamespaceId
     spec: BlockSpec
     keys: Sequence[StorageKey]
+    only: ChunkRange | None = None
+    behind: Sequence[StorageKey] = ()
+
+    @property
+    def part(self) -> ChunkRange:
+        return self.only or ChunkRange(self.spec, 0, self.spec.plane_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +267,14 @@ class Peer:
         self, wanted: Wanted, into: Sequence[memoryview], deadline_ns: int, priority: Priority
     ) -> Arrived:
         """Bring the leading blocks of ``wanted`` that it has. Their bytes are verified; those of others in
-        ``into`` are undefined. RAISES FetchFailed. REQUIRES: a turn (``turns``) is held."""
+        ``into`` are undefined. RAISES FetchFailed. REQUIRES: a turn (``turns``) is held; ``into`` are the
+        ``part.pieces`` of all these blocks, in order."""
         self.load.begin(self._clock.now_ns())
         arrived = 0
         try:
             async with until(deadline_ns, self._clock):
                 found = await self._fetch(wanted, into, deadline_ns, priority)
-            arrived = found.given * wanted.spec.block_bytes
+            arrived = found.given * wanted.part.block_bytes
             return found
         except TransferLate as error:
             raise self._failed("late", error) from error
@@ -290,57 +301,72 @@ class Peer:
             via = scheme_of(self.data_address(channel.welcome))
             leased = await self._lease(channel, wanted, deadline_ns)
             try:
-                exported = await self._export(channel, leased, via, deadline_ns) if leased.count else None
+                exported = await self._export(channel, wanted, leased, via, deadline_ns)
             except KVCacheError:
                 self._release(channel, leased, wrong)
                 raise
-        if exported is None:
-            raise FetchFailed("gone", "the peer has none of these blocks any more")
+        given = leased.count - len(wanted.behind)
         try:
+            if exported is None:
+                raise _nothing(leased)
             endpoint = await self.endpoint(exported.address, deadline_ns)
-            views = into[: leased.count]
+            views = into[: given * wanted.part.piece_count]
             await endpoint.read(Ticket(exported.ticket), views, deadline_ns, priority)
-            good, wrong = await self._verified(wanted, leased, views)
-            return Arrived(good, leased.count, wrong)
+            good, wrong = await self._verified(wanted, leased, exported, views)
+            return Arrived(good, given, wrong)
         finally:
-            self._release(channel, leased, wrong)
+            self._release(channel, leased, [len(wanted.behind) + at for at in wrong])
 
     async def _lease(self, channel: AsyncChannel, wanted: Wanted, deadline_ns: int) -> Leased:
         left_ns = max(0, deadline_ns - self._clock.now_ns())
         request = TakeLease(
             wanted.namespace,
-            b"".join(key[HASH_BYTES:] for key in wanted.keys),
+            b"".join(key[HASH_BYTES:] for key in (*wanted.behind, *wanted.keys)),
             duration_ms=(left_ns + SPARE_NS) // NS_PER_MS,
             wait_ms=left_ns // NS_PER_MS // WAIT_PARTS,
         )
         leased = await channel.call(request, deadline_ns + SPARE_NS)
         if not isinstance(leased, Leased):
             raise _nonsense(leased)
-        if leased.count > len(wanted.keys) or len(leased.checksums) != leased.count * CHECKSUM_BYTES:
+        if (
+            leased.count > len(wanted.behind) + len(wanted.keys)
+            or len(leased.checksums) != leased.count * CHECKSUM_BYTES
+        ):
             raise _nonsense(leased)
         return leased
 
-    async def _export(self, channel: AsyncChannel, leased: Leased, via: str, deadline_ns: int) -> Exported:
-        request = Export(leased.lease, 0, leased.count, via)
+    async def _export(
+        self, channel: AsyncChannel, wanted: Wanted, leased: Leased, via: str, deadline_ns: int
+    ) -> Exported | None:
+        """None: none of those wanted is leased."""
+        part, start = wanted.part, len(wanted.behind)
+        count = leased.count - start
+        if count <= 0:
+            return None
+        request = Export(leased.lease, start, count, via, offset=part.offset, length=part.length)
         exported = await channel.call(request, deadline_ns + SPARE_NS)
         if not isinstance(exported, Exported):
+            raise _nonsense(exported)
+        if len(exported.sums) != count * wanted.spec.chunk_count * SUM_BYTES:
             raise _nonsense(exported)
         return exported
 
     async def _verified(
-        self, wanted: Wanted, leased: Leased, views: Sequence[memoryview]
+        self, wanted: Wanted, leased: Leased, exported: Exported, views: Sequence[memoryview]
     ) -> tuple[list[tuple[bytes, bytes]], list[int]]:
-        """The leading good ones, and where the others are not what they should be."""
-        spec = wanted.spec
-        joined = await self._sums(views, spec.chunk_bytes)
-        step = spec.chunk_count * SUM_BYTES
+        """The leading good ones, and where the others are not what they should be: the chunks that came have
+        the sums that were told, and these the checksum."""
+        spec, part = wanted.spec, wanted.part
+        came = await self._sums(views, spec.chunk_bytes)
+        step, step_came = spec.chunk_count * SUM_BYTES, part.sums_bytes
         good: list[tuple[bytes, bytes]] = []
         wrong: list[int] = []
-        for at, key in enumerate(wanted.keys[: leased.count]):
-            sums = joined[at * step : (at + 1) * step]
-            told = leased.checksums[at * CHECKSUM_BYTES : (at + 1) * CHECKSUM_BYTES]
+        checksums = leased.checksums[len(wanted.behind) * CHECKSUM_BYTES :]
+        for at, key in enumerate(wanted.keys[: len(checksums) // CHECKSUM_BYTES]):
+            sums = exported.sums[at * step : (at + 1) * step]
+            told = checksums[at * CHECKSUM_BYTES : (at + 1) * CHECKSUM_BYTES]
             checksum = block_checksum(key, spec.block_bytes, spec.chunk_bytes, sums)
-            if checksum != told:
+            if checksum != told or part.sums_of(sums) != came[at * step_came : (at + 1) * step_came]:
                 wrong.append(at)
             elif not wrong:
                 good.append((checksum, sums))
@@ -348,6 +374,8 @@ class Peer:
 
     def _release(self, channel: AsyncChannel, leased: Leased, wrong: list[int]) -> None:
         """Behind everybody's back: if it cannot be said, the lease ends by itself."""
+        if not leased.lease:
+            return
         task = asyncio.get_running_loop().create_task(self._let_go(channel, Release(leased.lease, wrong)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -355,6 +383,12 @@ class Peer:
     async def _let_go(self, channel: AsyncChannel, release: Release) -> None:
         with contextlib.suppress(KVCacheError):
             await channel.call(release, self._clock.now_ns() + RELEASE_NS)
+
+
+def _nothing(leased: Leased) -> FetchFailed:
+    if leased.coming:
+        return FetchFailed("late", "the peer has not read these blocks from its disk in time")
+    return FetchFailed("gone", "the peer has none of these blocks any more")
 
 
 def _nonsense(reply: Reply) -> BadInput:

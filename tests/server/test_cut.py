@@ -1,0 +1,223 @@
+"""A node whose engine runs on another tensor parallel degree than those of its peers, with real nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvcache.block import storage_key
+from kvcache.client import connect_blocking
+from kvcache.client.store import BlockingStore, Handle
+from kvcache.config import NodeConfig
+from kvcache.namespace import Namespace
+from kvcache.testing.sharded import ShardedModel
+from kvcache.testing.slices import prefix_of
+from tests.server.conftest import EmbeddedNode
+
+COUNT = 6
+TRIES = 20_000
+MODELS = {
+    "a plane is one chunk": ShardedModel(3, 8, 64),
+    "slices are whole chunks": ShardedModel(2, 4, 32_768),
+    "slices begin within chunks": ShardedModel(2, 12, 16_384),
+}
+
+
+class Place:
+    """A node, and an engine's store at it."""
+
+    def __init__(self, folder: Path, name: str, stack: ExitStack, peers: str, **settings: str) -> None:
+        config = NodeConfig(
+            name=name,
+            socket=str(folder / f"{name}.sock"),
+            tcp="127.0.0.1:0",
+            http="none",
+            capacity="16MiB",
+            unit="256KiB",
+            peers=peers,
+            **settings,  # type: ignore[arg-type]
+        )
+        self.embedded = EmbeddedNode(config)
+        stack.callback(self.embedded.close)
+        self.store: BlockingStore = connect_blocking(self.embedded.node.address, timeout_ms=20_000)
+        stack.callback(self.store.close)
+
+    def open(self, model: ShardedModel, tp_size: int, tp_rank: int, **fields: str) -> Handle:
+        namespace: Namespace = replace(model.namespace(tp_size, tp_rank), **fields)  # type: ignore[arg-type]
+        return self.store.open(namespace, model.spec(tp_size))
+
+    def save(
+        self, model: ShardedModel, tp_size: int, tp_rank: int, count: int = COUNT, **fields: str
+    ) -> Handle:
+        handle = self.open(model, tp_size, tp_rank, **fields)
+        blocks = [[model.block(at, tp_size, tp_rank)] for at in range(count)]
+        assert self.store.save(handle, prefix_of(handle, COUNT)[:count], blocks) == count
+        return handle
+
+    def load(self, model: ShardedModel, tp_size: int, tp_rank: int, **fields: str) -> int:
+        """How many blocks this rank had; each is what it would have saved itself."""
+        handle = self.open(model, tp_size, tp_rank, **fields)
+        lease = self.store.lease(handle, prefix_of(handle, COUNT), wait_ms=5_000)
+        into = [bytearray(handle.spec.block_bytes) for _ in range(lease.count)]
+        assert self.store.load(lease, [[block] for block in into]) == frozenset()
+        self.store.release(lease)
+        assert into == [model.block(at, tp_size, tp_rank) for at in range(lease.count)]
+        return lease.count
+
+    def stats(self) -> dict[str, float]:
+        return self.embedded.call(self.embedded.node.core.stats)
+
+    def until_known(self, blocks: int) -> None:
+        """The index knows so many blocks of the peers."""
+        for _ in range(TRIES):
+            if self.stats()["peer_known_blocks"] == blocks:
+                return
+        raise AssertionError(f"never: {blocks} blocks are known")
+
+    def change(self, handle: Handle, position: int, at: int) -> None:
+        """A byte of a block where it lies."""
+        core = self.embedded.node.core
+        key = storage_key(handle.namespace_id, prefix_of(handle, COUNT)[position])
+
+        def work() -> None:
+            slot = core.ledger.slot_of(key)
+            assert slot is not None
+            core.host.view(slot, handle.spec.block_bytes)[at] ^= 1
+
+        self.embedded.call(work)
+
+
+Start = Callable[..., Place]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def begin(name: str, *peers: Place, **settings: str) -> Place:
+            addresses = ",".join(peer.embedded.node.tcp_address for peer in peers) or "none"
+            return Place(tmp_path, name, stack, addresses, **settings)
+
+        yield begin
+
+
+@pytest.mark.parametrize("shape", MODELS)
+@pytest.mark.parametrize(("stored", "wanted"), [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2)])
+def test_each_rank_gets_what_it_would_have_saved(start: Start, shape: str, stored: int, wanted: int) -> None:
+    model = MODELS[shape]
+    a = start("a")
+    for rank in range(stored):
+        a.save(model, stored, rank)
+    b = start("b", a)
+    b.until_known(stored * COUNT)
+    for rank in range(wanted):
+        assert b.load(model, wanted, rank) == COUNT
+    told = b.stats()
+    assert told["peer_cut_blocks"] == told["peer_fetched_blocks"] == wanted * COUNT
+    assert a.stats()["exported_bytes"] <= wanted * stored * COUNT * model.spec(stored).block_bytes
+
+
+def test_only_the_chunks_that_cover_the_heads_travel(start: Start) -> None:
+    model = MODELS["slices are whole chunks"]
+    a = start("a")
+    a.save(model, 1, 0)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 1) == COUNT
+    assert a.stats()["exported_bytes"] == COUNT * model.spec(2).block_bytes
+
+
+def test_ranks_that_lie_on_different_peers_are_joined(start: Start) -> None:
+    model = MODELS["slices are whole chunks"]
+    a, b = start("a"), start("b")
+    a.save(model, 2, 0)
+    b.save(model, 2, 1, count=4)
+    c = start("c", a, b)
+    c.until_known(COUNT + 4)
+    assert c.load(model, 1, 0) == 4, "as far as both go"
+
+
+def test_what_was_cut_is_a_block_like_any_other(start: Start) -> None:
+    model = MODELS["a plane is one chunk"]
+    a = start("a")
+    a.save(model, 1, 0)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 0) == COUNT
+    c = start("c", b)
+    c.until_known(COUNT)
+    assert c.load(model, 2, 0) == COUNT
+    assert "peer_cut_blocks" not in c.stats() or not c.stats()["peer_cut_blocks"]
+    assert c.load(model, 4, 1) == COUNT, "and can be cut again"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layout": "vllm 0.11 LBHNC"}, {"isa": "cpu avx512"}, {"scales": "with the weights"}]
+)
+def test_what_is_not_certified_is_a_miss(start: Start, fields: dict[str, str]) -> None:
+    model = MODELS["a plane is one chunk"]
+    a = start("a")
+    a.save(model, 1, 0, **fields)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 0, **fields) == 0
+    assert b.load(model, 1, 0, **fields) == COUNT, "the same degree has it"
+
+
+def test_another_models_blocks_are_a_miss(start: Start) -> None:
+    model = MODELS["a plane is one chunk"]
+    a = start("a")
+    a.save(model, 1, 0)
+    b = start("b", a)
+    b.until_known(COUNT)
+    for fields in ({"weights": "n"}, {"dtype": "float16"}, {"rope": "x"}):
+        assert b.load(model, 2, 0, **fields) == 0
+
+
+@pytest.mark.parametrize("shape", MODELS)
+def test_wrong_bytes_in_a_chunk_that_is_read_end_what_comes(start: Start, shape: str) -> None:
+    model = MODELS[shape]
+    a = start("a")
+    handle = a.save(model, 1, 0)
+    a.change(handle, 3, handle.spec.block_bytes - 1)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 1) == 3
+    assert b.stats()["peer_rejected_blocks:checksum"] >= 1
+    assert b.stats()["peer_fetched_blocks"] == 3
+
+
+def test_wrong_bytes_beside_what_is_read_do_not_matter(start: Start) -> None:
+    model = MODELS["slices are whole chunks"]
+    a = start("a")
+    handle = a.save(model, 1, 0)
+    a.change(handle, 3, handle.spec.block_bytes - 1)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 0) == COUNT
+
+
+def test_another_peer_gives_the_part_that_was_wrong(start: Start) -> None:
+    model = MODELS["a plane is one chunk"]
+    a, other = start("a"), start("other")
+    for place in (a, other):
+        handle = place.save(model, 1, 0)
+    place.change(handle, 0, 0)
+    c = start("c", a, other)
+    c.until_known(2 * COUNT)
+    assert c.load(model, 2, 0) == COUNT
+
+
+def test_ten_who_want_a_cut_cause_one(start: Start) -> None:
+    model = MODELS["slices are whole chunks"]
+    a = start("a")
+    a.save(model, 1, 0)
+    b = start("b", a)
+    b.until_known(COUNT)
+    for _ in range(3):
+        assert b.load(model, 2, 1) == COUNT
+    assert b.stats()["peer_cut_blocks"] == COUNT
