@@ -1,120 +1,68 @@
-"""Both ends of a benchmark of transports: a pool of blocks in another process, and what brings it here.
+"""Our ends of ``bench_transport.py``: a plain socket, memcpy, and the transports of this project.
 
-    python benchmarks/transport_ends.py raw:0                     a plain socket: asked for a size, sends all;
+    python benchmarks/transport_ends.py read raw:0 [huge]         a reader, for orders (transport_pool.py); it
+                                                                  starts its owner
+    python benchmarks/transport_ends.py own raw:0 [huge]          a plain socket: asked for a size, sends all;
                                                                   with so large a send buffer, 0: the system's
-    python benchmarks/transport_ends.py tcp://127.0.0.1:0         a transport of ours, told by notes
+    python benchmarks/transport_ends.py own tcp://127.0.0.1:0     a transport of ours, told by notes
 
-Each says its address first and ends with its input. A new contestant is a class with ``name``, ``moved`` and
-``close``; ``transport_rivals.py`` has those that are not ours.
+``huge``: pools in pages of 2 MiB. An owner says its address first and ends with its input.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
-import os
-import random
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Coroutine
+from functools import partial
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from harness import KIB, MIB
+from transport_pool import (
+    BATCHES_AT_ONCE,
+    CHUNK_BYTES,
+    GB,
+    IDLE_S,
+    MIB,
+    POOL_BYTES,
+    SMALL_BYTES,
+    SMALL_ROUNDS,
+    Case,
+    Child,
+    Pool,
+    Reader,
+    answer_orders,
+    median_us,
+    python,
+    say_first,
+)
 
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.sums import sum_chunks
 from kvcache.transport.base import Endpoint, Ticket, Transport
 from kvcache.transport.table import open_transport, scheme_of
 
-POOL_BYTES = 256 * MIB
-CHUNK_BYTES = 64 * KIB
-BATCH_BYTES = 8 * MIB
-BATCHES_AT_ONCE = 4
-SMALL_BYTES = 64
-SMALL_ROUNDS = 500
-IDLE_S = 3.0
-GB = 1e9
 CLOCK = SystemClock()
+IS_SMALL = 1 << 63
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Blocks of one size; as many go in a transfer as make ``BATCH_BYTES``."""
-
-    block_bytes: int
-
-    @property
-    def batch(self) -> int:
-        return max(BATCH_BYTES // self.block_bytes, 1)
-
-
-class Contestant(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def moved(self, case: Case) -> float:
-        """GB/s of the whole pool. RAISES RuntimeError when it could not, or brought wrong bytes."""
-
-    def close(self) -> None: ...
-
-
-def new_pool() -> memoryview:
-    return memoryview(mmap.mmap(-1, POOL_BYTES))
-
-
-def fill(pool: memoryview) -> None:
-    """The same in every process; each chunk is another's but for its number."""
-    noise = random.Random(1).randbytes(CHUNK_BYTES - 8)
-    for at in range(0, POOL_BYTES, CHUNK_BYTES):
-        pool[at : at + 8] = struct.pack("<Q", at)
-        pool[at + 8 : at + CHUNK_BYTES] = noise
 
 
 def soon() -> int:
     return CLOCK.now_ns() + 60 * NS_PER_S
 
 
-class Child:
-    """The other process."""
-
-    def __init__(self, address: str) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), address]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
-        if not self.address:
-            self.close()
-            raise RuntimeError(f"the other end of {address} did not start")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-
 class Raw:
     """A blocking socket, ``sendall`` to ``recv_into``, nothing checked: one request, then all the blocks."""
 
-    def __init__(self, pool: memoryview, send_bytes: int = 0) -> None:
-        self.name = f"raw socket, send buffer {send_bytes // KIB} KiB" if send_bytes else "raw socket"
-        self._pool = pool
-        self._child = Child(f"raw:{send_bytes}")
-        host, _, port = self._child.address.rpartition(":")
+    def __init__(self, pool: Pool, owner: list[str]) -> None:
+        self._pool = pool.view
+        self._child = Child(owner)
+        host, _, port = self._child.first.rpartition(":")
         self._sock = socket.create_connection((host, int(port)))
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -123,18 +71,17 @@ class Raw:
         self._sock.sendall(struct.pack("<Q", case.block_bytes))
         for at in range(0, POOL_BYTES, case.block_bytes):
             self._fill(self._pool[at : at + case.block_bytes])
-        return POOL_BYTES / GB / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
-    def round_trip_us(self) -> float:
-        """Of ``SMALL_BYTES`` there and back; the median."""
-        took = []
-        reply = memoryview(bytearray(SMALL_BYTES))
-        for _ in range(SMALL_ROUNDS):
-            started = time.perf_counter()
-            self._sock.sendall(struct.pack("<Q", SMALL_BYTES | 1 << 63))
+    def trips(self) -> dict[str, object]:
+        """``SMALL_BYTES`` there and back."""
+        request, reply = struct.pack("<Q", SMALL_BYTES | IS_SMALL), memoryview(bytearray(SMALL_BYTES))
+
+        def trip() -> None:
+            self._sock.sendall(request)
             self._fill(reply)
-            took.append(time.perf_counter() - started)
-        return median(took) * 1e6
+
+        return {"read": median_us(trip)}
 
     def close(self) -> None:
         self._sock.close()
@@ -149,23 +96,29 @@ class Raw:
 
 
 class Memcpy:
-    """One thread, from one pool into another."""
+    """One thread, from one pool into another: both cold, for they are far larger than the caches."""
 
-    name = "memcpy"
-
-    def __init__(self, pool: memoryview) -> None:
-        self._pool = pool
-        self._source = new_pool()
-        fill(self._source)
+    def __init__(self, pool: Pool, is_huge: bool) -> None:
+        self._pool = pool.view
+        self._source = Pool(is_huge)
 
     def moved(self, case: Case) -> float:
+        source = self._source.view
         started = time.perf_counter()
         for at in range(0, POOL_BYTES, case.block_bytes):
-            self._pool[at : at + case.block_bytes] = self._source[at : at + case.block_bytes]
-        return POOL_BYTES / GB / (time.perf_counter() - started)
+            self._pool[at : at + case.block_bytes] = source[at : at + case.block_bytes]
+        return time.perf_counter() - started
+
+    def hot(self, block_bytes: int = MIB) -> dict[str, object]:
+        """GB/s of one block into one other, again and again: it never leaves the cache."""
+        into, source = self._pool[:block_bytes], self._source.view[:block_bytes]
+        started = time.perf_counter()
+        for _ in range(POOL_BYTES // block_bytes):
+            into[:] = source
+        return {"value": POOL_BYTES / GB / (time.perf_counter() - started)}
 
     def close(self) -> None:
-        self._source.release()
+        self._source.view.release()
 
 
 class Ours:
@@ -175,31 +128,29 @@ class Ours:
     thread of its own, for between its turns it must go on saying that it lives.
     """
 
-    def __init__(self, address: str, pool: memoryview) -> None:
-        self.name = scheme_of(address)
-        self._pool = pool
-        self._sums = _expected_sums()
+    def __init__(self, address: str, pool: Pool, owner: list[str]) -> None:
+        self._scheme = scheme_of(address)
+        self._pool = pool.view
+        self._sums = sum_chunks([pool.view], CHUNK_BYTES)
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._child = Child(address)
-        self._transport, self._end = self._run(self._joined())
+        self._transport = self._run(self._opened())
+        self._child = Child(owner)
+        self._end = self._run(self._joined())
 
     def moved(self, case: Case) -> float:
         return self._run(self._moved(case))
 
-    def round_trip_us(self) -> float:
-        """Of a read of ``SMALL_BYTES``; the median."""
-        return self._run(self._small_reads())
+    def trips(self) -> dict[str, object]:
+        """A read of ``SMALL_BYTES``, and a note there and back."""
+        return {"read": self._run(self._small_reads()), "note": self._run(self._notes())}
 
-    def note_us(self) -> float:
-        """Of a note there and one back; the median."""
-        return self._run(self._notes())
-
-    def idle_percent(self) -> tuple[float, float]:
-        """Of a core, with an endpoint that nobody uses: this side's, the other's."""
-        return self._run(self._idle())
+    def idle(self) -> dict[str, object]:
+        """Of a core, with an endpoint that nobody uses."""
+        mine, theirs = self._run(self._idle())
+        return {"caller": mine, "listener": theirs}
 
     def close(self) -> None:
         self._run(self._transport.close())
@@ -211,10 +162,13 @@ class Ours:
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _joined(self) -> tuple[Transport, Endpoint]:
-        transport = open_transport(self.name)
+    async def _opened(self) -> Transport:
+        transport = open_transport(self._scheme)
         transport.register(self._pool)
-        return transport, await transport.connect(self._child.address, soon(), self._hear)
+        return transport
+
+    async def _joined(self) -> Endpoint:
+        return await self._transport.connect(self._child.first, soon(), self._hear)
 
     def _hear(self, _: Endpoint, note: bytes) -> None:
         self._heard.put_nowait(note)
@@ -224,10 +178,9 @@ class Ours:
         return await asyncio.wait_for(self._heard.get(), 60)
 
     async def _moved(self, case: Case) -> float:
-        step = case.batch * case.block_bytes
         tickets = [
             (at, Ticket(await self._ask(f"{at} {case.block_bytes} {case.batch}")))
-            for at in range(0, POOL_BYTES, step)
+            for at in range(0, POOL_BYTES, case.step)
         ]
         work = iter(tickets)
         wrong: list[int] = []
@@ -236,19 +189,19 @@ class Ours:
             for at, ticket in work:
                 into = [
                     self._pool[start : start + case.block_bytes]
-                    for start in range(at, at + step, case.block_bytes)
+                    for start in range(at, at + case.step, case.block_bytes)
                 ]
                 await self._end.read(ticket, into, soon())
                 first = at // CHUNK_BYTES * 8
-                if sum_chunks(into, CHUNK_BYTES) != self._sums[first : first + step // CHUNK_BYTES * 8]:
+                if sum_chunks(into, CHUNK_BYTES) != self._sums[first : first + case.step // CHUNK_BYTES * 8]:
                     wrong.append(at)
 
         started = time.perf_counter()
         await asyncio.gather(*(reader() for _ in range(BATCHES_AT_ONCE)))
         took = time.perf_counter() - started
         if wrong:
-            raise RuntimeError(f"{self.name} brought wrong bytes at {wrong[:3]}")
-        return POOL_BYTES / GB / took
+            raise RuntimeError(f"{self._scheme} brought wrong bytes at {wrong[:3]}")
+        return took
 
     async def _small_reads(self) -> float:
         took = []
@@ -277,29 +230,26 @@ class Ours:
         return 100 * mine / took, 100 * (float(await self._ask("cpu")) - theirs) / took
 
 
-def _expected_sums() -> bytes:
-    pool = new_pool()
-    fill(pool)
-    return sum_chunks([pool], CHUNK_BYTES)
+# --- owners -----------------------------------------------------------------------------------------
 
 
-def _serve_raw(pool: memoryview, send_bytes: int) -> None:
+def own_raw(pool: memoryview, send_bytes: int) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    _say_address(f"127.0.0.1:{server.getsockname()[1]}")
+    say_first(f"127.0.0.1:{server.getsockname()[1]}")
     sock, _ = server.accept()
     if send_bytes:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while request := sock.recv(8, socket.MSG_WAITALL):
         (size,) = struct.unpack("<Q", request)
-        if size >> 63:
-            sock.sendall(pool[: size & ~(1 << 63)])
+        if size & IS_SMALL:
+            sock.sendall(pool[: size & ~IS_SMALL])
             continue
         for at in range(0, POOL_BYTES, size):
             sock.sendall(pool[at : at + size])
 
 
-async def _serve(address: str, pool: memoryview) -> None:
+async def own(address: str, pool: memoryview) -> None:
     transport = open_transport(scheme_of(address))
     transport.register(pool)
     saying: set[asyncio.Task[None]] = set()
@@ -318,24 +268,28 @@ async def _serve(address: str, pool: memoryview) -> None:
         say(endpoint, transport.export(pieces, soon()))
 
     listener = await transport.listen(address, lambda _: None, hear)
-    _say_address(listener.address)
+    say_first(listener.address)
     await asyncio.Event().wait()
 
 
-def _say_address(address: str) -> None:
-    print(address, flush=True)
-    threading.Thread(target=_end_with_input, daemon=True).start()
-
-
-def _end_with_input() -> None:
-    sys.stdin.read()
-    os._exit(0)
+def main() -> None:
+    role, what, *rest = sys.argv[1:]
+    is_huge = rest == ["huge"]
+    if role == "own":
+        pool = Pool(is_huge)
+        if what.startswith("raw:"):
+            own_raw(pool.view, int(what.removeprefix("raw:")))
+        else:
+            asyncio.run(own(what, pool.view))
+        return
+    owner = python("transport_ends.py", "own", what, *rest)
+    makers: dict[str, Callable[[Pool], Reader]] = {
+        "raw": partial(Raw, owner=owner),
+        "memcpy": partial(Memcpy, is_huge=is_huge),
+    }
+    make = makers.get(what.partition(":")[0], partial(Ours, what, owner=owner))
+    answer_orders(make, Pool(is_huge))
 
 
 if __name__ == "__main__":
-    blocks = new_pool()
-    fill(blocks)
-    if sys.argv[1].startswith("raw:"):
-        _serve_raw(blocks, int(sys.argv[1].removeprefix("raw:")))
-    else:
-        asyncio.run(_serve(sys.argv[1], blocks))
+    main()

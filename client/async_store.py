@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
-from kvcache.client import leasing, operations
+from kvcache.client import layered, leasing, operations
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
     Context,
@@ -81,11 +81,16 @@ class AsyncNodeStore:
         self._outage = Outage()
         self._refusal: KVCacheError | None = None
         self._closed = False
+        self._node = ""
         self.prefill_tokens_s = 0.0
 
     @property
     def counters(self) -> Mapping[str, int]:
         return self._tally.copy()
+
+    @property
+    def node(self) -> str:
+        return self._node
 
     async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
         attached = await self._enter(self._options.timeout_ms * NS_PER_MS, patient=True)
@@ -112,13 +117,22 @@ class AsyncNodeStore:
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease:
         return await self._run(
-            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms), leasing.release
+            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, source, pushed),
+            leasing.release,
         )
 
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return await self._run(lambda context: operations.load(context, lease, into, start))
+    async def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        return await self._run(lambda context: operations.load(context, lease, into, start, heads))
 
     async def save(
         self,
@@ -129,6 +143,19 @@ class AsyncNodeStore:
         hints: SaveHints = NO_HINTS,
     ) -> int:
         return await self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints))
+
+    async def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> AsyncWriting:
+        draft = await self._run(
+            lambda c: layered.begin(c, handle, prefix, blocks, parent, hints), layered.abort
+        )
+        return AsyncWriting(self, draft)
 
     async def persist(
         self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
@@ -294,8 +321,26 @@ class AsyncNodeStore:
             undo.callback(attached.link.close)
             operation = reopen(self._context(attached), list(self._handles.values()))
             attached.link.opened = await self._drive(attached, operation)
+            self._node = channel.welcome.node
             undo.pop_all()
         return attached
+
+
+class AsyncWriting:
+    """See ``store.Writing``."""
+
+    def __init__(self, store: AsyncNodeStore, draft: layered.Draft) -> None:
+        self._store = store
+        self._draft = draft
+
+    async def advance(self, planes: int) -> None:
+        await self._store._run(lambda context: layered.advance(context, self._draft, planes))
+
+    async def finish(self) -> int:
+        return await self._store._run(lambda context: layered.finish(context, self._draft))
+
+    async def abort(self) -> None:
+        await self._store._run(lambda context: layered.abort(context, self._draft))
 
 
 async def _ended(running: asyncio.Future[Answer]) -> asyncio.CancelledError | None:

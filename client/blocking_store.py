@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import BlockingChannel
-from kvcache.client import leasing, operations
+from kvcache.client import layered, leasing, operations
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
     Context,
@@ -81,11 +81,16 @@ class BlockingNodeStore:
         self._outage = Outage()
         self._refusal: KVCacheError | None = None
         self._closed = False
+        self._node = ""
         self.prefill_tokens_s = 0.0
 
     @property
     def counters(self) -> Mapping[str, int]:
         return self._tally.copy()
+
+    @property
+    def node(self) -> str:
+        return self._node
 
     def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
         attached = self._enter(self._options.timeout_ms * NS_PER_MS, patient=True)
@@ -112,11 +117,21 @@ class BlockingNodeStore:
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease:
-        return self._run(lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms))
+        return self._run(
+            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, source, pushed)
+        )
 
-    def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return self._run(lambda context: operations.load(context, lease, into, start))
+    def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        return self._run(lambda context: operations.load(context, lease, into, start, heads))
 
     def save(
         self,
@@ -127,6 +142,17 @@ class BlockingNodeStore:
         hints: SaveHints = NO_HINTS,
     ) -> int:
         return self._run(lambda c: operations.save(c, handle, prefix, blocks, parent, hints))
+
+    def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> BlockingWriting:
+        draft = self._run(lambda c: layered.begin(c, handle, prefix, blocks, parent, hints))
+        return BlockingWriting(self, draft)
 
     def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS) -> int:
         return self._run(lambda context: operations.persist(context, handle, prefix, wait_ms))
@@ -285,5 +311,23 @@ class BlockingNodeStore:
             attached = _Attached(channel, Link(self._connections, channel.welcome, slab))
             undo.callback(attached.link.close)
             attached.link.opened = self._drive(attached, reopen(self._context(attached), handles))
+            self._node = channel.welcome.node
             undo.pop_all()
         return attached
+
+
+class BlockingWriting:
+    """See ``store.BlockingWriting``."""
+
+    def __init__(self, store: BlockingNodeStore, draft: layered.Draft) -> None:
+        self._store = store
+        self._draft = draft
+
+    def advance(self, planes: int) -> None:
+        self._store._run(lambda context: layered.advance(context, self._draft, planes))
+
+    def finish(self) -> int:
+        return self._store._run(lambda context: layered.finish(context, self._draft))
+
+    def abort(self) -> None:
+        self._store._run(lambda context: layered.abort(context, self._draft))

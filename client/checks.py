@@ -76,9 +76,10 @@ def check_wait(wait_ms: int) -> None:
         raise BadInput("bad_lease", f"a wait of {wait_ms} ms", f"it is from 0 to {WAIT_MS_MAX}")
 
 
-def check_lease(request: str, duration_ms: int) -> None:
-    if len(request) > TEXT_CHARS_MAX // 4:
-        raise BadInput("too_large", f"a request of {len(request)} characters", "it is a name", "shorten it")
+def check_lease(request: str, duration_ms: int, source: str = "") -> None:
+    for text in (request, source):
+        if len(text) > TEXT_CHARS_MAX // 4:
+            raise BadInput("too_large", f"a name of {len(text)} characters", "it is a name", "shorten it")
     if duration_ms < 1:
         raise BadInput("bad_lease", f"a lease of {duration_ms} ms", "it would have ended")
 

@@ -11,6 +11,7 @@ not, held or coming, is the last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvcache.block import BlockHash
@@ -26,6 +27,24 @@ from kvcache.wire import BATCH_BLOCKS_MAX, Leased, Release, Released, TakeLease
 CHECKSUM_BYTES: Final = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What is the same in every call for one lease."""
+
+    request: str
+    duration_ms: int
+    source: str
+    pushed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """A batch stands behind ``count`` blocks, the last of which is ``parent`` (empty: none)."""
+
+    count: int
+    parent: bytes
+
+
 def lease(
     context: Context,
     handle: Handle,
@@ -33,16 +52,20 @@ def lease(
     request: str,
     duration_ms: int,
     wait_ms: int,
+    source: str = "",
+    pushed: bool = False,
 ) -> Operation[Lease]:
-    check_lease(request, duration_ms)
+    check_lease(request, duration_ms, source)
     check_wait(wait_ms)
     joined_hashes(prefix)
+    terms = _Terms(request, duration_ms, source, pushed)
     patience = Patience(context, wait_ms)
     grants: list[Grant] = []
     held = coming = 0
     try:
         for batch in batches(prefix, BATCH_BLOCKS_MAX) if context.reaches(handle) else ():
-            grant, coming = yield from _granted(context, handle, held, batch, request, duration_ms, patience)
+            behind = _Behind(held, prefix[held - 1] if held else b"")
+            grant, coming = yield from _granted(context, handle, behind, batch, terms, patience)
             if grant.count:
                 grants.append(grant)
                 context.link.hold(grant.lease_id)
@@ -72,19 +95,28 @@ def release(context: Context, held: Lease) -> Operation[None]:
 def _granted(
     context: Context,
     handle: Handle,
-    start: int,
+    behind: _Behind,
     batch: Sequence[BlockHash],
-    request: str,
-    duration_ms: int,
+    terms: _Terms,
     patience: Patience,
 ) -> Operation[tuple[Grant, int]]:
     """What the node grants of a batch, and how many blocks behind it are still coming when patience ends."""
     joined, rate = b"".join(batch), context.tokens_s
     while True:
         # A lease is counted from when it was asked for, so a wait must leave it most of its time.
-        wait_ms = patience.next_ms(duration_ms // 2)
+        wait_ms = patience.next_ms(terms.duration_ms // 2)
         sent_ns = context.clock.now_ns()
-        wanted = TakeLease(handle.namespace_id, joined, request, duration_ms, wait_ms, rate)
+        wanted = TakeLease(
+            handle.namespace_id,
+            joined,
+            terms.request,
+            terms.duration_ms,
+            wait_ms,
+            rate,
+            terms.source,
+            terms.pushed,
+            behind.parent,
+        )
         reply = yield from ask(Leased, wanted)
         _check(reply, len(batch))
         if not reply.coming or patience.over():
@@ -95,7 +127,7 @@ def _granted(
         yield from patience.rest()
     # Counted from when we asked, on our own clock: never later than the node means it.
     expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
-    grant = Grant(reply.lease, start, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
+    grant = Grant(reply.lease, behind.count, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
     return grant, reply.coming
 
 

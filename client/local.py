@@ -61,22 +61,27 @@ class Slab:
 
         RAISES Unavailable when closed, BadReply when a slot is not within the slab.
         """
+        cut: list[memoryview] = []
+        for slot, shape in zip(self.slots(offsets, block_bytes), shapes, strict=True):
+            if len(shape) == 1:
+                cut.append(slot)
+                continue
+            start = 0
+            for piece in shape:
+                cut.append(slot[start : start + len(piece)])
+                start += len(piece)
+        return cut
+
+    def slots(self, offsets: Sequence[int], block_bytes: int) -> list[memoryview]:
+        """RAISES as ``pieces``."""
         view = self._view
         if view is None:
             raise Unavailable("unavailable", "the slab is not mapped any more", "the connection ended")
-        cut: list[memoryview] = []
         last = len(view) - block_bytes
-        for offset, shape in zip(offsets, shapes, strict=True):
+        for offset in offsets:
             if not 0 <= offset <= last:
                 raise BadReply(f"a slot at {offset} in a slab of {len(view)} bytes")
-            if len(shape) == 1:
-                cut.append(view[offset : offset + block_bytes])
-                continue
-            for piece in shape:
-                end = offset + len(piece)
-                cut.append(view[offset:end])
-                offset = end
-        return cut
+        return [view[offset : offset + block_bytes] for offset in offsets]
 
     def warm(self) -> None:
         """Bring the node's memory into this process's page tables, once, in a thread of its own."""

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from kvcache.block import HASH_BYTES, BlockHash, storage_key
-from kvcache.client import local, remote
+from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, storage_key
+from kvcache.client import local, remote, slicing
 from kvcache.client.checks import batches, check_reply, check_save, check_wait, flat_blocks, joined_hashes
 from kvcache.client.leasing import CHECKSUM_BYTES
 from kvcache.client.link import Context
@@ -26,6 +26,7 @@ from kvcache.client.steps import Operation, ask
 from kvcache.client.store import Grant, Handle, Lease, SaveHints
 from kvcache.client.waiting import Patience
 from kvcache.errors import BadInput, KVCacheError, Unavailable
+from kvcache.slices import Slice
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.wire import (
     BATCH_BLOCKS_MAX,
@@ -62,9 +63,15 @@ def match(context: Context, handle: Handle, prefix: Sequence[BlockHash]) -> Oper
 
 
 def load(
-    context: Context, held: Lease, into: Sequence[Sequence[Buffer]], start: int
+    context: Context,
+    held: Lease,
+    into: Sequence[Sequence[Buffer]],
+    start: int,
+    heads: tuple[int, int] | None = None,
 ) -> Operation[frozenset[int]]:
-    blocks = flat_blocks(into, held.handle.spec, writable=True)
+    spec = held.handle.spec
+    cut = None if heads is None else Slice(spec, *heads)
+    blocks = flat_blocks(into, spec, writable=True) if cut is None else slicing.flat_slices(into, cut)
     end = start + len(blocks)
     if start < 0 or end > held.count:
         raise BadInput(
@@ -78,10 +85,10 @@ def load(
         first, last = max(start, grant.start), min(end, grant.start + grant.count)
         if first < last:
             part = blocks[first - start : last - start]
-            failed |= yield from _load_grant(context, held, grant, first, part)
+            failed |= yield from _load_grant(context, held, grant, first, part, cut)
     loaded = len(blocks) - len(failed)
     context.tally.add("loaded_blocks", loaded)
-    context.tally.add("loaded_bytes", loaded * held.handle.spec.block_bytes)
+    context.tally.add("loaded_bytes", loaded * (spec if cut is None else cut).block_bytes)
     return frozenset(failed)
 
 
@@ -100,8 +107,7 @@ def save(
         context.tally.add("unsaved_blocks:unavailable", len(prefix))
         return 0
     held = 0
-    most = min(BATCH_BLOCKS_MAX, COMMIT_SUMS_BYTES_MAX // (handle.spec.chunk_count * SUM_BYTES))
-    for batch in batches(prefix, most):
+    for batch in batches(prefix, blocks_a_batch(handle.spec)):
         part = views[held : held + len(batch)]
         count, reason = yield from _save_batch(context, handle, batch, part, parent, hints)
         held += count
@@ -137,7 +143,12 @@ def persist(context: Context, handle: Handle, prefix: Sequence[BlockHash], wait_
 
 
 def _load_grant(
-    context: Context, held: Lease, grant: Grant, first: int, blocks: Sequence[Sequence[memoryview]]
+    context: Context,
+    held: Lease,
+    grant: Grant,
+    first: int,
+    blocks: Sequence[Sequence[memoryview]],
+    cut: Slice | None,
 ) -> Operation[set[int]]:
     """Blocks ``first`` and on of the lease, all of this grant. Returns the positions that failed."""
     positions = list(range(first, first + len(blocks)))
@@ -148,7 +159,7 @@ def _load_grant(
     for offset_known, run in groupby(positions, lambda at: _offset(context, grant, at) >= 0):
         part = list(run)
         targets = blocks[part[0] - first : part[-1] + 1 - first]
-        failed |= yield from _load_run(context, held, grant, part, targets, offset_known)
+        failed |= yield from _load_run(context, held, grant, part, targets, offset_known, cut)
     return failed
 
 
@@ -164,22 +175,24 @@ def _load_run(
     positions: Sequence[int],
     into: Sequence[Sequence[memoryview]],
     mapped: bool,
+    cut: Slice | None,
 ) -> Operation[set[int]]:
     """Consecutive blocks that lie all in the map, or all elsewhere. Returns the positions that failed."""
-    spec, slab = held.handle.spec, context.link.slab
+    slab = context.link.slab if mapped else None
     first, everything = positions[0] - grant.start, set(positions)
+    offsets = grant.offsets[first : first + len(positions)] if slab is not None else ()
     try:
-        if mapped and slab is not None:
-            offsets = grant.offsets[first : first + len(positions)]
-            sums = yield from local.load(slab, offsets, into, spec.block_bytes, spec.chunk_bytes)
+        if cut is None:
+            found = yield from _load_whole(held, grant, first, into, slab, offsets)
         else:
-            sums = yield from remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
+            run = slicing.Run(cut, grant.lease_id, first, into, slab, offsets)
+            found = yield from slicing.load(run)
     except Unavailable as error:
         context.missed(error)
         context.tally.add("failed_blocks:unavailable", len(positions))
         return everything
     except BadInput as error:
-        if mapped:
+        if error.code == "bad_block":
             raise  # Not the node's word: these buffers cannot be copied into.
         reason = "lease_lost" if error.code == "bad_lease" else "refused"
         context.tally.add(f"failed_blocks:{reason}", len(positions))
@@ -187,19 +200,38 @@ def _load_run(
     if context.clock.now_ns() >= grant.expires_ns:
         context.tally.add("failed_blocks:expired", len(positions))
         return everything
-    return _wrong(context, held, grant, positions, sums)
+    return _wrong(context, held, grant, positions, found)
 
 
-def _wrong(context: Context, held: Lease, grant: Grant, positions: Sequence[int], sums: bytes) -> set[int]:
-    """The positions whose bytes are not those of the block that was asked for."""
-    handle, spec = held.handle, held.handle.spec
-    block_bytes, chunk_bytes = spec.block_bytes, spec.chunk_bytes
+def _load_whole(
+    held: Lease,
+    grant: Grant,
+    first: int,
+    into: Sequence[Sequence[memoryview]],
+    slab: local.Slab | None,
+    offsets: Sequence[int],
+) -> Operation[Sequence[bytes]]:
+    """Returns, block by block, the sums of all chunks, as they arrived."""
+    spec = held.handle.spec
+    if slab is not None:
+        sums = yield from local.load(slab, offsets, into, spec.block_bytes, spec.chunk_bytes)
+    else:
+        sums = yield from remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
     step = spec.chunk_count * SUM_BYTES
+    return [sums[at : at + step] for at in range(0, len(sums), step)]
+
+
+def _wrong(
+    context: Context, held: Lease, grant: Grant, positions: Sequence[int], sums: Sequence[bytes]
+) -> set[int]:
+    """The positions whose bytes are not those of the block that was asked for: ``sums``, all of one block in
+    each entry, do not have its checksum. An empty entry is of bytes that were found wrong before."""
+    handle, spec = held.handle, held.handle.spec
     wrong: list[int] = []
-    for index, position in enumerate(positions):
+    for position, sums_of_block in zip(positions, sums, strict=True):
         at = (position - grant.start) * CHECKSUM_BYTES
         key = storage_key(handle.namespace_id, held.prefix[position])
-        found = block_checksum(key, block_bytes, chunk_bytes, sums[index * step : (index + 1) * step])
+        found = block_checksum(key, spec.block_bytes, spec.chunk_bytes, sums_of_block)
         if found != grant.checksums[at : at + CHECKSUM_BYTES]:
             wrong.append(position)
     if wrong:
@@ -211,6 +243,64 @@ def _wrong(context: Context, held: Lease, grant: Grant, positions: Sequence[int]
 # --- save ---------------------------------------------------------------------------------------------
 
 
+def blocks_a_batch(spec: BlockSpec) -> int:
+    """How many blocks one reservation takes at most: the sums of all must fit the commit."""
+    return max(1, min(BATCH_BLOCKS_MAX, COMMIT_SUMS_BYTES_MAX // (spec.chunk_count * SUM_BYTES)))
+
+
+def reserve(
+    handle: Handle, batch: Sequence[BlockHash], parent: bytes, hints: SaveHints
+) -> Operation[Reserved]:
+    """Room for what of the batch is not held. RAISES Unavailable, BadInput."""
+    request = Reserve(
+        handle.namespace_id,
+        parent,
+        b"".join(batch),
+        hints.hint,
+        hints.priority,
+        hints.session,
+        hints.gap_ms,
+        hints.push,
+    )
+    reserved = yield from ask(Reserved, request)
+    check_reply(reserved.start + reserved.count <= len(batch), "it reserved more blocks than were asked for")
+    check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
+    check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
+    return reserved
+
+
+def fill(context: Context, reserved: Reserved, writing: Operation[bytes]) -> Operation[str]:
+    """Commit what ``writing`` writes (it returns the sums), or abort. Returns why not; empty: committed."""
+    try:
+        sums = yield from writing
+        done = yield from ask(Committed, Commit(reserved.reservation, sums))
+        check_reply(done.count == reserved.count, "it committed another number of blocks")
+    except Unavailable as error:
+        context.missed(error)
+        return "unavailable"  # The node aborts what the connection had reserved.
+    except BadInput:
+        yield from abort(reserved.reservation)
+        return "refused"
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and the node aborts.
+    except BaseException:
+        yield from abort(reserved.reservation)
+        raise
+    return ""
+
+
+def abort(reservation: int) -> Operation[None]:
+    try:
+        yield from ask(Done, Abort(reservation))
+    except KVCacheError:
+        return  # Ended already, or with the connection.
+
+
+def count_saved(context: Context, handle: Handle, block_count: int) -> None:
+    context.tally.add("saved_blocks", block_count)
+    context.tally.add("saved_bytes", block_count * handle.spec.block_bytes)
+
+
 def _save_batch(
     context: Context,
     handle: Handle,
@@ -220,65 +310,30 @@ def _save_batch(
     hints: SaveHints,
 ) -> Operation[tuple[int, str]]:
     """How many leading blocks of the batch are held now, and if not all, why."""
-    request = Reserve(
-        handle.namespace_id,
-        parent,
-        b"".join(batch),
-        hints.hint,
-        hints.priority,
-        hints.session,
-        hints.gap_ms,
-    )
     try:
-        reserved = yield from ask(Reserved, request)
-        end = reserved.start + reserved.count
-        check_reply(end <= len(batch), "it reserved more blocks than were asked for")
-        check_reply(len(reserved.offsets) in (0, reserved.count), "not one offset a block")
-        check_reply(bool(reserved.reservation) == bool(reserved.count), "a reservation without blocks")
+        reserved = yield from reserve(handle, batch, parent, hints)
     except (Unavailable, BadInput) as error:
         context.missed(error)
         return 0, _unsaved_by(error)
+    end = reserved.start + reserved.count
     if reserved.count:
-        reason = yield from _fill(context, handle, reserved, blocks[reserved.start : end])
+        writing = _written(context, handle, reserved, blocks[reserved.start : end])
+        reason = yield from fill(context, reserved, writing)
         if reason:
             return reserved.start, reason
-        context.tally.add("saved_blocks", reserved.count)
-        context.tally.add("saved_bytes", reserved.count * handle.spec.block_bytes)
+        count_saved(context, handle, reserved.count)
     return end, reserved.reason if reserved.reason in ("busy", "full") else "full"
 
 
-def _fill(
+def _written(
     context: Context, handle: Handle, reserved: Reserved, blocks: Sequence[Sequence[memoryview]]
-) -> Operation[str]:
-    """Write and commit, or abort. Returns why not, empty when committed."""
+) -> Operation[bytes]:
+    """Write whole blocks, into the map or over the wire. Returns their sums."""
     spec, slab = handle.spec, context.link.slab
     mapped = slab is not None and bool(reserved.offsets) and min(reserved.offsets) >= 0
-    try:
-        if mapped and slab is not None:
-            sums = yield from local.save(slab, reserved.offsets, blocks, spec.block_bytes, spec.chunk_bytes)
-        else:
-            sums = yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes)
-        done = yield from ask(Committed, Commit(reserved.reservation, sums))
-        check_reply(done.count == reserved.count, "it committed another number of blocks")
-    except Unavailable as error:
-        context.missed(error)
-        return "unavailable"  # The node aborts what the connection had reserved.
-    except BadInput:
-        yield from _abort(reserved.reservation)
-        return "refused"
-    except GeneratorExit:
-        raise  # The driver gave up the connection, and the node aborts.
-    except BaseException:
-        yield from _abort(reserved.reservation)
-        raise
-    return ""
-
-
-def _abort(reservation: int) -> Operation[None]:
-    try:
-        yield from ask(Done, Abort(reservation))
-    except KVCacheError:
-        return  # Ended already, or with the connection.
+    if mapped and slab is not None:
+        return (yield from local.save(slab, reserved.offsets, blocks, spec.block_bytes, spec.chunk_bytes))
+    return (yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes))
 
 
 def _unsaved_by(error: KVCacheError) -> str:

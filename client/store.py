@@ -2,6 +2,7 @@
 
     open -> Handle        match -> count        lease -> Lease -> load ... -> release
                           save -> count         persist -> count
+                          begin_save -> advance, as planes are computed -> finish -> count
 
 The store being down, full, slow or cut off is never an error here: the answer is less (no blocks, all
 positions failed), at once or by the deadline, and ``counters`` says why. Only what the caller did wrong
@@ -35,6 +36,9 @@ COUNTERS: Final[Mapping[str, str]] = {
     "loaded_bytes": "their bytes",
     "saved_blocks": "blocks written and committed",
     "saved_bytes": "their bytes",
+    "streamed_blocks": "saved blocks of which planes were told to the node before all were computed",
+    "advances": "times that the node was told which planes of blocks are written",
+    "refused_advances": "saves of which the node would hear nothing before their end",
     "persisted_blocks": "blocks that were found durable",
     "connects": "connections made",
     "lost_leases": "leases that had ended before wrong blocks could be reported",
@@ -115,15 +119,32 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class SaveHints:
-    """For the node's eviction policy (``policy.RequestContext``): why these blocks were made."""
+    """For the node's eviction policy (``policy.RequestContext``): why these blocks were made; and where else
+    they are wanted: ``push`` is the name of the node to which this one copies them while they are written."""
 
     hint: str = "unknown"
     priority: int = 50
     session: int = -1
     gap_ms: int = -1
+    push: str = ""
 
 
 NO_HINTS: Final = SaveHints()
+
+
+class Writing(Protocol):
+    """A save under way, begun by ``begin_save``. One call at a time."""
+
+    async def advance(self, planes: int) -> None:
+        """The leading ``planes`` planes of every block hold their final bytes: they may be copied, and the
+        node told, so that a peer can read ahead. They become visible to nobody. RAISES BadInput when
+        ``planes`` goes back or beyond the block, or the save has ended."""
+
+    async def finish(self) -> int:
+        """All planes are final: publish. Returns as ``save``. RAISES BadInput when the save has ended."""
+
+    async def abort(self) -> None:
+        """The blocks will not be saved. May be called twice, and after the end, when it does nothing."""
 
 
 class BlockStore(Protocol):
@@ -136,6 +157,10 @@ class BlockStore(Protocol):
     @property
     def counters(self) -> Mapping[str, int]:
         """A copy of the counters, by the names of ``COUNTERS``; those at zero may be missing."""
+
+    @property
+    def node(self) -> str:
+        """The name of the node of the latest connection; empty before there was one."""
 
     async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
         """Idempotent. RAISES BadInput, NotAllowed, and Unavailable: without a node there is no name."""
@@ -150,14 +175,26 @@ class BlockStore(Protocol):
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease:
         """Hold the leading blocks; ``count`` may be 0, which need not be released. With ``request``, all
         who name it share the same blocks until each has released them. Blocks that the node must read
-        from NVMe first are waited for, for at most ``wait_ms``; ``coming`` are those that were not there
-        by then. RAISES BadInput."""
+        from NVMe or fetch from a peer first are waited for, for at most ``wait_ms``; ``coming`` are those
+        that were not there by then. ``source`` names the node that has these blocks or computes them;
+        with ``pushed`` it brings them to ours by itself. RAISES BadInput."""
 
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
+    async def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
         """Fill ``into[i]`` (the pieces of one block, in order) with block ``start + i`` of the lease.
+
+        With ``heads``, (first, count), only with these heads of every plane, in one piece or plane by plane:
+        for a rank of another tensor parallel degree (``kvcache.slices``). Bytes beside them may be wrong.
 
         Returns the positions in the lease that could not be had: what their buffers hold is undefined.
         RAISES BadInput when ``into`` is not the shape of blocks of the lease.
@@ -177,6 +214,19 @@ class BlockStore(Protocol):
         REQUIRES: the bytes do not change meanwhile. A block that breaks this is refused by its readers.
         """
 
+    async def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> Writing:
+        """Save these blocks while they are computed. What is wrong with the arguments is raised now, all else
+        costs no more than the head start. RAISES BadInput as ``save``.
+
+        REQUIRES: planes that were announced do not change until ``finish`` or ``abort`` has returned."""
+
     async def persist(
         self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
     ) -> int:
@@ -191,6 +241,16 @@ class BlockStore(Protocol):
         """Leases end, the map goes when no copy uses it any more. May be called twice."""
 
 
+class BlockingWriting(Protocol):
+    """``Writing`` for threads; one at a time."""
+
+    def advance(self, planes: int) -> None: ...
+
+    def finish(self) -> int: ...
+
+    def abort(self) -> None: ...
+
+
 class BlockingStore(Protocol):
     """The same for threads, as many as there are: calls take turns on one connection, copies do not.
 
@@ -201,6 +261,9 @@ class BlockingStore(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]: ...
+
+    @property
+    def node(self) -> str: ...
 
     def open(self, namespace: Namespace, spec: BlockSpec) -> Handle: ...
 
@@ -213,9 +276,17 @@ class BlockingStore(Protocol):
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease: ...
 
-    def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]: ...
+    def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]: ...
 
     def save(
         self,
@@ -225,6 +296,15 @@ class BlockingStore(Protocol):
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int: ...
+
+    def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> BlockingWriting: ...
 
     def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS) -> int: ...
 

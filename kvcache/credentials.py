@@ -7,13 +7,16 @@ The file is TOML, readable by its owner alone:
     [[credential]]
     token = "at least 16 characters"                 # or uid = 1000, for unix sockets
     tenant = "team-a"
-    roles = ["reader", "writer"]                     # of reader, writer, router, operator
+    roles = ["reader", "writer"]                     # of reader, writer, router, operator, peer
 
 The tenant comes from the credential, never from a message: its key is derived from the master key, and
-names every block, so that tenants cannot meet even by guessing. Without a file there is one tenant,
-``default``, for the user that runs the node and, but for an operator's work, for loopback; its key is
-derived from a master key that everybody can read below, which is right because there is nobody to keep
-apart.
+names every block, so that tenants cannot meet even by guessing. ``peer`` is for other nodes, which move
+blocks for everybody: only with it may a message say for which tenant, and it is told where bytes are moved
+and the key to there. Nodes that are each other's peers have the same master key, or find nothing.
+
+Without a file there is one tenant, ``default``, for the user that runs the node and, but for an operator's
+work, for loopback; its key is derived from a master key that everybody can read below, which is right
+because there is nobody to keep apart.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import msgspec
 from kvcache.block import TENANT_KEY_BYTES
 from kvcache.errors import BadInput
 
-ROLES = ("reader", "writer", "router", "operator")
+ROLES = ("reader", "writer", "router", "operator", "peer")
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 TOKEN_CHARS_MIN = 16
@@ -136,6 +139,14 @@ class Credentials:
     def by_uid(self, uid: int) -> Credential | None:
         return self._users.get(uid)
 
+    def acting_for(self, credential: Credential, tenant: str) -> Credential | None:
+        """The same rights for the tenant that a message names (empty: its own); None when they do not reach
+        so far: without the role ``peer``, without a file (there is one tenant), or for what is no tenant."""
+        if tenant in ("", credential.tenant):
+            return credential
+        may = "peer" in credential.roles and self.anonymous is None
+        return Credential(tenant, credential.roles) if may and TENANT_PATTERN.fullmatch(tenant) else None
+
     def lists_other_users(self, uid: int) -> bool:
         return any(other != uid for other in self._users)
 
@@ -154,7 +165,7 @@ class Credentials:
 
 def _parse(path: Path) -> _File:
     try:
-        return msgspec.convert(tomllib.loads(_read_private(path).decode()), _File)
+        return msgspec.convert(tomllib.loads(read_private(path).decode()), _File)
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `(.*?)`", str(error))
         near = difflib.get_close_matches(unknown[1], _NAMES, 1) if unknown else []
@@ -166,7 +177,7 @@ def _parse(path: Path) -> _File:
 _NAMES = sorted({*_File.__struct_fields__, *_Entry.__struct_fields__})
 
 
-def _read_private(path: Path) -> bytes:
+def read_private(path: str | Path) -> bytes:
     """The content of a file that nobody but us (and root) can read or write.
 
     What is checked is the file that was opened, not whatever bears its name a moment later.
@@ -174,7 +185,7 @@ def _read_private(path: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A FIFO must not hang us.
         try:
-            _check_private(path, os.fstat(descriptor))
+            _check_private(Path(path), os.fstat(descriptor))
             content = os.read(descriptor, FILE_BYTES_MAX + 1)
         finally:
             os.close(descriptor)
@@ -212,7 +223,7 @@ def _master_key(parsed: _File, path: Path) -> bytes:
     try:
         if parsed.master_key_file:
             file = path.parent / parsed.master_key_file
-            key = _read_private(file)
+            key = read_private(file)
         else:
             key = bytes.fromhex(parsed.master_key)
     except ValueError as error:

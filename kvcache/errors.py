@@ -16,6 +16,7 @@ CODES: dict[str, str] = {
     "unknown_namespace": "no such namespace was opened here",
     "namespace_differs": "a namespace field differs from what was expected",
     "bad_block": "a block has the wrong length or shape",
+    "bad_slice": "a part of a block that does not exist, or cannot be had for certain",
     "bad_prefix": "a prefix is malformed or skips a parent",
     "bad_reservation": "the reservation is unknown, already ended, or another's",
     "bad_lease": "the lease is unknown, already ended, or another's",

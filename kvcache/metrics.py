@@ -71,6 +71,13 @@ STATS: tuple[Stat, ...] = (
         "read_bytes", "counter", "Block bytes sent to readers that do not map the slab.", "path", ("socket",)
     ),
     Stat("written_bytes", "counter", "Block bytes received from such writers.", "path", ("socket",)),
+    # What peers moved over a transport.
+    Stat("exported_blocks", "counter", "Blocks that peers were given a ticket to read."),
+    Stat("exported_bytes", "counter", "The bytes of them that they may read with it."),
+    Stat("posted_blocks", "counter", "Blocks into which peers have written with a ticket."),
+    Stat("posted_bytes", "counter", "The bytes that they wrote."),
+    Stat("tickets", "gauge", "Tickets given out and not over."),
+    Stat("tickets_expired", "counter", "Tickets that ended because their time was over."),
     # What changed.
     Stat("stored_blocks", "counter", "Blocks published in host memory.", "reason", ("committed",)),
     Stat(
@@ -119,6 +126,29 @@ STATS: tuple[Stat, ...] = (
     Stat("nvme_coming_bytes", "gauge", "Bytes being read into host memory now."),
     Stat("nvme_read_bytes_per_second", "gauge", "How fast the devices read lately."),
     Stat("nvme_budget_spent_bytes", "gauge", "Bytes of the daily write budget spent in the last 24 hours."),
+    # What came from peers.
+    Stat("peers", "gauge", "Peers by state.", "state", ("ok", "loading", "lost")),
+    Stat("peer_known_blocks", "gauge", "Blocks of peers that this node knows of."),
+    Stat("peer_fetched_blocks", "counter", "Blocks brought from peers into host memory, verified."),
+    Stat("peer_fetched_bytes", "counter", "Their bytes."),
+    Stat(
+        "peer_failed_fetches",
+        "counter",
+        "Groups of blocks that did not come, or not all, from the peer that was asked.",
+        "reason",
+        ("lost", "late", "refused", "gone"),
+    ),
+    Stat(
+        "peer_rejected_blocks",
+        "counter",
+        "Blocks of peers whose bytes were not what they should be.",
+        "reason",
+        ("checksum",),
+    ),
+    Stat("peer_declined_fetches", "counter", "Fetches not begun, as computing the blocks anew is faster."),
+    Stat("peer_late_fetches", "counter", "Waits for a fetch that ended without it."),
+    Stat("peer_coming_bytes", "gauge", "Bytes on their way from peers now."),
+    Stat("peer_read_bytes_per_second", "gauge", "How fast the peers gave their blocks lately."),
     Stat("scrub_passes", "counter", "Times all that is on NVMe was verified."),
     Stat("scrubbed_blocks", "counter", "Blocks verified so."),
     Stat("scrub_bad_blocks", "counter", "Blocks found bad so."),

@@ -41,6 +41,10 @@ from kvcache.wire_peers import Follow as Follow
 from kvcache.wire_peers import Followed as Followed
 from kvcache.wire_peers import Post as Post
 from kvcache.wire_peers import Posted as Posted
+from kvcache.wire_slices import PIECES_MAX as PIECES_MAX
+from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
+from kvcache.wire_slices import ChunkSums as ChunkSums
+from kvcache.wire_slices import Sums as Sums
 
 PROTOCOL_VERSION = 1
 HEADER = struct.Struct("<2sBBIQ")
@@ -55,6 +59,7 @@ class Hello(Message, frozen=True, tag="hello"):
     """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
 
     ``tenant`` names another tenant than the credential's to act for (role peer).
+    ``node`` is the name of the node that asks, if it is one: for it nothing is fetched from other nodes.
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
     connection it had before, so that slots reserved through those can be used again.
     """
@@ -65,6 +70,7 @@ class Hello(Message, frozen=True, tag="hello"):
     client: str = ""
     writes_ended: bool = False
     tenant: str = ""
+    node: str = ""
 
     def __repr__(self) -> str:
         """Without the token, which must not reach a log."""
@@ -94,7 +100,8 @@ class TakeLease(Message, frozen=True, tag="lease"):
     """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe or
     fetched from a peer first. With ``request``, the same lease for all who ask for it under this tenant,
     namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
-    computing them; with ``pushed`` it brings them here by itself."""
+    computing them; with ``pushed`` it brings them here by itself. ``parent`` is the block before the first of
+    ``prefix`` (empty: it is the first of the prompt, or not known)."""
 
     namespace: bytes
     prefix: bytes
@@ -104,6 +111,7 @@ class TakeLease(Message, frozen=True, tag="lease"):
     prefill_tokens_s: Unsigned = 0
     source: str = ""
     pushed: bool = False
+    parent: bytes = b""
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -144,11 +152,14 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Read(Message, frozen=True, tag="read"):
-    """Send me the bytes of ``count`` blocks of the lease from position ``start``: the reply has a payload."""
+    """Send me the bytes of ``count`` blocks of the lease from position ``start``: the reply has a payload.
+    Of every plane, ``length`` bytes from ``offset`` on (0: all), whole chunks."""
 
     lease: Unsigned
     start: Unsigned
     count: Unsigned
+    offset: Unsigned = 0
+    length: Unsigned = 0
 
 
 class Write(Message, frozen=True, tag="write"):
@@ -189,7 +200,7 @@ class Scrub(Message, frozen=True, tag="scrub"):
 
 
 class Watch(Message, frozen=True, tag="watch"):
-    """Send the current content as events, then every event as it happens (roles router, operator)."""
+    """Send the current content as events, then every event as it happens (roles router, operator, peer)."""
 
 
 # --- replies ------------------------------------------------------------------------------------
@@ -270,7 +281,8 @@ class Done(Message, frozen=True, tag="done"):
 
 
 class Blocks(Message, frozen=True, tag="blocks"):
-    """Answer to Read. The payload holds ``count`` whole blocks."""
+    """Answer to Read. The payload holds what was asked for of ``count`` blocks, block after block, plane
+    after plane."""
 
     count: Unsigned
 
@@ -291,13 +303,13 @@ class Failure(Message, frozen=True, tag="failure"):
     todo: str = ""
 
 
-_Asking = Hello | Open | Match | TakeLease | Release | Read | Stats | Watch
+_Asking = Hello | Open | Match | TakeLease | Release | Read | Sums | Stats | Watch
 _Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
 _Moving = Export | Post | Advance | Follow
 Request = _Asking | _Changing | _Moving
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
-_Moved = Exported | Posted | Followed
+_Moved = Exported | Posted | Followed | ChunkSums
 Reply = _Answer | _Moved | EventBatch | Failure
 
 

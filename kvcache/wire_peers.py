@@ -42,6 +42,10 @@ class Exported(Message, frozen=True, tag="exported"):
     sums: bytes
     remaining_ms: Unsigned
 
+    def __repr__(self) -> str:
+        """Without ticket and address, whose key must not reach a log."""
+        return f"Exported(sums={len(self.sums)} bytes, remaining_ms={self.remaining_ms})"
+
 
 class Post(Message, frozen=True, tag="post"):
     """Let me write ``count`` blocks of the reservation from position ``start``: of each, ``planes`` planes
@@ -61,6 +65,10 @@ class Posted(Message, frozen=True, tag="posted"):
     address: str
     ticket: bytes
     remaining_ms: Unsigned
+
+    def __repr__(self) -> str:
+        """As that of Exported."""
+        return f"Posted(remaining_ms={self.remaining_ms})"
 
 
 class Advance(Message, frozen=True, tag="advance"):
@@ -96,3 +104,7 @@ class Followed(Message, frozen=True, tag="followed"):
     ticket: bytes = b""
     sums: bytes = b""
     remaining_ms: Unsigned = 0
+
+    def __repr__(self) -> str:
+        """As that of Exported."""
+        return f"Followed(state={self.state!r}, count={self.count}, planes={self.planes})"

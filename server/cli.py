@@ -160,10 +160,13 @@ def _end_at_a_bug(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -
 def _say_ready(node: Node, config: NodeConfig, as_json: bool) -> None:
     """One line on standard output once clients can connect: scripts wait for it."""
     places = {"socket": node.address, "tcp": node.tcp_address, "http": node.http_address}
+    data = node.data_addresses
     if as_json:
-        line = json.dumps({"ready": True, "pid": os.getpid(), "capacity": config.capacity, **places})
+        facts = {"ready": True, "pid": os.getpid(), "capacity": config.capacity}
+        line = json.dumps({**facts, **places, "data": data})
     else:
-        said = [f"{config.capacity} for blocks", _nvme_words(node), *places.values()]
+        moves = f"blocks of peers at {' '.join(data)}" if data else ""
+        said = [f"{config.capacity} for blocks", _nvme_words(node), *places.values(), moves]
         line = "ready: " + ", ".join(text for text in said if text)
     click.echo(line)
     sys.stdout.flush()

@@ -19,12 +19,17 @@ from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
 from kvcache.events import TIER_HOST, TIER_NVME, Publisher
+from kvcache.leases import Owner
 from kvcache.ledger import Change, Lease, Ledger
 from kvcache.namespace import Namespace, spec_of_shape
+from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
+from kvcache.server.bringing import Bringing
+from kvcache.server.tickets import Tickets
+from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
-from kvcache.tiers.space import Space
+from kvcache.tiers.space import Space, make_slot
 from kvcache.tiers.stack import Stack
 from kvcache.wire import TEXT_CHARS_MAX, EventBatch
 
@@ -70,6 +75,7 @@ class Core:
         host: HostTier,
         publisher: Publisher,
         clock: Clock,
+        plane: DataPlane,
     ) -> None:
         self.config = config
         self.ledger = ledger
@@ -77,6 +83,8 @@ class Core:
         self.clock = clock
         self._started_ns = clock.now_ns()
         self.counters: Counter[str] = Counter()
+        self.plane = plane
+        self.tickets = Tickets(plane, clock, self.counters)
         self._space = space
         self._publisher = publisher
         self._telling = False
@@ -86,6 +94,8 @@ class Core:
         self._arenas: dict[tuple[int, str], int] = {}
         self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
+        self.uses = Uses(self._freed)
+        self.bringing = Bringing(ledger, clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -145,6 +155,7 @@ class Core:
             arena = self.host.add_arena(f"{uid}-{tenant}")  # May be refused: then nothing has changed.
             made = self._space.add_arena()
             assert made == arena
+            self.plane.register(self.host.view(make_slot(arena, 0), self.host.capacity_bytes))
             self._arenas[uid, tenant] = arena
         return arena
 
@@ -274,9 +285,15 @@ class Core:
     def unwatch(self, owner: int) -> None:
         self._watchers.pop(owner, None)
 
+    def _freed(self, owner: Owner) -> None:
+        self.ledger.writes_ended(owner)
+        self.settle()
+
     def expire(self) -> None:
         """Called by the node's timer."""
         self.ledger.expire(self.clock.now_ns())
+        self.tickets.tick()
+        self.plane.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()
@@ -290,11 +307,15 @@ class Core:
             for key, part in zip(keys, sums, strict=True)
         ]
 
+    async def sum_chunks(self, views: Sequence[memoryview], chunk_bytes: int) -> bytes:
+        """Runs in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._summing, sum_chunks, views, chunk_bytes)
+
     async def slot_sums(self, opened: Opened, slots: Sequence[Slot]) -> list[bytes]:
         """The chunk sums of what lies in these slots just now. Runs in a thread."""
         views = [self.host.view(slot, opened.spec.block_bytes) for slot in slots]
-        loop = asyncio.get_running_loop()
-        joined = await loop.run_in_executor(self._summing, sum_chunks, views, opened.spec.chunk_bytes)
+        joined = await self.sum_chunks(views, opened.spec.chunk_bytes)
         step = len(joined) // len(views) if views else 1
         return [joined[at : at + step] for at in range(0, len(joined), step)]
 
@@ -321,7 +342,7 @@ class Core:
         """The numbers of ``metrics.STATS``, and no others."""
         held = self.ledger.stats()
         return {
-            **({} if self.stack is None else self.stack.stats()),
+            **self.bringing.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -330,12 +351,13 @@ class Core:
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
             "watchers": float(len(self._watchers)),
+            "tickets": float(len(self.tickets)),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
         }
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return [] if self.stack is None else self.stack.troubles()
+        return self.bringing.troubles()
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""

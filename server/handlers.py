@@ -17,6 +17,7 @@ from kvcache.server.session import Answer, Later
 from kvcache.server.streams import Streams
 from kvcache.server.watching import Watching
 from kvcache.server.writing import Writing
+from kvcache.server.written import Written
 
 
 class Connection:
@@ -26,9 +27,10 @@ class Connection:
         """``push`` sends an event batch under the call number of the Watch."""
         self._core = core
         self._identity = identity
-        self._reading = Reading(core, identity)
-        self._writing = Writing(core, identity)
-        self._exports = Exports(core, identity)
+        written = Written()
+        self._exports = Exports(core, identity, written)
+        self._reading = Reading(core, identity, self._exports)
+        self._writing = Writing(core, identity, self._exports, written)
         self._streams = Streams(core, identity)
         self._watching = Watching(core, identity, push)
         self.kept_aside = False
@@ -55,6 +57,8 @@ class Connection:
                 return self._writing.abort(request)
             case wire.Read():
                 return self._reading.read(request)
+            case wire.Sums():
+                return self._reading.sums(request)
             case wire.Write():
                 return self._writing.wrote(request)
             case wire.Pin() | wire.Unpin():
@@ -92,7 +96,10 @@ class Connection:
         """The connection is gone: give back what it held. Unmapped, the node wrote, and has stopped."""
         self._core.counters["connections_closed"] += 1
         self._core.unwatch(self._identity.owner)
-        self.kept_aside = self._core.ledger.disconnect(self._identity.owner, not self._identity.mapped)
+        self._core.tickets.leave(self._identity.owner)
+        used = self._core.uses.leave(self._identity.owner)
+        no_copies = not self._identity.mapped and not used
+        self.kept_aside = self._core.ledger.disconnect(self._identity.owner, no_copies)
         self._core.settle()
 
     # --- namespaces --------------------------------------------------------------------------------

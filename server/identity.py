@@ -1,4 +1,7 @@
-"""Who is at the other end of a connection: tenant and roles from the credential, never from a message."""
+"""Who is at the other end of a connection: tenant and roles from the credential, never from a message.
+
+Only another node, whose credential has the role ``peer``, says itself for which tenant a connection is.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Identity:
     """One connection's rights. ``owner`` names the connection to the ledger. ``inside`` marks the
-    node's own HTTP process, which sees the events of all tenants."""
+    node's own HTTP process, which sees the events of all tenants. ``node`` names the node that asks; empty
+    for all but nodes."""
 
     owner: int
     tenant: str
@@ -35,6 +39,7 @@ class Identity:
     mapped: bool
     peer: Peer
     inside: bool = False
+    node: str = ""
 
     def require(self, *roles: str) -> None:
         """RAISES NotAllowed unless the credential has one of ``roles``."""
@@ -57,24 +62,26 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def credential_for(
-    credentials: Credentials, token: str, peer: Peer, *, loopback: bool, inside_token: str
+    credentials: Credentials, token: str, peer: Peer, *, loopback: bool, inside_token: str, tenant: str = ""
 ) -> tuple[Credential, bool]:
-    """The credential a Hello proves, and whether it is the node's own HTTP process.
+    """The credential a Hello proves, and whether it is the node's own HTTP process. ``tenant``: for whom it
+    asks to act, its own when empty.
 
     A token wins over the uid. RAISES NotAllowed, in the same words whatever was wrong."""
     if token:
-        if hmac.compare_digest(token.encode(), inside_token.encode()):
+        if not tenant and hmac.compare_digest(token.encode(), inside_token.encode()):
             return Credential("", ROLES_INSIDE), True
         found = credentials.by_token(token)
     elif peer.uid >= 0:
         found = credentials.by_uid(peer.uid)
     else:
         found = credentials.anonymous if loopback else None
-    if found is None:
+    acting = None if found is None else credentials.acting_for(found, tenant)
+    if acting is None:
         raise NotAllowed(
             "not_allowed",
             "no credential fits this connection",
-            "the token is unknown, or none was sent and the user is not listed",
-            "set KVCACHE_TOKEN, or add this user to the node's credentials file",
+            "the token is unknown, or none was sent and the user is not listed, or another tenant was named",
+            "set KVCACHE_TOKEN, or add this user to the node's credentials file; nodes need the role peer",
         )
-    return found, False
+    return acting, False

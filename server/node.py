@@ -30,11 +30,15 @@ from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
 from kvcache.eviction.registry import policy_class
 from kvcache.ledger import Ledger
+from kvcache.peers.peer import Here
+from kvcache.peers.plane import DataPlane
+from kvcache.server.binding import refuse_unsafe_bind, refuse_unsafe_data
 from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
+from kvcache.server.peering import join, peer_token
 from kvcache.server.session import Session, failure
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
@@ -45,6 +49,7 @@ from kvcache.tiers.nvme_load import segment_bytes_of
 from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack, StackRules
+from kvcache.transport.keys import shown
 
 log = logging.getLogger("kvcache.server")
 
@@ -69,10 +74,14 @@ class Node:
         )
         self._tcp = parse_bind(config.tcp, "tcp")
         self._http = parse_bind(config.http, "http")
-        _refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
-        _refuse_unsafe_bind(self._http, self.credentials, "http")
+        refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
+        refuse_unsafe_bind(self._http, self.credentials, "http")
+        refuse_unsafe_data(config.data_addresses, self.credentials, config.trust_network)
         self._clock = clock or SystemClock()
         self.core = _build_core(config, self._clock, self.name, self.incarnation)
+        if config.peer_addresses:
+            token = peer_token(config.peer_token_file)
+            join(self.core, Here(self.name, self.incarnation, token, self.credentials.tenant_key))
         self.tcp_address = ""
         self.http_address = ""
         self._inside_token = secrets.token_hex(32)
@@ -81,13 +90,18 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sessions: dict[int, asyncio.Transport] = {}
         self._greeting: set[socket.socket] = set()  # accepted, and not said who they are yet
-        self._writers = Writers(self._writes_ended)
+        self._writers = Writers(self.core.uses.writes_ended)
         self._lock_descriptor = -1
         self._child: HttpChild | None = None
 
     @property
     def address(self) -> str:
         return f"unix://{self.socket_path}"
+
+    @property
+    def data_addresses(self) -> list[str]:
+        """Where its transports listen, for a log: peers are told more (``Welcome.data``)."""
+        return [shown(address) for address in self.core.plane.addresses]
 
     @property
     def is_stuck(self) -> bool:
@@ -100,10 +114,12 @@ class Node:
         home = self.core.arena(os.getuid(), self.credentials.default_tenant(os.getuid()))
         # Both take seconds when there is much: the one in the kernel, the other on the disk.
         await asyncio.gather(self._populate(home), self._open_nvme())
+        await self.core.plane.start()
         self._listen()
         for listener in self._sockets:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
+        self.core.bringing.start()
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()
@@ -130,6 +146,10 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
+        await self.core.bringing.close()
+        await self.core.uses.close()
+        await self.core.tickets.close()
+        await self.core.plane.close()
         for each in [*self._sockets, *self._greeting]:
             each.close()
         self._sockets.clear()
@@ -211,7 +231,12 @@ class Node:
         peer = peer_of(connection)
         loopback = connection.family != socket.AF_UNIX and is_loopback(connection.getpeername()[0])
         credential, inside = credential_for(
-            self.credentials, hello.token, peer, loopback=loopback, inside_token=self._inside_token
+            self.credentials,
+            hello.token,
+            peer,
+            loopback=loopback,
+            inside_token=self._inside_token,
+            tenant=hello.tenant,
         )
         if hello.writes_ended:
             self._writers.stopped(peer, hello.client)
@@ -222,7 +247,7 @@ class Node:
         if "writer" in credential.roles:
             # Bytes that come over the wire are written by the node: they share the node's own arena.
             arena = self.core.arena(peer.uid if mapped else os.getuid(), credential.tenant)
-        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside)
+        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node)
 
     def _answer_hello(
         self, connection: socket.socket, call: int, hello: wire.Hello, identity: Identity
@@ -235,6 +260,7 @@ class Node:
             roles=sorted(identity.roles),
             tenant_key=b"" if identity.inside else self.credentials.tenant_key(identity.tenant),
             slab_bytes=self.core.host.capacity_bytes if identity.mapped else 0,
+            data=self.core.plane.addresses if "peer" in identity.roles else [],
         )
         frame = wire.encode(call, welcome)
         descriptors = [self.core.host.descriptor(identity.arena)] if identity.mapped else []
@@ -255,10 +281,6 @@ class Node:
     def _ended(self, identity: Identity, kept_aside: bool) -> None:
         self._sessions.pop(identity.owner, None)
         self._writers.leave(identity.owner, kept_aside)
-
-    def _writes_ended(self, owner: int) -> None:
-        self.core.ledger.writes_ended(owner)
-        self.core.settle()
 
     # --- tasks ----------------------------------------------------------------------------------
 
@@ -292,9 +314,10 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     space = Space(config.capacity_bytes, config.unit_bytes)
     ledger = Ledger(space, policy_class(config.policy))
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
-    core = Core(config, ledger, space, host, Publisher(name, incarnation), clock)
+    plane = DataPlane(config.data_addresses, clock)
+    core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
     if config.nvme_places:
-        core.stack = _build_stack(core, clock)
+        core.stack = core.bringing.stack = _build_stack(core, clock)
     return core
 
 
@@ -350,16 +373,6 @@ def _use_huge_pages(config: NodeConfig) -> bool:
             "use whole pages as units, raise vm.nr_hugepages, or leave huge_pages at auto",
         )
     return enough and config.huge_pages != "off"
-
-
-def _refuse_unsafe_bind(bind: tuple[str, int] | None, credentials: Credentials, name: str) -> None:
-    if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:
-        raise BadInput(
-            "unsafe_bind",
-            f"{name} would listen on {bind[0]}, which others can reach",
-            "no token is configured, so anybody could read and write blocks",
-            "bind 127.0.0.1, or give --credentials with at least one token",
-        )
 
 
 def _check_version(hello: wire.Hello) -> None:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvcache import wire
-from kvcache.block import HASH_BYTES, Slot, StorageKey
+from kvcache.block import HASH_BYTES, Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease
+from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
+from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
 from kvcache.server.session import Answer, Later, Outgoing
+from kvcache.slices import ChunkRange
+from kvcache.sums import SUM_BYTES
 from kvcache.tiers.space import slot_arena, slot_offset
 
 OFFSET_ELSEWHERE = -1
@@ -26,47 +31,53 @@ WAIT_MS_MAX = 60_000
 class Reading:
     """The reader's half of one connection."""
 
-    def __init__(self, core: Core, identity: Identity) -> None:
+    def __init__(self, core: Core, identity: Identity, exports: Exports) -> None:
         self._core = core
         self._identity = identity
+        self._exports = exports
 
     def match(self, request: wire.Match) -> wire.Reply:
         self._identity.require("reader", "writer", "router")
         opened = self._core.namespace(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
-        count = self._ask(opened, keys, request.prefill_tokens_s)
+        count = self._ask(keys, self._asked(opened, request.prefill_tokens_s))
         self._core.counters["match_blocks"] += len(keys)
         self._core.counters["match_hit_blocks"] += count
         return wire.Matched(count)
 
-    def _ask(self, opened: Opened, keys: Sequence[StorageKey], prefill_tokens_s: int) -> int:
-        """How many leading blocks can be had. What is on NVMe starts to be read into memory."""
-        core = self._core
-        if core.stack is None:
-            return core.ledger.match(keys)
-        arena = self._identity.arena
-        if "writer" not in self._identity.roles:
-            arena = core.arena(os.getuid(), self._identity.tenant)
-        return core.stack.ask(keys, arena, opened.spec.block_tokens, prefill_tokens_s)
+    def _asked(self, opened: Opened, prefill_tokens_s: int) -> Asked:
+        core, identity = self._core, self._identity
+        arena = identity.arena
+        if "writer" not in identity.roles and core.bringing.is_able:
+            arena = core.arena(os.getuid(), identity.tenant)
+        return Asked(
+            identity.tenant, opened.namespace_id, opened.spec, arena, prefill_tokens_s=prefill_tokens_s
+        )
+
+    def _ask(self, keys: Sequence[StorageKey], asked: Asked) -> int:
+        """How many leading blocks can be had. What is on NVMe, or at a peer, starts to come into memory."""
+        return self._core.bringing.ask(keys, asked, from_peers=not self._identity.node)
 
     def lease(self, request: wire.TakeLease) -> Answer | Later:
         self._identity.require("reader")
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
-        if core.stack is not None:
-            count = self._ask(opened, keys, request.prefill_tokens_s)
-            held = core.ledger.match(keys)
-            if held < count and request.wait_ms:
-                return self._wait_and_lease(request, opened, keys, held)
+        if core.bringing.is_able:
+            before = parent_key(opened, request.parent)
+            asked = replace(
+                self._asked(opened, request.prefill_tokens_s), parent=before, source=request.source
+            )
+            count = self._ask(keys, asked)
+            if request.wait_ms and core.ledger.match(keys) < count:
+                return self._wait_and_lease(request, opened, keys, asked)
         return self._grant(request, opened, keys)
 
     async def _wait_and_lease(
-        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], held: int
+        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], asked: Asked
     ) -> Answer:
-        stack = self._core.stack
-        assert stack is not None
-        await stack.wait(keys[held:], min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS)
+        wait_ns = min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS
+        await self._core.bringing.wait(keys, asked, wait_ns, from_peers=not self._identity.node)
         return self._grant(request, opened, keys)
 
     def _grant(self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey]) -> wire.Reply:
@@ -77,12 +88,9 @@ class Reading:
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        coming = 0
-        if core.stack is not None:
-            coming = core.stack.coming(keys[len(lease.keys) :])
-            if not coming:
-                core.stack.touched(lease.keys)
+        coming = core.bringing.coming(keys[len(lease.keys) :])
         if not coming:  # Else it is asked again.
+            core.bringing.touched(lease.keys)
             core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
@@ -105,22 +113,56 @@ class Reading:
 
     def read(self, request: wire.Read) -> Answer:
         self._identity.require("reader")
+        opened, lease = self._leased(request)
+        length = request.length or opened.spec.plane_bytes - request.offset
+        part = ChunkRange(opened.spec, request.offset, length)
+        size = request.count * part.block_bytes
+        piece_count = request.count * (1 if part.is_whole else opened.spec.plane_count)
+        if size > wire.PAYLOAD_BYTES_MAX or piece_count > wire.PIECES_MAX:
+            raise BadInput(
+                "bad_lease",
+                f"{size} bytes in {piece_count} pieces for one reply",
+                f"the limits are {wire.PAYLOAD_BYTES_MAX} bytes and {wire.PIECES_MAX} pieces",
+                "read fewer blocks a call",
+            )
+        self._core.counters["read_bytes:socket"] += size
+        views: list[memoryview] = []
+        for slot in lease.slots[request.start : request.start + request.count]:
+            views += part.pieces(self._core.host.view(slot, opened.spec.block_bytes))
+        return Outgoing(wire.Blocks(request.count), views)
+
+    def sums(self, request: wire.Sums) -> wire.Reply:
+        self._identity.require("reader")
+        opened, lease = self._leased(request)
+        step = opened.spec.chunk_count * SUM_BYTES
+        if request.count > 1 and request.count * step > wire.SUMS_BYTES_MAX:
+            raise BadInput(
+                "too_large",
+                f"the sums of {request.count} blocks, of {step} bytes each",
+                f"the limit is {wire.SUMS_BYTES_MAX} bytes",
+                "ask for fewer blocks a call",
+            )
+        keys = lease.keys[request.start : request.start + request.count]
+        known = [self._core.ledger.chunk_sums(key) for key in keys]
+        return wire.ChunkSums(b"".join([each if len(each) == step else bytes(step) for each in known]))
+
+    def _leased(self, request: wire.Read | wire.Sums) -> tuple[Opened, Lease]:
+        """RAISES BadInput unless the blocks are in the lease."""
         opened, lease = self._held(request.lease)
         end = request.start + request.count
-        size = opened.spec.block_bytes
-        if not 0 <= request.start < end <= len(lease.keys) or request.count * size > wire.PAYLOAD_BYTES_MAX:
+        if not request.start < end <= len(lease.keys):
             raise BadInput(
                 "bad_lease",
                 f"blocks {request.start} to {end} of a lease of {len(lease.keys)}",
-                "they are not in it, or are too many bytes for one reply",
-                "read within the lease, fewer blocks a call",
+                "they are not in it",
+                "ask within the lease",
             )
-        self._core.counters["read_bytes:socket"] += request.count * size
-        views = [self._core.host.view(slot, size) for slot in lease.slots[request.start : end]]
-        return Outgoing(wire.Blocks(request.count), views)
+        return opened, lease
 
     def release(self, request: wire.Release) -> Answer | Later:
         if not request.failed:
+            if self._exports.is_exported(request.lease):
+                return self._withdraw_and_let_go(request.lease)
             return self._let_go(request.lease)
         opened, lease = self._held(request.lease)
         positions = sorted(set(request.failed))
@@ -135,7 +177,11 @@ class Reading:
 
     async def _examine_and_let_go(self, opened: Opened, lease: Lease, positions: Sequence[int]) -> Answer:
         await self._core.examine(opened, lease, positions)
-        return self._let_go(lease.lease_id)
+        return await self._withdraw_and_let_go(lease.lease_id)
+
+    async def _withdraw_and_let_go(self, lease_id: int) -> Answer:
+        await self._exports.stop_exports(lease_id)
+        return self._let_go(lease_id)
 
     def _let_go(self, lease_id: int) -> wire.Reply:
         core = self._core
@@ -150,3 +196,13 @@ def offsets(identity: Identity, slots: Sequence[Slot]) -> list[int]:
         return []
     mine = identity.arena
     return [slot_offset(slot) if slot_arena(slot) == mine else OFFSET_ELSEWHERE for slot in slots]
+
+
+def parent_key(opened: Opened, parent: bytes) -> StorageKey | None:
+    """The block that a prefix continues; None when it begins a prompt. RAISES BadInput."""
+    if not parent:
+        return None
+    hashes = split_hashes(parent)
+    if len(hashes) != 1:
+        raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
+    return storage_key(opened.namespace_id, hashes[0])

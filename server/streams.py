@@ -24,6 +24,7 @@ class Streams:
 
     def follow(self, request: wire.Follow) -> Answer | Later:
         """RAISES BadInput (unknown_namespace, bad_prefix)."""
+        self._identity.require("peer")
         self._identity.require("reader")
         opened = self._core.namespace(request.namespace, self._identity.tenant)
         held = self._core.ledger.match(self._core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX))

@@ -25,7 +25,7 @@ class Watching:
 
     def begin(self, call: int) -> Following:
         """What is there now, then every batch as it happens. RAISES NotAllowed; BadInput the second time."""
-        self._identity.require("router", "operator")
+        self._identity.require("router", "operator", "peer")
         if self._begun:
             raise BadInput("bad_message", "a second Watch", "a connection is told everything once")
         self._begun = True

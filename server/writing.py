@@ -9,24 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcache import wire
-from kvcache.block import HASH_BYTES, BlockHash, StorageKey, split_hashes, storage_key
+from kvcache.block import HASH_BYTES
 from kvcache.errors import BadInput
 from kvcache.ledger import Reservation
 from kvcache.policy import RequestContext
 from kvcache.server.core import Core, Opened
+from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
-from kvcache.server.reading import offsets
+from kvcache.server.reading import offsets, parent_key
 from kvcache.server.session import Answer, Later
+from kvcache.server.written import Written
 from kvcache.sums import SUM_BYTES
 
 
 class Writing:
     """The writer's half of one connection."""
 
-    def __init__(self, core: Core, identity: Identity) -> None:
+    def __init__(self, core: Core, identity: Identity, exports: Exports, written: Written) -> None:
         self._core = core
         self._identity = identity
-        self._written: dict[int, set[int]] = {}  # by reservation, while it is open
+        self._exports = exports
+        self._written = written
 
     def reserve(self, request: wire.Reserve) -> wire.Reply:
         self._identity.require("writer")
@@ -35,7 +38,7 @@ class Writing:
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         reservation = core.ledger.reserve(
             self._identity.arena,
-            self._parent(opened, request.parent),
+            parent_key(opened, request.parent),
             keys,
             opened.spec.block_bytes,
             self._identity.owner,
@@ -54,14 +57,6 @@ class Writing:
             generations=list(reservation.generations),
             reason=reservation.reason,
         )
-
-    def _parent(self, opened: Opened, parent: bytes) -> StorageKey | None:
-        if not parent:
-            return None
-        hashes = split_hashes(parent)
-        if len(hashes) != 1:
-            raise BadInput("bad_prefix", f"a parent of {len(parent)} bytes", "it is one block hash, or empty")
-        return storage_key(opened.namespace_id, BlockHash(hashes[0]))
 
     def _context(self, request: wire.Reserve) -> RequestContext:
         return RequestContext(
@@ -92,9 +87,9 @@ class Writing:
         return [self._core.host.view(slot, size) for slot in reservation.slots[request.start : end]]
 
     def wrote(self, request: wire.Write) -> wire.Reply:
-        opened, _ = self._reserved(request.reservation)
-        written = self._written.setdefault(request.reservation, set())
-        written.update(range(request.start, request.start + request.count))
+        opened, reservation = self._reserved(request.reservation)
+        blocks = range(request.start, request.start + request.count)
+        self._written.mark(reservation, blocks, range(opened.spec.plane_count))
         self._core.counters["written_bytes:socket"] += request.count * opened.spec.block_bytes
         return wire.Done()
 
@@ -112,11 +107,10 @@ class Writing:
         sums = [request.sums[at : at + step] for at in range(0, len(request.sums), step)]
         if self._identity.mapped and reservation.reservation_id not in self._written:
             return self._publish(opened, reservation, sums)
-        missing = set(range(len(reservation.keys))) - self._written.get(reservation.reservation_id, set())
-        if missing:
+        if missing := self._written.missing(reservation, opened.spec.plane_count):
             raise BadInput(
                 "bad_reservation",
-                f"{len(missing)} of {len(reservation.keys)} reserved blocks were not written",
+                f"{missing} of {len(reservation.keys)} reserved blocks were not written",
                 "commit publishes what was written",
                 "write every block first, or abort; the reservation is still open",
             )
@@ -125,6 +119,7 @@ class Writing:
     async def _verify_and_publish(
         self, opened: Opened, reservation: Reservation, sums: Sequence[bytes]
     ) -> Answer:
+        await self._exports.stop_posts(reservation.reservation_id)
         arrived = await self._core.slot_sums(opened, reservation.slots)
         if arrived != list(sums):
             self._core.counters["rejected_blocks:transfer"] += len(reservation.keys)
@@ -140,17 +135,28 @@ class Writing:
         core = self._core
         checksums = core.checksums(opened, reservation.keys, sums)
         count = core.ledger.commit(reservation.reservation_id, self._identity.owner, checksums, sums)
+        core.uses.keep(reservation.reservation_id)
         core.counters["saved_tokens"] += count * opened.spec.block_tokens
         if core.stack is not None:
             core.stack.committed(reservation.keys)
         self._forget(reservation.reservation_id)
         return wire.Committed(count)
 
-    def abort(self, request: wire.Abort) -> wire.Reply:
-        self._core.ledger.abort(request.reservation, self._identity.owner)
-        self._forget(request.reservation)
+    def abort(self, request: wire.Abort) -> Answer | Later:
+        self._core.ledger.reserved(request.reservation, self._identity.owner)
+        if self._core.uses.any(request.reservation):
+            return self._stop_and_abort(request.reservation)
+        return self._abort(request.reservation)
+
+    async def _stop_and_abort(self, reservation_id: int) -> Answer:
+        await self._core.uses.stop(reservation_id)
+        return self._abort(reservation_id)
+
+    def _abort(self, reservation_id: int) -> wire.Reply:
+        self._core.ledger.abort(reservation_id, self._identity.owner)
+        self._forget(reservation_id)
         return wire.Done()
 
     def _forget(self, reservation_id: int) -> None:
-        self._written.pop(reservation_id, None)
+        self._written.forget(reservation_id)
         self._core.settle()

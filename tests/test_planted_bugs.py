@@ -35,6 +35,8 @@ class Plant:
 
 NODE = "tests/server/test_node.py"
 FAULTS = "tests/client/test_faults.py"
+KEY = "tests/transport/test_tcp_key.py"
+SLICES = "tests/kvcache/test_slices.py"
 
 PLANTS = (
     Plant(
@@ -146,7 +148,7 @@ PLANTS = (
     ),
     Plant(
         "a wide bind without a token",
-        "server/node.py",
+        "server/binding.py",
         "    if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:\n",
         "    if False:\n",
         f"{NODE}::TestStarting::test_a_wide_bind_without_a_token",
@@ -236,6 +238,111 @@ PLANTS = (
         "-(-(self.slot_header_bytes + block_bytes) // self.align_bytes)",
         "-(-block_bytes // self.align_bytes)",
         "tests/kvcache/test_ledger_random.py::test_a_long_day",
+    ),
+    Plant(
+        "a slice of any layout",
+        "kvcache/slices.py",
+        "    if namespace.layout not in CERTIFIED:\n",
+        "    if False:\n",
+        f"{SLICES}::TestCertified::test_other_layouts_are_refused_by_name",
+    ),
+    Plant(
+        "a slice of packed, scaled or encoded blocks",
+        "kvcache/slices.py",
+        "        if value != plain:\n",
+        "        if False:\n",
+        f"{SLICES}::TestCertified::test_what_is_packed_scaled_or_encoded_is_refused_by_name",
+    ),
+    Plant(
+        "a slice of blocks of other numbers",
+        "kvcache/slices.py",
+        'FREE = ("shape", "tp_rank", "tp_size")\n',
+        'FREE = ("shape", "tp_rank", "tp_size", "dtype")\n',
+        f"{SLICES}::TestCertified::test_no_other_field_may_differ",
+    ),
+    Plant(
+        "heads that several ranks have are counted as different ones",
+        "kvcache/slices.py",
+        "    if stored.tp_size * have.head_count != wanted.tp_size * want.head_count:\n",
+        "    if False:\n",
+        f"{SLICES}::TestCertified::test_repeated_heads_are_refused",
+    ),
+    Plant(
+        "a slice begins at its rank's first head",
+        "kvcache/slices.py",
+        "    cut = Slice(have, first - stored.tp_rank * have.head_count, end - first)\n",
+        "    cut = Slice(have, 0, end - first)\n",
+        f"{SLICES}::TestBytes::test_every_rank_gets_what_it_would_have_saved",
+    ),
+    Plant(
+        "joined parts all go to the beginning",
+        "kvcache/slices.py",
+        "    return Part(stored, cut, first - wanted.tp_rank * want.head_count)\n",
+        "    return Part(stored, cut, 0)\n",
+        f"{SLICES}::TestBytes::test_every_rank_gets_what_it_would_have_saved",
+    ),
+    Plant(
+        "the chunks of a slice are not compared with their sums",
+        "client/slicing.py",
+        'sums if found == cover.sums_of(sums) else b""',
+        "sums",
+        "tests/client/test_slicing.py::test_a_wrong_block_is_reported_and_taken_out",
+    ),
+    Plant(
+        "what is dropped before a slice is kept",
+        "client/slicing.py",
+        "        lead = cut.offset - cover.offset\n",
+        "        lead = 0\n",
+        "tests/client/test_slicing.py::test_a_wrong_block_is_reported_and_taken_out",
+    ),
+    Plant(
+        "the sums of other blocks of the lease",
+        "server/reading.py",
+        "        keys = lease.keys[request.start : request.start + request.count]\n",
+        "        keys = lease.keys[: request.count]\n",
+        "tests/server/test_slices.py::test_the_sums_of_all_chunks",
+    ),
+    Plant(
+        "who connects proves nothing",
+        "kvcache/transport/tcp_listener.py",
+        "        if not is_proof(await receive(sock, PROOF_BYTES), self._key, CONNECTS, said):\n",
+        "        if not await receive(sock, PROOF_BYTES):\n",
+        f"{KEY}::test_a_proof_is_good_for_its_own_connection_only",
+    ),
+    Plant(
+        "who listens proves nothing",
+        "kvcache/transport/tcp.py",
+        "    if not is_proof(answer, key, LISTENS, said):\n",
+        "    if not answer:\n",
+        f"{KEY}::test_who_listens_proves_it_too",
+    ),
+    Plant(
+        "a proof is good for either side",
+        "kvcache/transport/keys.py",
+        "person=role",
+        'person=b""',
+        f"{KEY}::test_our_own_proof_and_nonce_sent_back_are_no_proof",
+    ),
+    Plant(
+        "the challenge is the same each time",
+        "kvcache/transport/tcp_listener.py",
+        "pack_challenge(new_nonce())",
+        "pack_challenge(bytes(32))",
+        f"{KEY}::test_a_proof_is_good_for_its_own_connection_only",
+    ),
+    Plant(
+        "any role acts for any tenant",
+        "kvcache/credentials.py",
+        'may = "peer" in credential.roles and',
+        "may =",
+        "tests/server/test_peer_rights.py::test_nobody_else_names_a_tenant",
+    ),
+    Plant(
+        "everybody is told where bytes are moved",
+        "server/node.py",
+        'data=self.core.plane.addresses if "peer" in identity.roles else []',
+        "data=self.core.plane.addresses",
+        "tests/server/test_peer_rights.py::test_where_bytes_are_moved_is_told_to_peers_alone",
     ),
 )
 

@@ -33,7 +33,7 @@ ARROWS: dict[str, frozenset[str]] = {
 }
 ABOVE = re.compile(
     r"kvcache/(cli|demo)(_\w+)?\.py|kvcache/(cli|demo)/.*|kvcache/__main__\.py"
-    r"|kvcache/testing/(stores|threaded)\.py"
+    r"|kvcache/testing/(slices|stores\w*|threaded)\.py"
 )
 
 # A heavy or replaceable library is imported in the files named for it, and nowhere else. The engine that

@@ -55,6 +55,11 @@ class Attachment:
         assert self._store is not None
         return self._store
 
+    @property
+    def node(self) -> str:
+        """The name of the node, empty when none was reached yet."""
+        return self._store.node if self._store is not None else ""
+
     def news(self) -> dict[str, int]:
         """What the store client has counted, by its own names, since the last call."""
         counters = Counter(self._store.counters if self._store is not None else {})

@@ -119,6 +119,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         self._clock = SystemClock()
         self._layers = list(kv_cache_config.kv_cache_groups[0].layer_names)
         self._computed_layers: set[str] = set()
+        self._leading_layers = 0
+        self._streams = False  # Of the step that is computed now, saves go layer by layer.
         self._bad_blocks: set[int] = set()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -172,7 +174,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         self._guard("absorb", None, lambda: self._scheduling.absorb(received, bad_blocks, saved, timed))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._guard("ended", False, lambda: self._scheduling.ended(request.request_id)), None
+        params = self._guard("answer", None, lambda: self._scheduling.answer(request.request_id))
+        return self._guard("ended", False, lambda: self._scheduling.ended(request.request_id)), params
 
     def reset_cache(self) -> bool:
         """Part of ``reset_prefix_cache(reset_connector=True)``; what else to call when weights change."""
@@ -189,6 +192,8 @@ class KVCacheConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         self._computed_layers.clear()
+        self._leading_layers = 0
+        self._streams = self._working.start_stream(self._plan)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, KVCacheMetadata)
@@ -204,6 +209,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
         self._computed_layers.add(layer_name)
+        if self._streams:
+            self._say_ready()
 
     def wait_for_save(self) -> None:
         # vLLM calls this also when the forward pass raised: pages are whole only if every layer ended.
@@ -270,6 +277,14 @@ class KVCacheConnector(KVConnectorBase_V1):
         assert isinstance(metadata, KVCacheMetadata)
         return metadata.plan
 
+    def _say_ready(self) -> None:
+        count = self._leading_layers
+        while count < len(self._layers) and self._layers[count] in self._computed_layers:
+            count += 1
+        if count > self._leading_layers:
+            self._leading_layers = count
+            self._working.layers_ready(count)
+
     def _reset(self) -> bool:
         self._scheduling.reset()
         return True
@@ -313,6 +328,7 @@ class KVCacheConnector(KVConnectorBase_V1):
             saves=self._kv_transfer_config.is_kv_producer,
             save_generated=self._settings.save_generated and vllm_config.speculative_config is None,
             load_wait_ms=self._settings.load_wait_ms,
+            streams=self._settings.layer_streaming,
             adapter_digest=adapter_digest,
             clock=self._clock,
             tally=self._tally,

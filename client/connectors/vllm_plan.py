@@ -25,6 +25,7 @@ METRICS: dict[str, str] = {
     "saved_bytes": "Bytes of those blocks.",
     "save_us": "Microseconds spent saving.",
     "unsaved_blocks": "Full blocks that were not saved, by reason.",
+    "handoffs": "Requests that came with kv_transfer_params, by what they ask.",
     "store": "What the store's client counted in the workers, by its own names.",
     "lookup_store": "The same in the scheduler.",
     "errors": "Exceptions caught at the border with the engine, by entry point.",
@@ -48,13 +49,16 @@ class LoadJob:
 @dataclass(frozen=True, slots=True)
 class SaveJob:
     """Save the pages ``block_ids`` as ``hashes``, which stand at position ``start`` behind ``parent``
-    (empty: the root). Valid once the forward pass of the step that carries it has ended."""
+    (empty: the root). Valid once the forward pass of the step that carries it has ended; with ``streams``,
+    layer by layer while it runs. ``push`` names the node to which they are to be copied."""
 
     request: str
     parent: bytes
     hashes: bytes
     start: int
     block_ids: tuple[int, ...]
+    streams: bool = False
+    push: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,8 @@ class EngineRequest(Protocol):
     def skip_reading_prefix_cache(self) -> bool: ...
     @property
     def resumable(self) -> bool: ...
+    @property
+    def kv_transfer_params(self) -> Mapping[str, object] | None: ...
 
 
 class Tally:

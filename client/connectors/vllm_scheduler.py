@@ -3,18 +3,19 @@
 Decides only; the one thing it waits for is the store's answer to a lease, bounded by the store's own
 deadline and by ``STEP_BUDGET_NS`` for all requests of one step together (after that, "ask me again").
 
-A request goes through these states (all of one ``_State``):
+A request goes through these states (all of one ``vllm_request.State``):
 
     known -> looked up (lease held) -> loading -> running -> ended
       |  ^          \\_ nothing to load _________/  \\_ preempted: looked up again
       v  |
-     coming (from NVMe; nothing held)
+     coming (from NVMe, or from another node; nothing held)
 
 While blocks are coming the engine is told to ask again, and goes on with its other requests: vLLM steps
 over such a request and keeps its place in the queue. With nothing else to do vLLM asks each millisecond, or
 without a pause where engine and caller share a process. So an idle engine waits in the store, which answers
 as soon as the blocks are there; a busy one asks now and then. Both times grow, within limits, to a quarter
-of what the request has waited. After ``load_wait_ms`` it takes what is there.
+of what the request has waited. After ``load_wait_ms`` it takes what is there. Never before: a request whose
+prompt is still being computed elsewhere would compute the rest of it here at the same time.
 
 Invariants:
 
@@ -31,14 +32,15 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvcache.block import BlockHash
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.handoff import Params, answer, read
 from kvcache.client.connectors.vllm_names import Names
 from kvcache.client.connectors.vllm_plan import EngineRequest, LoadJob, SaveJob, StepPlan, Tally
 from kvcache.client.connectors.vllm_rate import PrefillMeter
+from kvcache.client.connectors.vllm_request import Lookup, State, Wait
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 
 if TYPE_CHECKING:
@@ -46,45 +48,15 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
-IDLE_WAIT_NS_MIN = 5 * NS_PER_MS
-IDLE_WAIT_NS_MAX = 20 * NS_PER_MS
-ASK_AGAIN_NS_MIN = 5 * NS_PER_MS
-ASK_AGAIN_NS_MAX = 100 * NS_PER_MS
 FAULTS = ("missed_calls:", "ended:", "refused_connects")
-
-
-@dataclass(frozen=True, slots=True)
-class _Lookup:
-    """What the store holds of a request's prompt, and our right to it (one lease a rank)."""
-
-    prefix: tuple[BlockHash, ...]
-    start: int
-    held: int
-    leases: tuple[Lease, ...]
-    taken_ns: int
-
-
-@dataclass(slots=True)
-class _State:
-    request: EngineRequest
-    uncacheable: str
-    adapter: bytes = b""
-    hashes: list[BlockHash] = field(default_factory=list)
-    lookup: _Lookup | None = None
-    coming_ns: int = 0  # Since when blocks of it were coming; 0: never.
-    again_ns: int = 0  # Not asked again before, unless the engine is idle.
-    loading: LoadJob | None = None
-    bad_blocks: set[int] = field(default_factory=set)
-    load_failed: bool = False
-    saved: int = 0
-    issued: int = 0
 
 
 class SchedulerSide:
     """Called by the engine's scheduler only, from one thread.
 
     ``engine`` tells this engine's requests from another's. ``load_wait_ms`` is how long a request waits, at
-    most, for blocks that the store reads from NVMe. ``adapter_digest``: see ``Names``.
+    most, for blocks that are coming. ``streams``: prompts that another engine will decode are given to the
+    store layer by layer. ``adapter_digest``: see ``Names``.
     """
 
     def __init__(
@@ -97,6 +69,7 @@ class SchedulerSide:
         saves: bool,
         save_generated: bool,
         load_wait_ms: int,
+        streams: bool,
         adapter_digest: Callable[[str, int], bytes],
         clock: Clock,
         tally: Tally,
@@ -107,11 +80,12 @@ class SchedulerSide:
         self._may_load = loads
         self._may_save = saves
         self._save_generated = save_generated
-        self._load_wait_ns = load_wait_ms * NS_PER_MS
+        self._load_wait_ms = load_wait_ms
+        self._streams = streams
         self._names = Names(block_tokens, adapter_digest)
         self._clock = clock
         self._tally = tally
-        self._states: dict[str, _State] = {}
+        self._states: dict[str, State] = {}
         self._loads: list[LoadJob] = []
         self._abandoned: list[LoadJob] = []
         self._freeing: list[str] = []
@@ -124,7 +98,11 @@ class SchedulerSide:
         """The engine has taken the request in. May be called again for the same one."""
         if request.request_id not in self._states:
             adapter, uncacheable = self._names.identity(request)
-            self._states[request.request_id] = _State(request, uncacheable, adapter)
+            handoff = read(request.kv_transfer_params)
+            for reason in (handoff.do, handoff.ignored and f"ignored_{handoff.ignored}"):
+                self._tally.add("handoffs", bool(reason), reason)
+            wait = Wait.of(handoff, self._load_wait_ms)
+            self._states[request.request_id] = State(request, uncacheable, adapter, handoff, wait)
 
     def lookup(self, request: EngineRequest, computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond ``computed_tokens``; None means ask again in the next step.
@@ -139,7 +117,7 @@ class SchedulerSide:
             self._release(state)
             return 0, False
         fresh = state.lookup is not None and state.lookup.start == start and not self._stale(state.lookup)
-        if not fresh and self._clock.now_ns() < state.again_ns and not self._idle:
+        if not fresh and state.wait.rests(self._clock.now_ns(), idle=self._idle):
             return None, False
         if not fresh and self._spent_ns >= STEP_BUDGET_NS:
             self._tally.add("lookups", reason="deferred")
@@ -231,6 +209,13 @@ class SchedulerSide:
         (self._freeing if keep else self._forgotten).append(request_id)
         return keep
 
+    def answer(self, request_id: str) -> Params | None:
+        """What the router is told when the request is over. Asked before ``ended``."""
+        state = self._states.get(request_id)
+        if state is None or not self._may_save:
+            return None
+        return answer(state.handoff, self._attachment.node, state.saved, self._block_tokens)
+
     def reset(self) -> None:
         """The engine has dropped its cache, perhaps for new weights: from now on blocks have names that
         only this engine knows, so that nothing computed before is found by it, nor the new by others."""
@@ -260,7 +245,7 @@ class SchedulerSide:
         """Under this name the leases of scheduler and workers are one."""
         return f"{self._engine}/{request_id}"
 
-    def _skip_reason(self, state: _State, start: int, end: int) -> str:
+    def _skip_reason(self, state: State, start: int, end: int) -> str:
         if state.uncacheable:
             return state.uncacheable
         if not self._may_load or state.request.skip_reading_prefix_cache:
@@ -269,7 +254,7 @@ class SchedulerSide:
             return "failed_before"
         return "" if end > start else "too_short"
 
-    def _ask(self, state: _State, start: int, end: int) -> bool:
+    def _ask(self, state: State, start: int, end: int) -> bool:
         """Lease the prefix at every rank; keep the leases when they are worth a load. False: blocks that
         would make it worth more are coming."""
         began_ns = self._clock.now_ns()
@@ -284,9 +269,11 @@ class SchedulerSide:
         self._spent_ns += now_ns - began_ns
         faults = self._faults()
         held = min(lease.count for lease in leases)
-        coming = min(lease.count + lease.coming for lease in leases) > max(held, start)
-        state.lookup = _Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
-        if coming and self._asks_again(state, began_ns, now_ns):
+        promised = min(state.handoff.promised, len(prefix))
+        state.lookup = Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
+        is_coming = min(lease.count + lease.coming for lease in leases) > max(held, start)
+        coming = is_coming or promised > max(held, start)
+        if coming and state.wait.asks_again(began_ns, now_ns, promised=not is_coming):
             self._release(state)
             self._tally.add("lookups", reason="coming")
             return False
@@ -300,33 +287,19 @@ class SchedulerSide:
         self._tally.add("hit_tokens", (held - start) * self._block_tokens)
         return True
 
-    def _leases(self, state: _State, handles: Sequence[Handle], prefix: Sequence[BlockHash]) -> list[Lease]:
+    def _leases(self, state: State, handles: Sequence[Handle], prefix: Sequence[BlockHash]) -> list[Lease]:
         """One a rank. An idle engine waits for blocks that are coming, all ranks together once a step."""
         store, name = self._attachment.store, self._name(state.request.request_id)
         store.prefill_tokens_s = self._meter.tokens_s
         now_ns = self._clock.now_ns()
-        wait_ns = min(max(self._waited_ns(state, now_ns) // 4, IDLE_WAIT_NS_MIN), IDLE_WAIT_NS_MAX)
-        end_ns = now_ns + (min(wait_ns, self._wait_left_ns(state, now_ns)) if self._idle else 0)
+        end_ns = now_ns + (state.wait.step_ns(now_ns) if self._idle else 0)
         leases: list[Lease] = []
         for handle in handles:
             wait_ms = max(0, end_ns - self._clock.now_ns()) // NS_PER_MS
-            leases.append(store.lease(handle, prefix, name, wait_ms=wait_ms))
+            source, pushed = state.handoff.source, state.handoff.pushed
+            leases.append(store.lease(handle, prefix, name, wait_ms=wait_ms, source=source, pushed=pushed))
             self._idle = self._idle and not leases[-1].coming
         return leases
-
-    def _waited_ns(self, state: _State, now_ns: int) -> int:
-        return now_ns - state.coming_ns if state.coming_ns else 0
-
-    def _wait_left_ns(self, state: _State, now_ns: int) -> int:
-        return max(0, self._load_wait_ns - self._waited_ns(state, now_ns))
-
-    def _asks_again(self, state: _State, began_ns: int, now_ns: int) -> bool:
-        """Blocks are coming: is there time left to wait for them? Says when to ask next."""
-        state.coming_ns = state.coming_ns or began_ns
-        left_ns = self._wait_left_ns(state, now_ns)
-        pause_ns = min(max(self._waited_ns(state, now_ns) // 4, ASK_AGAIN_NS_MIN), ASK_AGAIN_NS_MAX)
-        state.again_ns = now_ns + min(pause_ns, left_ns)
-        return left_ns > 0
 
     def _timed(self, scheduled_tokens: Mapping[str, int]) -> int:
         """The number of this step, if it is one that tells how fast the engine prefills."""
@@ -344,16 +317,16 @@ class SchedulerSide:
             self._tally.add("lookup_store", count, name)
         return sum(count for name, count in news.items() if name.startswith(FAULTS))
 
-    def _stale(self, lookup: _Lookup) -> bool:
+    def _stale(self, lookup: Lookup) -> bool:
         return self._clock.now_ns() - lookup.taken_ns > LEASE_RENEW_NS
 
-    def _release(self, state: _State) -> None:
+    def _release(self, state: State) -> None:
         lookup, state.lookup = state.lookup, None
         for lease in lookup.leases if lookup is not None else ():
             if lease.count:
                 self._attachment.store.release(lease)
 
-    def _loaded(self, state: _State) -> None:
+    def _loaded(self, state: State) -> None:
         job, state.loading = state.loading, None
         self._release(state)
         if job is not None and state.bad_blocks:
@@ -377,12 +350,21 @@ class SchedulerSide:
         pages = tuple(pages_of(request_id)[state.saved : full])
         assert len(pages) == full - state.saved, f"{len(pages)} pages for {full - state.saved} blocks"
         parent = hashes[state.saved - 1] if state.saved else b""
-        job = SaveJob(request_id, parent, b"".join(hashes[state.saved : full]), state.saved, pages)
+        prefill = state.handoff.do == "prefill"
+        job = SaveJob(
+            request_id,
+            parent,
+            b"".join(hashes[state.saved : full]),
+            state.saved,
+            pages,
+            streams=prefill and self._streams,
+            push=state.handoff.push_to if prefill else "",
+        )
         state.saved = full
         state.issued += len(handles)
         return [job]
 
-    def _prefix(self, state: _State, handle: Handle, block_count: int) -> list[BlockHash]:
+    def _prefix(self, state: State, handle: Handle, block_count: int) -> list[BlockHash]:
         """The request's hashes, at least ``block_count``. REQUIRES: so many full blocks of known tokens."""
         self._names.extend(state.hashes, state.request, state.adapter, handle, block_count)
         return state.hashes

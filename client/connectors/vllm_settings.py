@@ -30,9 +30,12 @@ class Settings:
     move_timeout_ms: int = 1_000
     """How long a load or save waits for the store, beside the engine."""
     load_wait_ms: int = 2_000
-    """How long a request waits, at most, for blocks that the node reads from NVMe; others go on meanwhile."""
+    """How long a request waits, at most, for blocks that the node reads from NVMe or that come from another
+    node; others go on meanwhile."""
     save_generated: bool = True
     """Save the blocks of generated tokens too, not only of prompts."""
+    layer_streaming: bool = True
+    """Give a prompt that another engine will decode to the node layer by layer, while it is computed."""
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, object]) -> Settings:

@@ -1,7 +1,10 @@
 """The worker half of the vLLM connector: moves whole pages between engine and store, beside the engine.
 
 One thread does all of it, loads before saves; a save is done in batches of about ``BATCH_BYTES`` so
-that a load never waits for more than one. The engine's calls only queue jobs and collect results.
+that a load never waits for more than one. The engine's calls only queue jobs and collect results. Prompts
+that another engine will decode are saved while the forward pass runs, layer by layer (``vllm_stream``);
+that is queued behind the saves of earlier steps, whose blocks are its parents, and it is published only when
+the pass has ended well.
 
 Whose bytes when:
 
@@ -18,31 +21,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from threading import Condition, Thread
-from typing import TYPE_CHECKING, Protocol
 
 from kvcache.block import HASH_BYTES, split_hashes
 from kvcache.client.connectors.attach import Attachment
 from kvcache.client.connectors.vllm_plan import LoadJob, SaveJob, StepPlan, Tally
+from kvcache.client.connectors.vllm_stream import BATCH_BYTES, Drafts, Pages, StepStream
+from kvcache.client.store import SaveHints
 from kvcache.clock import NS_PER_S, Clock
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-BATCH_BYTES = 32 << 20
 SAVE_AGE_NS = 5 * NS_PER_S
 CLOSE_S = 10.0
 
 _log = logging.getLogger(__name__)
-
-
-class Pages(Protocol):
-    """The engine's pages, by the engine's block id."""
-
-    def planes(self, block_id: int) -> Sequence[Buffer]:
-        """Writable views of one block's pages, one a layer, in the order of the model's layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +59,9 @@ class WorkerSide:
         self._changed = Condition()
         self._loads: deque[LoadJob] = deque()
         self._saves: deque[_QueuedSave] = deque()
+        self._stream: StepStream | None = None  # Of the forward pass that runs now.
+        self._dropped: list[SaveJob] = []  # Streamed saves that ended without being saved.
+        self._drafts = Drafts(attachment, pages)  # The thread's own.
         self._saving = ""
         self._taken: frozenset[str] = frozenset()  # Requests whose pages the engine waits for.
         self._unsaved: Counter[str] = Counter()  # Saves of a request that have not ended.
@@ -87,10 +83,29 @@ class WorkerSide:
                 self._give_up(job, "abandoned")
             self._changed.notify_all()
 
+    def start_stream(self, plan: StepPlan) -> bool:
+        """Before the forward pass: is there a save of it that goes layer by layer? Then ``layers_ready`` is
+        to be called."""
+        jobs = [job for job in plan.saves if job.streams]
+        with self._changed:
+            self._end_stream()
+            if jobs:
+                self._stream = StepStream(jobs)
+            self._changed.notify_all()
+        return bool(jobs)
+
+    def layers_ready(self, count: int) -> None:
+        """The leading ``count`` layers of this forward pass are computed, in every page it fills."""
+        with self._changed:
+            if self._stream is not None:
+                self._stream.ready = count
+                self._changed.notify_all()
+
     def start_saves(self, plan: StepPlan, computed: bool) -> None:
         """After the forward pass. When it did not run to its end (not ``computed``) nothing is saved."""
         now_ns = self._clock.now_ns()
         with self._changed:
+            self._stream = None  # What it has begun is finished when the save's turn comes.
             for job in plan.saves:
                 self._unsaved[job.request] += 1
                 if computed:
@@ -116,6 +131,7 @@ class WorkerSide:
                 else:
                     kept.append(queued)
             self._saves = kept
+            self._changed.notify_all()
             self._taken = lost  # Of a save in the middle no further batch is begun.
             self._changed.wait_for(lambda: self._saving not in lost)
             self._taken = frozenset()
@@ -161,20 +177,42 @@ class WorkerSide:
                     self._tally.add("store", count, name)
             except Exception:  # Without this thread no load would ever end.
                 self._tally.add("errors", reason="news")
+        self._drafts.drop_all()
         self._attachment.close()
 
     def _step(self) -> bool:
         """Do one thing; false when there is none and none will come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._loads or self._saves or self._closing)
+            streaming: tuple[SaveJob, int] | None = None
+            while not (self._loads or self._saves or self._dropped or self._closing):
+                if streaming := self._due():
+                    break
+                self._changed.wait()
+            dropped, self._dropped = self._dropped, []
             load = self._loads.popleft() if self._loads else None
             queued = self._saves.popleft() if load is None and self._saves else None
-            self._saving = queued.job.request if queued is not None else ""
+            reading = queued.job if queued is not None else streaming[0] if streaming else None
+            self._saving = reading.request if reading is not None else ""
+        for job in dropped:
+            self._drafts.drop(job)
         if load is not None:
             self._do_load(load)
         elif queued is not None:
             self._do_save(queued)
-        return load is not None or queued is not None
+        elif streaming is not None:
+            self._do_stream(*streaming)
+        return bool(load or queued or streaming or dropped)
+
+    def _due(self) -> tuple[SaveJob, int] | None:
+        spec = self._attachment.spec
+        return self._stream.take(spec.plane_bytes) if self._stream is not None else None
+
+    def _do_stream(self, job: SaveJob, planes: int) -> None:
+        if self._gap.get(job.request, job.start) >= job.start and not self._drafts.advance(job, planes):
+            self._tally.add("errors", reason="stream")
+        with self._changed:
+            self._saving = ""
+            self._changed.notify_all()
 
     def _do_load(self, job: LoadJob) -> None:
         try:
@@ -243,6 +281,10 @@ class WorkerSide:
         handles = self._attachment.handles()
         if not handles:
             return 0, "unavailable"
+        if self._drafts.is_open(job):
+            ended = self._drafts.end(job)
+            reason = "" if ended in (None, len(job.block_ids)) else "not_taken"
+            return self._count_saved(ended or 0, began_ns), reason
         store = self._attachment.store
         limit = max(1, BATCH_BYTES // self._attachment.spec.block_bytes)
         pages = job.block_ids[queued.done : queued.done + limit]
@@ -250,11 +292,14 @@ class WorkerSide:
         parent = job.hashes[at - HASH_BYTES : at] if queued.done else job.parent
         prefix = split_hashes(job.hashes[at : at + len(pages) * HASH_BYTES])
         blocks = [self._pages.planes(block_id) for block_id in pages]
-        held = store.save(handles[0], prefix, blocks, parent)
+        held = store.save(handles[0], prefix, blocks, parent, SaveHints(push=job.push))
+        return self._count_saved(held, began_ns), "" if held == len(pages) else "not_taken"
+
+    def _count_saved(self, held: int, began_ns: int) -> int:
         self._tally.add("saved_blocks", held)
         self._tally.add("saved_bytes", held * self._attachment.spec.block_bytes)
         self._tally.add("save_us", (self._clock.now_ns() - began_ns) // 1000)
-        return held, "" if held == len(pages) else "not_taken"
+        return held
 
     # --- under the lock ---------------------------------------------------------------------------
 
@@ -267,8 +312,16 @@ class WorkerSide:
         missing = len(queued.job.block_ids) - queued.done
         self._end_save(queued.job, missing, queued.job.start + queued.done, reason)
 
+    def _end_stream(self) -> None:
+        """A forward pass of which no end was heard: what it computed is not known to be whole."""
+        if self._stream is not None:
+            self._dropped += self._stream.jobs
+            self._stream = None
+
     def _end_save(self, job: SaveJob, missing: int, gap: int, reason: str) -> None:
         if missing:
+            if job.streams:
+                self._dropped.append(job)
             self._tally.add("unsaved_blocks", missing, reason)
             self._gap[job.request] = min(gap, self._gap.get(job.request, gap))
         else:

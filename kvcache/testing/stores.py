@@ -17,6 +17,7 @@ from kvcache.client.store import BlockStore, Handle
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace, shape_of
 from kvcache.testing.pattern import Pattern
+from kvcache.testing.slices import SliceContract
 from kvcache.wire import BATCH_BLOCKS_MAX
 
 SPEC = BlockSpec(block_tokens=4, plane_count=2, head_count=2, head_bytes=1024)
@@ -57,7 +58,7 @@ def planes(blocks: Sequence[bytearray]) -> list[list[memoryview]]:
 Scenario = Callable[[BlockStore, Handle], Awaitable[None]]
 
 
-class StoreContract:
+class StoreContract(SliceContract):
     """Every store, every driver, every path of the bytes."""
 
     def make(self) -> BlockStore:

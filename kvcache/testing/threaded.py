@@ -13,6 +13,7 @@ from kvcache.client.store import (
     NO_HINTS,
     PERSIST_WAIT_MS,
     BlockingStore,
+    BlockingWriting,
     Handle,
     Lease,
     SaveHints,
@@ -32,6 +33,10 @@ class Threaded:
     @property
     def counters(self) -> Mapping[str, int]:
         return self.store.counters
+
+    @property
+    def node(self) -> str:
+        return self.store.node
 
     @property
     def prefill_tokens_s(self) -> float:
@@ -54,11 +59,21 @@ class Threaded:
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease:
-        return await asyncio.to_thread(self.store.lease, handle, prefix, request, duration_ms, wait_ms)
+        return await asyncio.to_thread(
+            self.store.lease, handle, prefix, request, duration_ms, wait_ms, source, pushed
+        )
 
-    async def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
-        return await asyncio.to_thread(self.store.load, lease, into, start)
+    async def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Buffer]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        return await asyncio.to_thread(self.store.load, lease, into, start, heads)
 
     async def save(
         self,
@@ -70,6 +85,17 @@ class Threaded:
     ) -> int:
         return await asyncio.to_thread(self.store.save, handle, prefix, blocks, parent, hints)
 
+    async def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Buffer]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> ThreadedWriting:
+        writing = await asyncio.to_thread(self.store.begin_save, handle, prefix, blocks, parent, hints)
+        return ThreadedWriting(writing)
+
     async def persist(
         self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
     ) -> int:
@@ -80,3 +106,19 @@ class Threaded:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.store.close)
+
+
+class ThreadedWriting:
+    """A BlockingWriting as a Writing."""
+
+    def __init__(self, writing: BlockingWriting) -> None:
+        self._writing = writing
+
+    async def advance(self, planes: int) -> None:
+        await asyncio.to_thread(self._writing.advance, planes)
+
+    async def finish(self) -> int:
+        return await asyncio.to_thread(self._writing.finish)
+
+    async def abort(self) -> None:
+        await asyncio.to_thread(self._writing.abort)

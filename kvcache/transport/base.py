@@ -120,7 +120,8 @@ Note = Callable[[Endpoint, bytes], None]
 class Listener(Protocol):
     @property
     def address(self) -> str:
-        """Where peers connect to: scheme, and the port that was really taken."""
+        """Where peers connect to: scheme, the port that was really taken, and the key that they must know, if
+        there is one (``kvcache.transport.keys``): never for a log."""
 
     async def close(self) -> None:
         """Accept nobody any more; endpoints stay. May be called twice."""

@@ -1,6 +1,7 @@
 """``nixl://``: one-sided reads by NIXL (UCX underneath), InfiniBand verbs among what it can use.
 
-A control socket of our own for each connection (``nixl_wire``), transfers over the agents (``nixl``).
+A control socket of our own for each connection (``nixl_wire``), transfers over the agents (``nixl``). Who
+does not prove on it that he knows the listener's key is told nothing, and nothing of his is done.
 docs/transports.md says what carries the bytes where, and what a peer is trusted with.
 """
 
@@ -14,7 +15,9 @@ from kvcache.address import TcpAddress, parse
 from kvcache.clock import NS_PER_S, Clock, SystemClock
 from kvcache.errors import BadInput
 from kvcache.transport.base import Endpoint, Limits, Note, PeerLost, Ticket, TransferLate
+from kvcache.transport.doorstep import WAITING_MAX, Doorstep, Guest
 from kvcache.transport.flow import Flow, until
+from kvcache.transport.keys import is_key, split_key, with_key
 from kvcache.transport.nixl import Agents
 from kvcache.transport.nixl_endpoint import NixlEndpoint
 from kvcache.transport.nixl_wire import Control
@@ -22,21 +25,32 @@ from kvcache.transport.tickets import Book
 
 SCHEME = "nixl"
 ACCEPT_NS = 10 * NS_PER_S
-"""A peer that connects has so long to make its path."""
+"""A peer that was let in has so long to make its path."""
+GREET_NS = 2 * NS_PER_S
+"""Whoever connects has so long to prove that he may."""
 ACCEPTING_MAX = 64
+ENDPOINTS_MAX = 256
 
 
 class NixlListener:
     """Use ``NixlTransport.listen``."""
 
-    def __init__(self, server: asyncio.Server, host: str) -> None:
+    def __init__(self, server: asyncio.Server, host: str, key: bytes, doorstep: Doorstep) -> None:
         self._server = server
+        self._key = key
+        self._doorstep = doorstep
         port = int(server.sockets[0].getsockname()[1])
         self._address = _address(host, port)
 
     @property
     def address(self) -> str:
-        return self._address
+        """With the key: for authenticated peers, not for logs."""
+        return with_key(self._address, self._key)
+
+    @property
+    def refused_count(self) -> int:
+        """Connections that were not let in."""
+        return self._doorstep.refused_count
 
     async def close(self) -> None:
         self._server.close()
@@ -45,7 +59,11 @@ class NixlListener:
 class NixlTransport:
     """For one event loop."""
 
-    def __init__(self, limits: Limits | None = None, clock: Clock | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, clock: Clock | None = None, key: bytes = b"") -> None:
+        """``key``: what those who connect must know; they have it from the listener's address. Empty: anybody
+        may."""
+        assert is_key(key), "a key is long enough that nobody guesses it"
+        self._key = key
         self.limits = limits or Limits()
         self.clock = clock or SystemClock()
         self.flow = Flow(self.limits, self.clock)
@@ -65,8 +83,16 @@ class NixlTransport:
         assert not self._is_closed, "it is closed"
         await self.agents.start()
 
+        doorstep = Doorstep(address, self.clock)
+
         def came(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._task(self._accept(Control(reader, writer), _peer_of(writer), accepted, note))
+            control = Control(reader, writer)
+            where = _peer_of(writer)
+            if where is None:
+                control.cut()
+                return
+            guest = doorstep.enter(where.host, control.cut)
+            self._task(self._accept(control, guest, where, accepted, note))
 
         try:
             server = await asyncio.start_server(came, where.host, where.port, reuse_address=True)
@@ -74,11 +100,13 @@ class NixlTransport:
             raise BadInput(
                 "address_in_use", f"{address} cannot be listened at", str(error), "choose another port"
             ) from error
-        listener = NixlListener(server, where.host)
+        doorstep.name = _address(where.host, server.sockets[0].getsockname()[1])
+        listener = NixlListener(server, where.host, self._key, doorstep)
         self._listeners.append(listener)
         return listener
 
     async def connect(self, address: str, deadline_ns: int, note: Note) -> NixlEndpoint:
+        address, key = split_key(address)
         where = _parse(address)
         async with until(deadline_ns, self.clock):
             if self._is_closed:
@@ -88,7 +116,13 @@ class NixlTransport:
                 reader, writer = await asyncio.open_connection(where.host, where.port)
             except OSError as error:
                 raise PeerLost(f"nobody answers at {address}: {error}") from error
-            return await self._begin(Control(reader, writer), address, note)
+            control = Control(reader, writer)
+            try:
+                await control.introduce(key)
+            except BaseException:
+                control.cut()
+                raise
+            return await self._begin(control, address, note)
 
     def register(self, memory: memoryview) -> None:
         """Blocks until it is pinned: for start-up."""
@@ -127,18 +161,40 @@ class NixlTransport:
         self._endpoints.discard(endpoint)
 
     async def _accept(
-        self, control: Control, peer: str, accepted: Callable[[Endpoint], None], note: Note
+        self,
+        control: Control,
+        guest: Guest,
+        where: TcpAddress,
+        accepted: Callable[[Endpoint], None],
+        note: Note,
     ) -> None:
-        if self._is_closed or len(self._tasks) > ACCEPTING_MAX:
-            control.close()
+        if not await self._let_in(control, guest):
             await control.closed(0)
             return
+        peer = _address(where.host, where.port)
         try:
             async with until(self.clock.now_ns() + ACCEPT_NS, self.clock):
                 endpoint = await self._begin(control, peer, note)
         except (PeerLost, TransferLate):
             return  # Nobody here waits for it.
         accepted(endpoint)
+
+    async def _let_in(self, control: Control, guest: Guest) -> bool:
+        """Has he proved that he may, and is there room for him? He is cut off where not."""
+        is_in = False
+        try:
+            async with until(self.clock.now_ns() + GREET_NS, self.clock):
+                await control.let_in(self._key)
+            if len(self._tasks) > ACCEPTING_MAX + WAITING_MAX or len(self._endpoints) >= ENDPOINTS_MAX:
+                raise PeerLost("there are too many connections already")
+            is_in = not self._is_closed
+        except (PeerLost, TransferLate) as error:
+            guest.refuse(str(error))
+        finally:
+            guest.leave()
+            if not is_in:
+                control.cut()
+        return is_in
 
     async def _begin(self, control: Control, peer: str, note: Note) -> NixlEndpoint:
         """RAISES PeerLost."""
@@ -172,8 +228,10 @@ def _parse(address: str) -> TcpAddress:
     raise BadInput("bad_config", f"{address!r} is no address", "", f"write {SCHEME}://host:port")
 
 
-def _peer_of(writer: asyncio.StreamWriter) -> str:
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    host, port = writer.get_extra_info("peername")[:2]
-    return _address(host, port)
+def _peer_of(writer: asyncio.StreamWriter) -> TcpAddress | None:
+    """None when it is gone already."""
+    name = writer.get_extra_info("peername")
+    if not name:
+        return None
+    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return TcpAddress(name[0], name[1])

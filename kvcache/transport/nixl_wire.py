@@ -3,7 +3,10 @@
     length u32 (little-endian) | MessagePack: [kind, field, ...]
 
 A frame has a hard limit, MessagePack is decoded with hard limits (``kvcache.packing``), then typed
-validation. No byte of a block is in a frame.
+validation. No byte of a block is in a frame. First both prove that they know the key of the listener
+(``kvcache.transport.keys``): nothing of this process, addresses least of all, is told before.
+
+    who connects: Opening ─►  ◄─ Challenge   Proof ─►  ◄─ Proof   then Hello, from both
 
     reader                           owner                  writer                        owner of the post
     Ask ticket, sizes ──►            Granted | Refused      Push ticket, source ──►
@@ -26,11 +29,14 @@ import msgspec
 
 from kvcache.packing import pack, unpack
 from kvcache.transport.base import PeerLost
+from kvcache.transport.keys import CONNECTS, LISTENS, NONCE_BYTES, is_proof, new_nonce, proof
 
-VERSION = 1
+VERSION = 2
 PIECES_MAX = 32_768
 PROBE_BYTES = 32
 FRAME_BYTES_MAX = 2 << 20
+GREETING_BYTES_MAX = 128
+"""A frame of somebody who has proved nothing yet."""
 BUFFER_BYTES_MAX = 8 << 20
 """So much may lie unsent; a peer that lets more pile up reads nothing."""
 
@@ -38,6 +44,7 @@ _LENGTH = struct.Struct("<I")
 
 Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Call = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Sizes = Annotated[list[Annotated[int, msgspec.Meta(gt=0, lt=1 << 48)]], msgspec.Meta(max_length=PIECES_MAX)]
 Places = Annotated[list[Unsigned], msgspec.Meta(max_length=PIECES_MAX)]
 
@@ -46,9 +53,29 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """Base of all messages. ``call`` is the number of whoever asked; each side has numbers of its own."""
 
 
+class Opening(Message, frozen=True, tag="opening"):
+    """First, from who connects."""
+
+    version: Unsigned
+    nonce: Nonce
+
+
+class Challenge(Message, frozen=True, tag="challenge"):
+    """Answers Opening."""
+
+    nonce: Nonce
+
+
+class Proof(Message, frozen=True, tag="proof"):
+    """Answers Challenge, and, when it is right, the other side's Proof."""
+
+    proof: bytes
+
+
 class Hello(Message, frozen=True, tag="hello"):
-    """First, from both. ``description`` is NIXL's own of the sender's serving agent and its registered
-    memory, keys included. At ``probe_address`` lies ``probe``: who reads that there has a path that works."""
+    """From both, when both have proved that they may. ``description`` is NIXL's own of the sender's serving
+    agent and its registered memory, keys included. At ``probe_address`` lies ``probe``: who reads that there
+    has a path that works."""
 
     version: Unsigned
     description: bytes
@@ -154,7 +181,10 @@ class Filled(Message, frozen=True, tag="filled"):
 
 
 AnyMessage = (
-    Hello
+    Opening
+    | Challenge
+    | Proof
+    | Hello
     | Memory
     | Wiring
     | Wired
@@ -190,6 +220,10 @@ def decode(body: bytes) -> AnyMessage:
     return message
 
 
+def _said(opening_nonce: bytes, challenge_nonce: bytes) -> bytes:
+    return b"kvcache nixl" + VERSION.to_bytes(4, "little") + opening_nonce + challenge_nonce
+
+
 class Control:
     """The control socket of one endpoint. For one loop."""
 
@@ -210,15 +244,45 @@ class Control:
         except OSError as error:
             raise PeerLost(f"the connection broke: {error}") from error
 
-    async def receive(self) -> AnyMessage:
+    async def receive(self, bytes_max: int = FRAME_BYTES_MAX) -> AnyMessage:
         """RAISES PeerLost."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-            if length > FRAME_BYTES_MAX:
+            if length > bytes_max:
                 raise PeerLost(f"it sent a frame of {length} bytes")
             return decode(await self._reader.readexactly(length))
         except (OSError, asyncio.IncompleteReadError) as error:
             raise PeerLost("it closed the connection") from error
+
+    async def introduce(self, key: bytes) -> None:
+        """As who connects: prove that we know the key, and hear that he does. RAISES PeerLost."""
+        nonce = new_nonce()
+        self.send(Opening(VERSION, nonce))
+        challenge = await self.receive(GREETING_BYTES_MAX)
+        if not isinstance(challenge, Challenge):
+            raise PeerLost("it did not ask for a proof")
+        said = _said(nonce, challenge.nonce)
+        self.send(Proof(proof(key, CONNECTS, said)))
+        answer = await self.receive(GREETING_BYTES_MAX)
+        if not isinstance(answer, Proof) or not is_proof(answer.proof, key, LISTENS, said):
+            raise PeerLost("it does not know the key of the address it was looked for at")
+
+    async def let_in(self, key: bytes) -> None:
+        """As who listens: hear his proof before anything is told. RAISES PeerLost."""
+        opening = await self.receive(GREETING_BYTES_MAX)
+        if not isinstance(opening, Opening) or opening.version != VERSION:
+            raise PeerLost(f"it does not speak version {VERSION} of nixl://")
+        nonce = new_nonce()
+        self.send(Challenge(nonce))
+        said = _said(opening.nonce, nonce)
+        answer = await self.receive(GREETING_BYTES_MAX)
+        if not isinstance(answer, Proof) or not is_proof(answer.proof, key, CONNECTS, said):
+            raise PeerLost("it does not know the key")
+        self.send(Proof(proof(key, LISTENS, said)))
+
+    def cut(self) -> None:
+        """Close it at once."""
+        self._writer.transport.abort()
 
     def close(self) -> None:
         """What was sent still goes out. May be called twice."""

@@ -20,6 +20,8 @@ OURS: dict[str, str] = {
     "tcp": "kvcache.transport.tcp:TcpTransport",
     "ucx": "kvcache.transport.ucx:UcxTransport",
 }
+KEYED = frozenset({"nixl", "tcp"})
+"""Schemes whose listeners let in only who knows a key (``kvcache.transport.keys``)."""
 
 
 def schemes() -> list[str]:
@@ -37,8 +39,12 @@ def scheme_of(address: str) -> str:
     return scheme
 
 
-def open_transport(scheme: str, limits: Limits | None = None, clock: Clock | None = None) -> Transport:
-    """RAISES BadInput when nobody offers this scheme, or when what is offered cannot be loaded."""
+def open_transport(
+    scheme: str, limits: Limits | None = None, clock: Clock | None = None, key: bytes = b""
+) -> Transport:
+    """``key``: what those who connect must know. RAISES BadInput when nobody offers this scheme, or when what
+    is offered cannot be loaded. REQUIRES: no key for a scheme outside ``KEYED``."""
+    assert not key or scheme in KEYED, f"{scheme}:// knows no keys"
     try:
         make = _factory(scheme)
     except (ImportError, AttributeError) as error:
@@ -57,7 +63,8 @@ def open_transport(scheme: str, limits: Limits | None = None, clock: Clock | Non
         )
     if not callable(make):
         raise BadInput("bad_config", f"the transport {scheme!r} is no class", f"it is {make!r}"[:200])
-    transport: Transport = make(limits or Limits(), clock or SystemClock())
+    keyed = {"key": key} if key else {}
+    transport: Transport = make(limits or Limits(), clock or SystemClock(), **keyed)
     return transport
 
 

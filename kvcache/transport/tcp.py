@@ -1,11 +1,11 @@
 """``tcp://host:port``: always there, and what every other transport is compared with.
 
-    listener ── accept ─► greeting (hello within the silence, at most ``_GREETINGS_MAX`` at once)
-                             └── all streams of a session ─► endpoint
-    connect  ── socket, hello, hello back; for each stream ─► endpoint
+    listen   ── ``tcp_listener``: who comes and knows the key ─► endpoint
+    connect  ── for each stream a socket and the greeting, of the key in the address ─► endpoint
 
-Who may connect is not asked here: without a ticket a stranger can only tell notes, and a ticket is 16
-random bytes that the control channel gives to whom it knows. Bytes go in the clear.
+Both sides prove that they know the listener's key, which is in its address (``keys``): the control channel
+tells it to whom it has authenticated. Without a key anybody may come, and do what a ticket allows: a ticket
+is 16 random bytes that the control channel gives to whom it knows. Bytes go in the clear: see SECURITY.md.
 
 An endpoint has one stream; more help where a connection is held back by its window or by one queue of a
 network card, not by this process, whose loop serves them all.
@@ -20,134 +20,54 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from kvcache.address import TcpAddress, parse
 from kvcache.clock import Clock, SystemClock
 from kvcache.errors import BadInput
-from kvcache.transport.base import Endpoint, Limits, Note, PeerLost, Ticket, TransferLate
+from kvcache.transport.base import Endpoint, Limits, Note, PeerLost, Ticket
 from kvcache.transport.flow import Flow, until
+from kvcache.transport.keys import (
+    CONNECTS,
+    LISTENS,
+    PROOF_BYTES,
+    is_key,
+    is_proof,
+    new_nonce,
+    proof,
+    split_key,
+)
 from kvcache.transport.tcp_endpoint import Parts, TcpEndpoint
-from kvcache.transport.tcp_frames import HELLO, STREAMS_MAX, Hello
+from kvcache.transport.tcp_frames import CHALLENGE, STREAMS_MAX, Hello, check_challenge
+from kvcache.transport.tcp_listener import TcpListener, prepare, receive
 from kvcache.transport.tickets import Book
 
 SCHEME = "tcp"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:0"
-_GREETINGS_MAX = 64
 _BACKLOG = 128
 _SESSION_BYTES = 16
 _SAME_HOST_SEND_BYTES = 256 << 10
 """On one host what was sent lies in memory until it is read: so little of it stays in the caches, and goes
 at twice the speed. Over a network the system's own sizing is needed, which grows with the distance."""
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_ROOM_S = 0.5
-
-
-@dataclass(slots=True)
-class _Session:
-    """The streams of one endpoint, as they come."""
-
-    socks: dict[int, socket.socket]
-    complete: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class TcpListener:
-    """Use ``TcpTransport.listen``."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        address: TcpAddress,
-        clock: Clock,
-        limits: Limits,
-        joined: Callable[[Sequence[socket.socket]], None],
-    ) -> None:
-        self._sock = sock
-        self._address = address
-        self._clock = clock
-        self._limits = limits
-        self._joined = joined
-        self._sessions: dict[bytes, _Session] = {}
-        self._greetings: set[asyncio.Task[None]] = set()
-        self._is_closed = False
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(sock, self._accept)
-
-    @property
-    def address(self) -> str:
-        return str(self._address)
-
-    async def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._loop.remove_reader(self._sock)
-        self._sock.close()
-        for greeting in self._greetings:
-            greeting.cancel()
-        await asyncio.gather(*self._greetings, return_exceptions=True)
-
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except OSError as error:
-            if error.errno in _NO_ROOM:  # Who waits still waits, and the loop would call again at once.
-                self._loop.remove_reader(self._sock)
-                self._loop.call_later(_NO_ROOM_S, self._resume)
-            return
-        if len(self._greetings) >= _GREETINGS_MAX:
-            sock.close()
-            return
-        _prepare(sock)
-        greeting = self._loop.create_task(self._greet(sock))
-        self._greetings.add(greeting)
-        greeting.add_done_callback(self._greetings.discard)
-
-    def _resume(self) -> None:
-        if not self._is_closed:
-            self._loop.add_reader(self._sock, self._accept)
-
-    async def _greet(self, sock: socket.socket) -> None:
-        """Hear who it is, within the time of a silence; the last stream of a session makes the endpoint."""
-        session = _Session({})
-        try:
-            async with until(self._clock.now_ns() + self._limits.silence_ns, self._clock):
-                hello = Hello.parse(await _receive(sock, HELLO.size))
-                session = self._sessions.setdefault(hello.session, session)
-                if hello.stream in session.socks:
-                    raise PeerLost("a stream that is there")
-                session.socks[hello.stream] = sock
-                await self._loop.sock_sendall(sock, hello.pack())
-                if len(session.socks) == hello.stream_count:
-                    session.complete.set()
-                    del self._sessions[hello.session]
-                    self._joined([session.socks[at] for at in sorted(session.socks)])
-                await session.complete.wait()
-        except (OSError, PeerLost, TransferLate, asyncio.CancelledError):
-            if not session.complete.is_set():
-                self._refuse(sock)
-
-    def _refuse(self, sock: socket.socket) -> None:
-        """Close it, and what else of its session has come, unless that has become an endpoint."""
-        for name, session in list(self._sessions.items()):
-            if sock in session.socks.values():
-                del self._sessions[name]
-                for other in session.socks.values():
-                    other.close()
-        sock.close()
 
 
 class TcpTransport:
     """Blocks over TCP, for one event loop."""
 
     def __init__(
-        self, limits: Limits | None = None, clock: Clock | None = None, stream_count: int = 1
+        self,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        stream_count: int = 1,
+        key: bytes = b"",
     ) -> None:
-        """``stream_count``: connections of an endpoint that this side opens."""
+        """``stream_count``: connections of an endpoint that this side opens. ``key``: what those who connect
+        must know; they have it from the listener's address. Empty: anybody may."""
         assert 1 <= stream_count <= STREAMS_MAX, "an endpoint has a stream, and not too many"
+        assert is_key(key), "a key is long enough that nobody guesses it"
         self._limits = limits or Limits()
         self._clock = clock or SystemClock()
         self._stream_count = stream_count
+        self._key = key
         self._flow = Flow(self._limits, self._clock)
         self._book = Book(self._clock)
         self._endpoints: set[TcpEndpoint] = set()
@@ -161,15 +81,16 @@ class TcpTransport:
         where = _parse(address)
         sock = await asyncio.to_thread(_listening, where)
 
-        def joined(socks: Sequence[socket.socket]) -> None:
-            accepted(self._endpoint(socks, note))
+        def joined(socks: Sequence[socket.socket], left: Callable[[], None]) -> None:
+            accepted(self._endpoint(socks, note, left))
 
         taken = TcpAddress(where.host, sock.getsockname()[1])
-        listener = TcpListener(sock, taken, self._clock, self._limits, joined)
+        listener = TcpListener(sock, taken, self._key, self._clock, self._limits, joined)
         self._listeners.append(listener)
         return listener
 
     async def connect(self, address: str, deadline_ns: int, note: Note) -> TcpEndpoint:
+        address, key = split_key(address)
         where = _parse(address)
         session = secrets.token_bytes(_SESSION_BYTES)
         socks: list[socket.socket] = []
@@ -178,14 +99,14 @@ class TcpTransport:
                 for stream in range(self._stream_count):
                     sock = await _connected(where)
                     socks.append(sock)
-                    await _say_hello(sock, Hello(session, stream, self._stream_count))
+                    await _greet(sock, Hello(session, stream, self._stream_count, new_nonce()), key)
         except BaseException as error:  # Cancellation too: a socket must not be left.
             for sock in socks:
                 sock.close()
             if isinstance(error, OSError):
                 raise PeerLost(f"{address} does not answer: {error}") from error
             raise
-        return self._endpoint(socks, note)
+        return self._endpoint(socks, note, lambda: None)
 
     def register(self, memory: memoryview) -> None:
         """There is nothing to prepare: the system copies from any memory."""
@@ -206,8 +127,12 @@ class TcpTransport:
             await endpoint.close()
         await self._book.close()
 
-    def _endpoint(self, socks: Sequence[socket.socket], note: Note) -> TcpEndpoint:
-        parts = Parts(self._book, self._limits, self._clock, note, self._endpoints.discard)
+    def _endpoint(self, socks: Sequence[socket.socket], note: Note, left: Callable[[], None]) -> TcpEndpoint:
+        def ended(endpoint: TcpEndpoint) -> None:
+            self._endpoints.discard(endpoint)
+            left()
+
+        parts = Parts(self._book, self._limits, self._clock, note, ended)
         for sock in socks:
             _size(sock)
         endpoint = TcpEndpoint(parts, self._flow.gate(), _peer_name(socks[0]), socks)
@@ -244,7 +169,7 @@ async def _connected(where: TcpAddress) -> socket.socket:
     for family, _, _, _, target in found:
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            _prepare(sock)
+            prepare(sock)
             await loop.sock_connect(sock, target)
             return sock
         except OSError as error:
@@ -256,29 +181,21 @@ async def _connected(where: TcpAddress) -> socket.socket:
     raise failure
 
 
-async def _say_hello(sock: socket.socket, hello: Hello) -> None:
-    """RAISES OSError, PeerLost."""
-    await asyncio.get_running_loop().sock_sendall(sock, hello.pack())
-    if Hello.parse(await _receive(sock, HELLO.size)) != hello:
-        raise PeerLost("it answered for another session")
-
-
-async def _receive(sock: socket.socket, byte_count: int) -> bytearray:
-    """Just so many bytes. RAISES OSError, PeerLost."""
-    data = bytearray(byte_count)
-    view = memoryview(data)
-    while view:
-        count = await asyncio.get_running_loop().sock_recv_into(sock, view)
-        if not count:
-            raise PeerLost("it closed the connection before it said who it is")
-        view = view[count:]
-    return data
-
-
-def _prepare(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    with suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+async def _greet(sock: socket.socket, hello: Hello, key: bytes) -> None:
+    """Prove that we know the key, and hear that he does. RAISES OSError, PeerLost."""
+    loop = asyncio.get_running_loop()
+    opening = hello.pack()
+    await loop.sock_sendall(sock, opening)
+    challenge = await receive(sock, CHALLENGE.size)
+    check_challenge(challenge)
+    said = opening + challenge
+    await loop.sock_sendall(sock, proof(key, CONNECTS, said))
+    try:
+        answer = await receive(sock, PROOF_BYTES)
+    except OSError as error:
+        raise PeerLost(f"it did not let this side in (another key, or no room): {error}") from error
+    if not is_proof(answer, key, LISTENS, said):
+        raise PeerLost("it does not know the key of the address it was looked for at")
 
 
 def _size(sock: socket.socket) -> None:

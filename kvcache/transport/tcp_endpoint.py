@@ -26,6 +26,7 @@ from kvcache.transport.base import (
 )
 from kvcache.transport.flow import Gate, until
 from kvcache.transport.tcp_frames import (
+    DATA_OF,
     PIECES_MAX,
     REASON_BYTES_MAX,
     Head,
@@ -178,15 +179,10 @@ class TcpEndpoint:
         incoming.at += head.length
         return incoming.scatter.cut(head.offset, head.length)
 
-    def body_arrived(self, stream: Stream, head: Head) -> None:
-        name = (head.kind, head.transfer)
-        incoming = self._incoming[name]
-        if incoming.at == incoming.scatter.byte_count:
-            del self._incoming[name]
-            incoming.whole()
-
     def told(self, stream: Stream, head: Head, body: bytes) -> None:
         match head.kind:
+            case Kind.READ_END | Kind.WRITE_END:
+                self._arrived(stream, (DATA_OF[head.kind], head.transfer))
             case Kind.READ:
                 self._serve_read(stream, head, body)
             case Kind.WRITE:
@@ -201,6 +197,16 @@ class TcpEndpoint:
                 self._answered(head.transfer, TransferRefused(body.decode(errors="replace")))
             case Kind.NOTE:
                 self._parts.note(self, body)
+
+    def _arrived(self, stream: Stream, name: Name) -> None:
+        """All data of a transfer have come. RAISES PeerLost."""
+        incoming = self._incoming.get(name)
+        if incoming is None:
+            return
+        if incoming.stream is not stream or incoming.at != incoming.scatter.byte_count:
+            raise PeerLost("it broke the protocol: an end where none belongs")
+        del self._incoming[name]
+        incoming.whole()
 
     # What this side asks.
 

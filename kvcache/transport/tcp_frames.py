@@ -3,9 +3,14 @@
     u8 kind · u8 priority · u16 zero · u32 length · u64 transfer · u64 offset          little-endian
 
 Transfers are numbered by who asks, so READ and WRITE have numbers of their own on each side. A read is
-READ ─► READ_DATA ..., a write WRITE, WRITE_DATA ... ─► DONE; REFUSED and STOP end either, from the side that
-serves and from the side that asks. Data come in order of their offset; whoever no longer knows a transfer
-throws its data away. All of a transfer goes over one stream.
+READ ─► READ_DATA ..., READ_END; a write WRITE, WRITE_DATA ..., WRITE_END ─► DONE. REFUSED and STOP end
+either, from the side that serves and from the side that asks. Data come in order of their offset; whoever no
+longer knows a transfer throws its data away. All of a transfer goes over one stream.
+
+Only its END makes a transfer whole: a chunk that has begun is filled up, with anything, when its memory is
+given back, and the last chunk of a transfer can be such a one.
+
+Before that each stream is greeted: ``Hello`` ─► ``Challenge``, proof ─► proof (``kvcache.transport.keys``).
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ from enum import IntEnum
 from itertools import accumulate
 
 from kvcache.transport.base import NOTE_BYTES_MAX, PeerLost
+from kvcache.transport.keys import NONCE_BYTES
 from kvcache.transport.tickets import TOKEN_BYTES
 
 HEADER = struct.Struct("<BBHIQQ")
-HELLO = struct.Struct("<8sHBB16s")
+HELLO = struct.Struct(f"<8sHBB16s{NONCE_BYTES}s")
+CHALLENGE = struct.Struct(f"<8sH{NONCE_BYTES}s")
 MAGIC = b"kvctcp\r\n"
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 1 << 20
 BODY_BYTES_MAX = 1 << 20
 PIECES_MAX = (BODY_BYTES_MAX - TOKEN_BYTES) // 8
@@ -43,9 +50,13 @@ class Kind(IntEnum):
     WRITE_DONE = 9
     NOTE = 10
     BEAT = 11
+    READ_END = 12
+    WRITE_END = 13
 
 
 DATA = frozenset({Kind.READ_DATA, Kind.WRITE_DATA})
+END_OF = {Kind.READ_DATA: Kind.READ_END, Kind.WRITE_DATA: Kind.WRITE_END}
+DATA_OF = {end: data for data, end in END_OF.items()}
 _KINDS = {int(kind): kind for kind in Kind}
 _BODY_MAX = {
     Kind.READ: BODY_BYTES_MAX,
@@ -99,27 +110,43 @@ def parse_request(body: bytes) -> tuple[bytes, tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who opens a connection says so first, and hears the same back. ``session`` joins the streams of one
-    endpoint; it is random, so that nobody else can join them."""
+    """Who opens a connection says so first. ``session`` joins the streams of one endpoint; it is random, so
+    that nobody else can join them. The nonce is good for one stream."""
 
     session: bytes
     stream: int
     stream_count: int
+    nonce: bytes
 
     def pack(self) -> bytes:
-        return HELLO.pack(MAGIC, VERSION, self.stream, self.stream_count, self.session)
+        return HELLO.pack(MAGIC, VERSION, self.stream, self.stream_count, self.session, self.nonce)
 
     @classmethod
-    def parse(cls, data: bytearray) -> Hello:
+    def parse(cls, data: bytes) -> Hello:
         """RAISES PeerLost."""
-        magic, version, stream, stream_count, session = HELLO.unpack(data)
-        if magic != MAGIC:
-            raise PeerLost("it is no transport of this kind")
-        if version != VERSION:
-            raise PeerLost(f"it speaks version {version}, this side {VERSION}")
+        magic, version, stream, stream_count, session, nonce = HELLO.unpack(data)
+        _check_version(magic, version)
         if not 0 <= stream < stream_count <= STREAMS_MAX:
             raise PeerLost("it broke the protocol: a stream that cannot be")
-        return cls(session, stream, stream_count)
+        return cls(session, stream, stream_count, nonce)
+
+
+def pack_challenge(nonce: bytes) -> bytes:
+    """Who listens answers a hello with it."""
+    return CHALLENGE.pack(MAGIC, VERSION, nonce)
+
+
+def check_challenge(data: bytes) -> None:
+    """RAISES PeerLost. Its nonce counts as a part of what was said."""
+    magic, version, _ = CHALLENGE.unpack(data)
+    _check_version(magic, version)
+
+
+def _check_version(magic: bytes, version: int) -> None:
+    if magic != MAGIC:
+        raise PeerLost("it is no transport of this kind")
+    if version != VERSION:
+        raise PeerLost(f"it speaks version {version}, this side {VERSION}")
 
 
 class Scatter:

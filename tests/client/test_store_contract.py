@@ -11,7 +11,7 @@ from kvcache.client import connect, connect_blocking
 from kvcache.client.store import BlockStore
 from kvcache.config import NodeConfig
 from kvcache.testing.processes import NodeProcess
-from kvcache.testing.stores import StoreContract
+from kvcache.testing.stores_layered import LayeredContract
 from kvcache.testing.threaded import Threaded
 from tests.server.conftest import EmbeddedNode
 
@@ -28,7 +28,7 @@ def made(driver: str, path: str, unix: str, tcp: str) -> BlockStore:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("driver", ["async", "blocking"])
-class TestOverANodeInThisProcess(StoreContract):
+class TestOverANodeInThisProcess(LayeredContract):
     @pytest.fixture(autouse=True)
     def _node(self, driver: str, path: str, tmp_path: Path) -> Iterator[None]:
         socket = str(tmp_path / "node.sock")
@@ -43,7 +43,7 @@ class TestOverANodeInThisProcess(StoreContract):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("driver", ["async", "blocking"])
-class TestOverANodeWithNvme(StoreContract):
+class TestOverANodeWithNvme(LayeredContract):
     @pytest.fixture(autouse=True)
     def _node(self, driver: str, tmp_path: Path) -> Iterator[None]:
         settings = NodeConfig(
@@ -61,7 +61,7 @@ class TestOverANodeWithNvme(StoreContract):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 @pytest.mark.parametrize("driver", ["async", "blocking"])
-class TestOverANodeProcess(StoreContract):
+class TestOverANodeProcess(LayeredContract):
     @pytest.fixture(autouse=True)
     def _node(self, driver: str, path: str, tmp_path: Path) -> Iterator[None]:
         self.how = (driver, path)

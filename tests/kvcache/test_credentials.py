@@ -116,10 +116,38 @@ class TestWhoIsLetIn:
         credentials = Credentials.default()
         everything = Credential("default", frozenset(ROLES))
         assert credentials.by_uid(os.getuid()) == everything
-        assert credentials.anonymous == Credential("default", frozenset({"reader", "writer", "router"}))
+        anybody = frozenset({"reader", "writer", "router", "peer"})
+        assert credentials.anonymous == Credential("default", anybody)
         assert credentials.by_uid(os.getuid() + 1) is None
         assert credentials.by_token(TOKEN) is None
         assert not credentials.has_tokens
+
+
+class TestWhoActsForWhom:
+    PEER = Credential("nodes", frozenset({"peer", "reader"}))
+
+    def test_a_peer_for_any_tenant_with_its_own_roles(self, tmp_path: Path) -> None:
+        acting = load(tmp_path).acting_for(self.PEER, "team-b")
+        assert acting == Credential("team-b", self.PEER.roles)
+
+    def test_everybody_for_his_own(self, tmp_path: Path) -> None:
+        for tenant in ("", "team-a"):
+            assert load(tmp_path).acting_for(TEAM_A, tenant) is TEAM_A
+
+    @pytest.mark.parametrize("role", sorted(set(ROLES) - {"peer"}))
+    def test_no_other_role_for_another(self, tmp_path: Path, role: str) -> None:
+        assert load(tmp_path).acting_for(Credential("team-a", frozenset({role})), "team-b") is None
+
+    @pytest.mark.parametrize("tenant", ["A", "a b", "../a", "a\n", "a" * 65, "\0"])
+    def test_nobody_for_what_is_no_tenant(self, tmp_path: Path, tenant: str) -> None:
+        assert load(tmp_path).acting_for(self.PEER, tenant) is None
+
+    def test_without_a_file_there_is_one_tenant(self) -> None:
+        credentials = Credentials.default()
+        user = credentials.by_uid(os.getuid())
+        assert user is not None
+        assert credentials.acting_for(user, "default") is user
+        assert credentials.acting_for(user, "team-b") is None
 
 
 class TestTenantKeys:

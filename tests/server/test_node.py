@@ -378,7 +378,7 @@ class TestStarting:
 
 
 def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(serve: Serve, tmp_path: Path) -> None:
-    node = serve(nvme=f"{tmp_path / 'tier'}:16MiB")
+    node = serve(nvme=f"{tmp_path / 'tier'}:16MiB", peers="tcp://127.0.0.1:1")
     with connected(node.node.address) as wired:
         opened(wired)
         with pytest.raises(BadInput):

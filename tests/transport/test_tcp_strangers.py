@@ -13,6 +13,7 @@ import pytest
 from kvcache.clock import NS_PER_MS
 from kvcache.testing.transport_pair import lost, noise, soon, turns
 from kvcache.transport.base import PeerLost, Ticket, TransferLate
+from kvcache.transport.keys import NONCE_BYTES
 from kvcache.transport.tcp_frames import (
     CHUNK_BYTES,
     HEADER,
@@ -32,10 +33,10 @@ from tests.transport.tcp_place import HELLO_ALONE, WARY, Place, visit
 @pytest.mark.parametrize(
     "said",
     [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(40),
-        struct.pack("<8sHBB16s", MAGIC, VERSION + 1, 0, 1, bytes(16)),
-        struct.pack("<8sHBB16s", MAGIC, VERSION, 1, 1, bytes(16)),
-        struct.pack("<8sHBB16s", MAGIC, VERSION, 0, 255, bytes(16)),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(80),
+        HELLO.pack(MAGIC, VERSION + 1, 0, 1, bytes(16), bytes(NONCE_BYTES)),
+        HELLO.pack(MAGIC, VERSION, 1, 1, bytes(16), bytes(NONCE_BYTES)),
+        HELLO.pack(MAGIC, VERSION, 0, 255, bytes(16), bytes(NONCE_BYTES)),
     ],
 )
 def test_who_does_not_say_hello_is_sent_away(said: bytes) -> None:
@@ -51,7 +52,7 @@ def test_who_does_not_say_hello_is_sent_away(said: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("said", [b"", HELLO_ALONE.pack()[:-1], Hello(bytes(16), 0, 2).pack()])
+@pytest.mark.parametrize("said", [b"", HELLO_ALONE.pack()[:-1], HELLO_ALONE.pack()])
 def test_who_does_not_finish_his_hello_is_sent_away_in_time(said: bytes) -> None:
     async def scenario(found: Place) -> None:
         reader, writer = await found.stranger()
@@ -116,7 +117,11 @@ def test_data_that_nobody_waits_for_go_nowhere() -> None:
             writer.write(pack_head(kind, len(data), 77, offset=1 << 60) + data)
             writer.write(pack_head(kind, 0, 78))
         writer.write(
-            frame(Kind.WRITE_DONE, 5) + frame(Kind.READ_REFUSED, 6, b"\xff") + frame(Kind.READ_STOP, 7)
+            frame(Kind.WRITE_DONE, 5)
+            + frame(Kind.READ_REFUSED, 6, b"\xff")
+            + frame(Kind.READ_STOP, 7)
+            + frame(Kind.READ_END, 77)
+            + frame(Kind.WRITE_END, 78)
         )
         writer.write(frame(Kind.NOTE, 0, b"still here"))
         assert await found.notes.first(1) == [b"still here"]
@@ -135,6 +140,7 @@ def test_a_write_stays_within_what_was_posted(offset: int, length: int) -> None:
         ticket = found.transport.post([region[1_000:1_900]], soon(), lambda: filled.append(True))
         writer.write(frame(Kind.WRITE, 1, pack_request(ticket, [900])))
         writer.write(pack_head(Kind.WRITE_DATA, length, 1, offset=offset) + noise(3, length))
+        writer.write(frame(Kind.WRITE_END, 1))
         writer.write(pack_head(Kind.WRITE_DATA, 1, 1, offset=900) + b"x")  # More than it said.
         writer.write(frame(Kind.NOTE, 0, b"end"))
         if (offset, length) == (0, 900):
@@ -146,6 +152,21 @@ def test_a_write_stays_within_what_was_posted(offset: int, length: int) -> None:
             assert not any(region)
         assert not any(region[:1_000])
         assert not any(region[1_900:])
+        writer.close()
+
+    visit(scenario)
+
+
+@pytest.mark.parametrize("length", [0, 899])
+def test_a_write_that_ends_before_its_end_loses_the_peer(length: int) -> None:
+    async def scenario(found: Place) -> None:
+        _, writer, end = await found.guest()
+        filled: list[bool] = []
+        ticket = found.transport.post([memoryview(bytearray(900))], soon(), lambda: filled.append(True))
+        writer.write(frame(Kind.WRITE, 1, pack_request(ticket, [900])))
+        writer.write(frame(Kind.WRITE_DATA, 1, noise(3, length)) + frame(Kind.WRITE_END, 1))
+        await lost(end, 2_000 * NS_PER_MS)
+        assert filled == []
         writer.close()
 
     visit(scenario)
@@ -257,13 +278,8 @@ def test_a_cut_in_the_middle_of_a_chunk_loses_the_peer() -> None:
 
 def test_streams_of_two_sessions_do_not_mix() -> None:
     async def scenario(found: Place) -> None:
-        one, other = Hello(b"1" * 16, 0, 2), Hello(b"2" * 16, 1, 2)
-        writers = []
-        for hello in (one, other):
-            reader, writer = await found.stranger()
-            writer.write(hello.pack())
-            await reader.readexactly(HELLO.size)
-            writers.append(writer)
+        one, other = (Hello(name * 16, at, 2, bytes(NONCE_BYTES)) for at, name in enumerate((b"1", b"2")))
+        writers = [(await found.proven(hello))[1] for hello in (one, other)]
         await turns(20)
         assert found.accepted == []
         for writer in writers:

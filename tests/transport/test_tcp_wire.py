@@ -10,6 +10,8 @@ from kvcache.transport.tcp_frames import HEADER, Head, Kind, frame, pack_request
 from tests.transport.tcp_place import Place, visit
 
 BIG = 8 << 20
+LAST = 1 << 20
+"""A transfer of one chunk, which is the last: more than the system takes in one call on one host."""
 OURS, LATER = b"\x11", b"\x99"
 
 Frames = list[tuple[Head, bytes]]
@@ -72,6 +74,54 @@ def test_a_withdrawn_export_sends_none_of_what_its_memory_holds_later() -> None:
     visit(scenario)
 
 
+def test_a_write_that_is_cancelled_in_its_last_chunk_is_not_whole() -> None:
+    async def scenario(found: Place) -> None:
+        reader, writer, end = await found.guest()
+        source = memory(LAST)
+        task = asyncio.ensure_future(end.write(Ticket(bytes(16)), [source], soon()))
+        await turns(1)
+        task.cancel()
+        await asyncio.wait([task])
+        source[:] = LATER * LAST
+        came = await frames_until(reader, Kind.WRITE_STOP)
+        (data,) = of_kind(came, Kind.WRITE_DATA)
+        assert 0 < data.count(OURS) < LAST  # It was filled up, with what nobody may take for his.
+        assert not of_kind(came, Kind.WRITE_END)
+        writer.close()
+
+    visit(scenario)
+
+
+def test_an_export_that_is_withdrawn_in_its_last_chunk_is_not_whole() -> None:
+    async def scenario(found: Place) -> None:
+        reader, writer, _ = await found.guest()
+        source = memory(LAST)
+        ticket = found.transport.export([source], soon())
+        writer.write(frame(Kind.READ, 1, pack_request(ticket, [LAST])))
+        head = parse_head(bytearray(await reader.readexactly(HEADER.size)))
+        await found.transport.withdraw(ticket)
+        source[:] = LATER * LAST
+        data = await reader.readexactly(head.length)
+        assert 0 < data.count(OURS) < LAST
+        assert not of_kind(await frames_until(reader, Kind.READ_REFUSED), Kind.READ_END)
+        writer.close()
+
+    visit(scenario)
+
+
+def test_what_has_gone_whole_is_whole_whatever_comes_after() -> None:
+    async def scenario(found: Place) -> None:
+        reader, writer, _ = await found.guest()
+        ticket = found.transport.export([memory(LAST)], soon())
+        writer.write(frame(Kind.READ, 1, pack_request(ticket, [LAST])))
+        came = await frames_until(reader, Kind.READ_END)
+        await found.transport.withdraw(ticket)
+        assert of_kind(came, Kind.READ_DATA) == [bytes(memory(LAST))]
+        writer.close()
+
+    visit(scenario)
+
+
 def test_a_read_that_is_stopped_is_served_no_further() -> None:
     async def scenario(found: Place) -> None:
         reader, writer, _ = await found.guest()
@@ -109,9 +159,8 @@ def test_a_better_transfer_overtakes_between_two_chunks() -> None:
         await frames_until(reader, Kind.READ_REFUSED)  # All four were heard; some of the first has gone.
         ends: list[int] = []
         while len(ends) < 3:
-            ((head, _),) = await frames_until(reader, Kind.READ_DATA)
-            if head.offset + head.length == BIG:
-                ends.append(head.transfer)
+            *_, (end, _) = await frames_until(reader, Kind.READ_END)
+            ends.append(end.transfer)
         assert ends == [3, 2, 1]
         writer.close()
 

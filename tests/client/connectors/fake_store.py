@@ -49,6 +49,10 @@ class FakeStore:
         self.on_disk: set[bytes] = set()
         self.waits: list[int] = []
         self.pass_wait: Callable[[int], None] = lambda wait_ms: None
+        self.node = "node-a"
+        self.sources: list[tuple[str, bool]] = []
+        self.pushes: list[str] = []
+        self.drafts: list[FakeWriting] = []
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -71,8 +75,11 @@ class FakeStore:
         request: str = "",
         duration_ms: int = 30_000,
         wait_ms: int = 2_000,
+        source: str = "",
+        pushed: bool = False,
     ) -> Lease:
         self.waits.append(wait_ms)
+        self.sources.append((source, pushed))
         found = self.match(handle, prefix)
         self.counts["missed_calls:away"] += self.away
         if wait_ms and self.on_disk.intersection(prefix[:found]):
@@ -86,7 +93,14 @@ class FakeStore:
         self.leases[number] = request
         return Lease(handle, tuple(prefix[:count]), (Grant(number, 0, count, (), b"", 0),), 1, found - count)
 
-    def load(self, lease: Lease, into: Sequence[Sequence[Any]], start: int = 0) -> frozenset[int]:
+    def load(
+        self,
+        lease: Lease,
+        into: Sequence[Sequence[Any]],
+        start: int = 0,
+        heads: tuple[int, int] | None = None,
+    ) -> frozenset[int]:
+        assert heads is None
         failed = set()
         for position, pieces in enumerate(into, start):
             name = lease.prefix[position]
@@ -111,6 +125,7 @@ class FakeStore:
         hints: SaveHints = NO_HINTS,
     ) -> int:
         self.saves.append((parent, len(prefix)))
+        self.pushes.append(hints.push)
         if self.away or (parent and (handle.namespace_id, parent) not in self.blocks):
             return 0
         for index, (name, pieces) in enumerate(zip(prefix, blocks, strict=True)):
@@ -118,6 +133,17 @@ class FakeStore:
                 return index
             self.blocks[handle.namespace_id, name] = b"".join(bytes(piece) for piece in pieces)
         return len(prefix)
+
+    def begin_save(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Any]],
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> FakeWriting:
+        self.drafts.append(FakeWriting(self, handle, prefix, blocks, parent, hints))
+        return self.drafts[-1]
 
     def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = 10_000) -> int:
         return 0
@@ -128,6 +154,45 @@ class FakeStore:
 
     def close(self) -> None:
         self.closed = True
+
+
+class FakeWriting:
+    """Copies planes when they are announced, as they are then, and the rest at the end."""
+
+    def __init__(
+        self,
+        store: FakeStore,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: Sequence[Sequence[Any]],
+        parent: bytes,
+        hints: SaveHints,
+    ) -> None:
+        self._store = store
+        self._target = (handle, prefix, parent, hints)
+        self._blocks = blocks
+        self._copied: list[list[bytes]] = [[] for _ in blocks]
+        self.steps: list[int] = []
+        self.end = ""
+
+    def advance(self, planes: int) -> None:
+        assert not self.end
+        self.steps.append(planes)
+        self._copy(planes)
+
+    def finish(self) -> int:
+        assert not self.end
+        self.end = "finished"
+        self._copy(SPEC.plane_count)
+        handle, prefix, parent, hints = self._target
+        return self._store.save(handle, prefix, self._copied, parent, hints)
+
+    def abort(self) -> None:
+        self.end = self.end or "aborted"
+
+    def _copy(self, planes: int) -> None:
+        for copied, planes_now in zip(self._copied, self._blocks, strict=True):
+            copied += [bytes(plane) for plane in planes_now[len(copied) : planes]]
 
 
 class HandClock:
@@ -170,6 +235,7 @@ class FakeRequest:
     skip_reading_prefix_cache: bool = False
     resumable: bool = False
     prompt_tokens: int = -1
+    kv_transfer_params: Any = None
 
     @property
     def num_tokens(self) -> int:

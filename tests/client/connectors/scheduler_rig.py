@@ -22,7 +22,7 @@ class Rig:
         self.store, self.clock, self.tally = FakeStore(), HandClock(), Tally()
         names = [namespace(rank, ranks) for rank in range(ranks)]
         self.attachment = Attachment(lambda: self.store, names, SPEC, self.clock)
-        flags = {"loads": True, "saves": True, "save_generated": True, **options}
+        flags = {"loads": True, "saves": True, "save_generated": True, "streams": True, **options}
         self.side = SchedulerSide(
             self.attachment,
             engine="engine",

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvcache.client.connectors.vllm_scheduler import (
-    ASK_AGAIN_NS_MAX,
-    IDLE_WAIT_NS_MAX,
-    IDLE_WAIT_NS_MIN,
-    STEP_BUDGET_NS,
-)
+from kvcache.client.connectors.vllm_request import ASK_AGAIN_NS_MAX, IDLE_WAIT_NS_MAX, IDLE_WAIT_NS_MIN
+from kvcache.client.connectors.vllm_scheduler import STEP_BUDGET_NS
 from kvcache.clock import NS_PER_MS
 from tests.client.connectors.fake_store import FakeRequest, namespace
 from tests.client.connectors.scheduler_rig import Rig, tokens
@@ -184,9 +180,9 @@ def test_waiting_requests_leave_the_step_its_budget() -> None:
     for request in waiting:
         store.on_disk |= set(slow.rig.hold(request, 4))
 
-    def slowly(*arguments: object, wait_ms: int) -> object:
+    def slowly(*arguments: object, **keywords: object) -> object:
         clock.ns += STEP_BUDGET_NS // 10
-        return lease(*arguments, wait_ms=wait_ms)  # type: ignore[arg-type]
+        return lease(*arguments, **keywords)  # type: ignore[arg-type]
 
     store.lease = slowly  # type: ignore[assignment, method-assign]
     new = FakeRequest("new", tokens(18, first=5_000))

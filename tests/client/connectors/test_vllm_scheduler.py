@@ -80,9 +80,9 @@ class TestLookup:
         rig = Rig()
         slow, lease = FakeRequest("slow", tokens(18)), rig.store.lease
 
-        def late(*arguments: object, wait_ms: int) -> object:
+        def late(*arguments: object, **keywords: object) -> object:
             rig.clock.ns += STEP_BUDGET_NS
-            return lease(*arguments, wait_ms=wait_ms)  # type: ignore[arg-type]
+            return lease(*arguments, **keywords)  # type: ignore[arg-type]
 
         rig.store.lease = late  # type: ignore[assignment, method-assign]
         assert rig.side.lookup(slow, 0) == (0, False)

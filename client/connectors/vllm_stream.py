@@ -1,0 +1,129 @@
+"""Saves of the vLLM connector that go layer by layer, beside the forward pass that computes them.
+
+    engine   bind ── layer ── layer ── ... ── layer ── wait_for_save
+               │ jobs   │ ready += 1                      │ queued like any save
+    thread   begin ── advance ── advance ── ...        finish
+
+``StepStream`` says what is due, ``Drafts`` does it. A layer is one plane (``vllm_namespace``).
+
+The sum: a layer costs the engine a lock and a wake-up, about 10 us; the copies go beside it, on another core.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvcache.block import split_hashes
+from kvcache.client.connectors.vllm_plan import SaveJob
+from kvcache.client.store import SaveHints
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from kvcache.client.connectors.attach import Attachment
+    from kvcache.client.store import BlockingWriting
+
+BATCH_BYTES = 32 << 20
+"""About so much is copied at once, so that a load never waits for more."""
+
+_NOT_BEGUN = -1
+_log = logging.getLogger(__name__)
+
+
+class Pages(Protocol):
+    """The engine's pages, by the engine's block id."""
+
+    def planes(self, block_id: int) -> Sequence[Buffer]:
+        """Writable views of one block's pages, one a layer, in the order of the model's layers."""
+
+
+class StepStream:
+    """The streaming saves of one step and how far each is. Two threads use it, under one lock."""
+
+    def __init__(self, jobs: Sequence[SaveJob]) -> None:
+        self.jobs = tuple(jobs)
+        self.ready = 0
+        self._done = [_NOT_BEGUN] * len(jobs)
+
+    def take(self, plane_bytes: int) -> tuple[SaveJob, int] | None:
+        """The save that is furthest behind and up to which plane to bring it now; None: nothing is due."""
+        at = min(range(len(self.jobs)), key=self._done.__getitem__)
+        done, job = self._done[at], self.jobs[at]
+        if done >= self.ready:
+            return None
+        self._done[at] = 0 if done == _NOT_BEGUN else _next(done, self.ready, job, plane_bytes)
+        return job, self._done[at]
+
+
+@dataclass(slots=True)
+class _Draft:
+    writing: BlockingWriting
+    planes: int = 0
+
+
+class Drafts:
+    """The saves that were begun and have not ended. For one thread. Nothing is raised: what goes wrong here
+    leaves an ordinary save."""
+
+    def __init__(self, attachment: Attachment, pages: Pages) -> None:
+        self._attachment = attachment
+        self._pages = pages
+        self._open: dict[tuple[str, int], _Draft] = {}
+
+    def advance(self, job: SaveJob, planes: int) -> bool:
+        """Begin, or go on up to ``planes``. False: it raised."""
+        try:
+            draft = self._open.get(_key(job))
+            if draft is not None:
+                draft.planes = planes
+                draft.writing.advance(planes)
+            elif planes == 0 and (handles := self._attachment.handles()):
+                blocks = [self._pages.planes(block_id) for block_id in job.block_ids]
+                writing = self._attachment.store.begin_save(
+                    handles[0], split_hashes(job.hashes), blocks, job.parent, SaveHints(push=job.push)
+                )
+                self._open[_key(job)] = _Draft(writing)
+        except Exception:  # Border with the engine: without a draft it is saved whole.
+            _log.exception("kvcache: a save layer by layer failed")
+            self.drop(job)
+            return False
+        return True
+
+    def is_open(self, job: SaveJob) -> bool:
+        return _key(job) in self._open
+
+    def end(self, job: SaveJob) -> int | None:
+        """All planes are computed: how many blocks are held now. None: there is more to copy first, and a
+        part of it was done. REQUIRES: it is open. RAISES what the store raises."""
+        draft, spec = self._open[_key(job)], self._attachment.spec
+        planes = _next(draft.planes, spec.plane_count, job, spec.plane_bytes)
+        if planes < spec.plane_count:
+            draft.planes = planes
+            draft.writing.advance(planes)
+            return None
+        del self._open[_key(job)]
+        return draft.writing.finish()
+
+    def drop(self, job: SaveJob) -> None:
+        """It will not be saved this way. Reads no page. May be called for what is not open."""
+        if draft := self._open.pop(_key(job), None):
+            try:
+                draft.writing.abort()
+            except Exception:  # Border with the engine: what was reserved goes with the connection.
+                _log.exception("kvcache: a save could not be aborted")
+
+    def drop_all(self) -> None:
+        for draft in self._open.values():
+            draft.writing.abort()
+        self._open.clear()
+
+
+def _key(job: SaveJob) -> tuple[str, int]:
+    return job.request, job.start
+
+
+def _next(done: int, ready: int, job: SaveJob, plane_bytes: int) -> int:
+    return min(ready, done + max(1, BATCH_BYTES // (plane_bytes * len(job.block_ids))))

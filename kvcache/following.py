@@ -1,0 +1,154 @@
+"""Following a node: its events into an index, for as long as somebody wants it.
+
+    apart ──connected──► loading ──snapshot taken──► following
+      ▲                     │                            │
+      └──── pause, doubling ┴──── lost, late, garbage ───┘
+
+Two connections: one only for events, so that a reader that lags never holds up a reply. What the index
+holds stays while the node is away, marked as suspect; a node with another name takes its place.
+
+The sum: a probe a second, and what ``LocalityIndex.apply`` costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+from kvcache.clock import Clock
+from kvcache.errors import KVCacheError, Unavailable
+from kvcache.locality import LOST, LocalityIndex
+from kvcache.wire import EventBatch, Reply, Request, Welcome
+
+log = logging.getLogger("kvcache.following")
+
+PAUSE_S_MIN = 0.05
+PAUSE_S_MAX = 2.0
+POLL_S = 1.0
+
+
+class Channel(Protocol):
+    """What is asked of a connection to the node (``kvcache.channel.AsyncChannel``)."""
+
+    @property
+    def welcome(self) -> Welcome: ...
+
+    async def call(self, request: Request, deadline_ns: int) -> Reply: ...
+
+    def events(self) -> AsyncIterator[EventBatch]: ...
+
+    def close(self) -> None: ...
+
+
+class Watched(Protocol):
+    """Who wants to know how it goes."""
+
+    def met(self, welcome: Welcome) -> None:
+        """A connection was made. RAISES KVCacheError when this node is not to be followed."""
+
+    async def probe(self, calls: Channel) -> None:
+        """Ask the node something. RAISES KVCacheError when it does not answer."""
+
+    def parted(self, reason: str) -> None:
+        """The connections ended."""
+
+
+class Following:
+    """``run`` follows until it is cancelled. Everything else may be asked at any time."""
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Awaitable[Channel]],
+        index: LocalityIndex,
+        watched: Watched,
+        clock: Clock,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """``name``: what the log calls the node."""
+        self.node = ""
+        self.incarnation = 0
+        self.calls: Channel | None = None
+        """While there is a connection."""
+        self.trouble = "no connection was made yet"
+        self.sources: set[str] = set()
+        self._name = name
+        self._connect = connect
+        self._index = index
+        self._watched = watched
+        self._clock = clock
+        self._pause = pause
+        self._steady = False
+
+    async def run(self) -> None:
+        pause_s, said = PAUSE_S_MIN, ""
+        while True:
+            try:
+                reason = await self._follow()
+            except KVCacheError as error:
+                reason, self.trouble = "connection", str(error)
+            self._part(reason)
+            pause_s = PAUSE_S_MIN if self._steady else min(pause_s * 2, PAUSE_S_MAX)
+            if self.trouble != said:
+                log.warning("following %s ended (%s): %s", self._name, reason, self.trouble)
+                said = self.trouble
+            await self._pause(pause_s)
+
+    async def _follow(self) -> str:
+        """One pair of connections, to its end. Returns why events must be asked for anew."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._steady = False
+            events = await self._connect()
+            stack.callback(events.close)
+            calls = await self._connect()
+            stack.callback(calls.close)
+            self._watched.met(events.welcome)
+            self.calls = calls
+            self._meet(events.welcome)
+            poll = asyncio.get_running_loop().create_task(self._poll(events, calls))
+            stack.push_async_callback(_ended, poll)
+            async for batch in events.events():
+                self.sources.add(batch.source)
+                applied = self._index.apply(batch, self._clock.now_ns())
+                if applied in LOST:
+                    self.trouble = f"events of {batch.source} were lost"
+                    return applied.value
+        raise Unavailable("unavailable", "the node ended the stream of events")
+
+    def _meet(self, welcome: Welcome) -> None:
+        if (welcome.node, welcome.incarnation) != (self.node, self.incarnation):
+            for source in self.sources - {welcome.node}:
+                self._index.forget(source)
+            self.sources = set()
+        self.node, self.incarnation = welcome.node, welcome.incarnation
+
+    def _part(self, reason: str) -> None:
+        """The connections are closed: what the index holds is no longer known to be so."""
+        self.calls = None
+        self._watched.parted(reason)
+        for source in self.sources:
+            self._index.suspect(source)
+
+    async def _poll(self, events: Channel, calls: Channel) -> None:
+        """Prove that the node lives; without an answer, end the stream of events as well."""
+        while True:
+            asked_ns = self._clock.now_ns()
+            try:
+                await self._watched.probe(calls)
+            except KVCacheError:
+                self.trouble = "it does not answer"
+                events.close()
+                return
+            for source in self.sources:
+                self._index.heard(source, asked_ns)
+            await self._pause(POLL_S)
+            self._steady = True
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

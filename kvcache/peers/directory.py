@@ -1,0 +1,153 @@
+"""The peers of a node: which of them holds how much of a prefix, and whom to ask first.
+
+    each peer ── its events ──► one locality index ── find(blocks) ──► candidates, best first
+    a fetch that failed ──────► not asked for this block for a while ─┘
+
+Whoever holds more of what is asked comes first; of those that hold as much, one whose word is current, then
+one that has it in memory and not on a disk, then the one that would have it here soonest. The index may be
+behind: a block that it names and the peer has not is a miss, a block that it does not name is not looked for,
+but at the peer that a request names as its source.
+
+Invariants: the index holds ``INDEX_ENTRIES_MAX`` blocks at most, the blamed are ``BLAMED_MAX``; a peer that
+is away, or this node itself, is no candidate.
+
+The sum: 0.2 us a leading block and peer; 100 bytes of memory a block that a peer holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey
+from kvcache.clock import Clock
+from kvcache.locality import TIERS, LocalityIndex
+from kvcache.peers.peer import Here, Peer, Plane, Sums
+
+INDEX_ENTRIES_MAX = 1 << 20
+BLAMED_MAX = 4_096
+STATES = ("ok", "loading", "lost")
+
+_HOST = TIERS.index("host")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A peer that holds the leading ``blocks`` of what was asked for, ``in_memory`` of them not on disk."""
+
+    peer: Peer
+    blocks: int
+    in_memory: int
+    is_current: bool
+
+    def rank(self, start: int, count: int, block_bytes: int) -> tuple[int, bool, bool, float]:
+        """To bring ``count`` blocks from ``start`` on: lowest first."""
+        here = max(0, min(count, self.blocks - start))
+        on_disk = min(self.blocks, start + count) > self.in_memory
+        return -here, not self.is_current, on_disk, self.peer.load.queue_s(count * block_bytes)
+
+
+class Directory:
+    """One owner, the event loop's thread. ``start`` follows, ``close`` ends."""
+
+    def __init__(self, addresses: Sequence[str], here: Here, plane: Plane, sums: Sums, clock: Clock) -> None:
+        """RAISES BadInput when one of ``addresses`` is none of a control connection."""
+        self.index = LocalityIndex(INDEX_ENTRIES_MAX)
+        self.peers = [Peer(address, here, plane, self.index, sums, clock) for address in addresses]
+        self._clock = clock
+        self._blamed: dict[tuple[str, StorageKey], int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        for peer in self.peers:
+            task = asyncio.get_running_loop().create_task(peer.run())
+            self._tasks.add(task)
+            task.add_done_callback(_ended)
+
+    async def close(self) -> None:
+        """REQUIRES: nobody fetches any more. May be called twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for peer in self.peers:
+            await peer.close()
+
+    def named(self, name: str) -> Peer | None:
+        """The peer of this name, once it was reached."""
+        return next((peer for peer in self.peers if name and peer.name == name and not peer.is_self), None)
+
+    def find(self, keys: Sequence[StorageKey], source: str = "") -> list[Candidate]:
+        """Who holds the first of ``keys``, and how many of those behind it. ``source`` names a peer that has
+        them all, whatever the index says. REQUIRES: keys of one namespace, one at least."""
+        namespace = NamespaceId(keys[0][:HASH_BYTES])
+        hashes = [BlockHash(key[HASH_BYTES:]) for key in keys]
+        located = {each.source: each for each in self.index.locate(hashes, (namespace,))}
+        current = {state.source for state in self.index.sources() if state.synced}
+        found: list[Candidate] = []
+        for peer in self.peers:
+            if peer.is_self or not peer.may_be_asked:
+                continue
+            told = located.get(peer.name)
+            blocks, in_memory = (told.blocks, told.tiers[_HOST]) if told is not None else (0, 0)
+            if source and peer.name == source:
+                blocks = in_memory = len(keys)
+            blocks = self._unblamed(peer, keys, blocks)
+            if blocks:
+                found.append(Candidate(peer, blocks, in_memory, peer.name in current))
+        return found
+
+    def blame(self, peer: Peer, keys: Sequence[StorageKey], rest_ns: int) -> None:
+        """Do not ask this peer for these blocks for so long."""
+        until_ns = self._clock.now_ns() + rest_ns
+        for key in keys:
+            self._blamed.pop((peer.address, key), None)
+            self._blamed[peer.address, key] = until_ns
+        while len(self._blamed) > BLAMED_MAX:
+            del self._blamed[next(iter(self._blamed))]
+
+    def state_of(self, peer: Peer) -> str:
+        """One of ``STATES``."""
+        if not peer.is_up:
+            return "lost"
+        return (
+            "ok"
+            if any(each.source == peer.name and each.synced for each in self.index.sources())
+            else "loading"
+        )
+
+    def troubles(self) -> list[str]:
+        found = [peer.trouble for peer in self.peers if peer.trouble]
+        if any(state.partial for state in self.index.sources()):
+            found.append(
+                f"the peers hold more than {INDEX_ENTRIES_MAX} blocks: some of them are not known here, "
+                "and not fetched"
+            )
+        return found
+
+    def stats(self) -> dict[str, float]:
+        others = [peer for peer in self.peers if not peer.is_self]
+        states = Counter(self.state_of(peer) for peer in others)
+        return {
+            **{f"peers:{state}": float(states[state]) for state in STATES},
+            "peer_known_blocks": float(self.index.entries),
+            "peer_coming_bytes": float(sum(peer.load.bytes for peer in others)),
+            "peer_read_bytes_per_second": sum(peer.load.rate.value() or 0.0 for peer in others),
+        }
+
+    def _unblamed(self, peer: Peer, keys: Sequence[StorageKey], blocks: int) -> int:
+        if not self._blamed:
+            return blocks
+        now_ns = self._clock.now_ns()
+        blamed = self._blamed
+        return next(
+            (at for at in range(blocks) if blamed.get((peer.address, keys[at]), 0) > now_ns),
+            blocks,
+        )
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # Our own code is wrong: as with any task of the node, the command ends the process.
+        task.get_loop().call_exception_handler({"message": "following a peer", "exception": error})

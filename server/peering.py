@@ -1,0 +1,44 @@
+"""The peers of a node, as its settings name them, put together with what brings blocks from them."""
+
+from __future__ import annotations
+
+from kvcache.clock import NS_PER_MS
+from kvcache.credentials import read_private
+from kvcache.errors import BadInput
+from kvcache.peers.directory import Directory
+from kvcache.peers.fetch import Fetcher, Rules
+from kvcache.peers.peer import Here
+from kvcache.server.core import Core
+
+
+def join(core: Core, here: Here) -> None:
+    """Let the node bring blocks from the peers of its settings. RAISES BadInput for what is no address."""
+    config, bringing = core.config, core.bringing
+    directory = Directory(config.peer_addresses, here, core.plane, core.sum_chunks, core.clock)
+    bringing.directory = directory
+    bringing.fetcher = Fetcher(
+        core.ledger,
+        core.host,
+        directory,
+        Rules(config.peer_wait_ms * NS_PER_MS, config.peer_keep == "keep"),
+        core.clock,
+        core.counters,
+        core.settle,
+        bringing.committed,
+        bringing.promoting_bytes,
+    )
+
+
+def peer_token(path: str) -> str:
+    """What this node shows its peers: the one line of a file that only its user can read; empty without one.
+
+    RAISES BadInput."""
+    if not path:
+        return ""
+    try:
+        token = read_private(path).decode("ascii").strip()
+    except UnicodeDecodeError:
+        token = ""
+    if not token or len(token.split()) > 1:
+        raise BadInput("bad_credentials", f"{path} holds no token", "it is one line of ASCII", "see docs")
+    return token
