@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: .venv/.installed  ## a node, a trace, a kill and a restart; a minute, no GPU
+demo: .venv/.installed  ## two nodes, a trace, a kill and a restart; a minute, no GPU
 	$(RUN)/kvcache demo
 
 test: .venv/.dev  ## all tests but those of real engines, ucxx and NIXL

@@ -21,30 +21,29 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 import click
+import msgspec
 from click.core import ParameterSource
 
 from kvcache import demo_report
-from kvcache.channel import BlockingChannel
-from kvcache.clock import NS_PER_S, SystemClock
+from kvcache.clock import NS_PER_S
 from kvcache.config import parse_size
 from kvcache.demo_client import Setup
 from kvcache.demo_feed import Client, Feed, full_blocks
 from kvcache.demo_locate import Located, ask_locate
+from kvcache.demo_nodes import Nodes, NodeSettings
 from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace, read_trace
-from kvcache.testing.processes import NodeProcess
-from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply
 
 CLIENTS = 3
+NODES = 2
 SECONDS = 20.0
 CAPACITY = "1GiB"
 NVME = "3GiB"
@@ -56,7 +55,6 @@ BLOCK_BYTES_MIN = 4_096
 BLOCK_BYTES_MAX = 2 << 20
 GENERATED_REQUESTS = 40_000
 TICK_S = 0.1
-ASK_S = 5
 LOCATE_S = 3
 
 
@@ -72,6 +70,7 @@ class Options:
     capacity: str = CAPACITY
     nvme: str = NVME
     clients: int = CLIENTS
+    nodes: int = NODES
 
 
 class Teller:
@@ -113,19 +112,18 @@ class Demo:
         self._nvme_bytes = self._room_on_disk(
             parse_size(options.nvme, "nvme") if options.nvme != "none" else 0
         )
+        self._nodes = Nodes(NodeSettings(self._home, options.nodes, options.capacity, self._nvme_bytes))
         self._setup = Setup(
-            address=f"unix://{self._home / 'node.sock'}",
+            address=self._nodes.address(0),
             block_tokens=self._trace.block_tokens,
             block_bytes=block_bytes_for(self._trace, self._capacity_bytes),
             seed=options.seed,
         )
         totals = Totals(self._trace.block_tokens, self._setup.block_bytes)
         self._feed = Feed(self._trace, options.request_count or self._trace.request_count, totals)
-        self._node = self._new_node()
         self._clients: list[Client] = []
         self._started_ns = 0
         self._kill: Kill | None = None
-        self._values: Counter[str] = Counter()
         self._located = Located()
 
     def __enter__(self) -> Demo:
@@ -137,16 +135,19 @@ class Demo:
         self._feed.close()
         for client in self._clients:
             client.close()
-        self._node.close()
+        self._nodes.close()
         self._directory.cleanup()
         self._tell.clear()
 
     def run(self) -> Report:
         """Replay, with the kill in the middle. RAISES Unavailable when the node or a client ends early."""
-        self._node.start()
+        self._nodes.start()
         self._tell.line(self._opening())
         for number in range(self._options.clients):
-            self._clients.append(Client(self._setup, self._feed, self._home / f"client-{number}.log"))
+            setup = msgspec.structs.replace(
+                self._setup, address=self._nodes.address(number % self._options.nodes)
+            )
+            self._clients.append(Client(setup, self._feed, self._home / f"client-{number}.log"))
         self._started_ns = time.monotonic_ns()
         for client in self._clients:
             client.begin()
@@ -157,23 +158,25 @@ class Demo:
             client.check()
         seconds = self._elapsed_s
         self._locate_at_last()
-        self._count_node()
+        values = self._nodes.counted()
         return Report(
             source=self._source,
             clients=self._options.clients,
+            nodes=self._options.nodes,
             capacity_bytes=self._capacity_bytes,
             seconds=seconds,
             totals=self._feed.totals,
             kill=self._kill,
             hit_again_s=self._feed.hit_again_s,
-            evicted_blocks=int(self._values["removed_blocks:evicted"]),
+            evicted_blocks=values.get("removed_blocks:evicted", 0),
             nvme=Nvme(
                 self._nvme_bytes,
-                self._values["nvme_written_blocks"],
-                self._values["nvme_restored_blocks"],
-                self._values["nvme_read_blocks"],
+                values.get("nvme_written_blocks", 0),
+                values.get("nvme_restored_blocks", 0),
+                values.get("nvme_read_blocks", 0),
             ),
             located=self._located,
+            fetched_blocks=values.get("peer_fetched_blocks", 0),
         )
 
     # --- while it runs --------------------------------------------------------------------------
@@ -189,18 +192,16 @@ class Demo:
             self._located = self._locate()
 
     def _kill_node(self) -> None:
-        """SIGKILL, then a new node on the same socket. The clients go on meanwhile."""
-        self._count_node()
+        """SIGKILL to the first, then a new node on the same socket. All clients go on meanwhile."""
         killed_s, requests = self._elapsed_s, self._feed.totals.requests
-        self._happened(f"the node is killed (SIGKILL to process {self._node.pid})")
-        self._node.kill()
+        self._happened(f"node-1 is killed (SIGKILL to process {self._nodes.first_pid})")
+        self._nodes.kill_first()
         self._feed.watch_for_hit()
-        self._node = self._new_node()
-        self._node.start()
+        self._nodes.restart_first()
         self._kill = Kill(killed_s, requests, self._elapsed_s - killed_s)
-        self._happened(f"a new node answers on the same socket, {self._node.http}")
+        self._happened(f"a new node answers on the same socket, {self._nodes.http[0]}")
         if self._nvme_bytes:
-            self._happened(f"it found {self._restored_blocks():,} blocks on NVMe")
+            self._happened(f"it found {self._nodes.ask(0).get('nvme_restored_blocks', 0):,} blocks on NVMe")
 
     def _room_on_disk(self, wanted_bytes: int) -> int:
         """A demo must not fill the disk of who tries it: nothing, if that is near."""
@@ -215,7 +216,7 @@ class Demo:
         request = self._feed.last_hit
         if request is None:
             return Located()
-        return ask_locate(self._node.http, self._setup, full_blocks(request, self._setup.block_tokens))
+        return ask_locate(self._nodes.http[0], self._setup, full_blocks(request, self._setup.block_tokens))
 
     def _locate_at_last(self) -> None:
         """After a short replay the new node's index may still be reading what the node holds."""
@@ -223,24 +224,6 @@ class Demo:
         while not self._located.blocks and time.monotonic_ns() < end_ns:
             self._located = self._locate()
             time.sleep(TICK_S)
-
-    def _restored_blocks(self) -> int:
-        return int(self._ask_node().get("nvme_restored_blocks", 0))
-
-    def _count_node(self) -> None:
-        """Add the node's counters to those of the nodes before it."""
-        self._values.update({name: int(value) for name, value in self._ask_node().items()})
-
-    def _ask_node(self) -> dict[str, float]:
-        deadline_ns = SystemClock().now_ns() + ASK_S * NS_PER_S
-        hello = Hello(PROTOCOL_VERSION, client="kvcache demo")
-        channel = BlockingChannel.connect(self._setup.address, hello, deadline_ns)
-        try:
-            reply = channel.call(Stats(), deadline_ns)
-        finally:
-            channel.close()
-        assert isinstance(reply, StatsReply), reply
-        return reply.values
 
     # --- words ----------------------------------------------------------------------------------
 
@@ -256,32 +239,22 @@ class Demo:
         self._tell.line(f"  {self._elapsed_s:5.1f} s  {text}")
 
     def _opening(self) -> str:
-        setup = self._setup
+        setup, options = self._setup, self._options
+        peers = ", which fetch blocks from one another over tcp://" if options.nodes > 1 else ""
+        nodes = f"{options.nodes} of {options.capacity} of host memory{peers}"
         return "\n".join(
             [
                 f"trace      {self._source}, in blocks of {setup.block_tokens} tokens",
-                f"node       {self._options.capacity} of host memory, process {self._node.pid}, "
-                f"{self._setup.address}",
+                f"nodes      {nodes if options.nodes > 1 else f'{options.capacity} of host memory'}",
                 f"NVMe       {self._nvme_bytes / (1 << 30):.1f} GiB of disk in {self._home / 'tier'}, "
-                "written behind",
-                f"HTTP       {self._node.http}  (/metrics, /v1/stats, /v1/locate; while this runs)",
-                f"clients    {self._options.clients} processes over shared memory",
+                "written behind by node-1",
+                f"HTTP       {'  '.join(self._nodes.http)}  (/metrics, /v1/locate; while this runs)",
+                f"clients    {options.clients} processes over shared memory, in turn at each node",
                 f"blocks     {setup.block_bytes:,} bytes that follow from the key; one of {MODEL.name} "
                 f"has {setup.block_tokens * MODEL.kv_bytes_a_token:,}",
                 "",
             ]
         )
-
-    def _new_node(self) -> NodeProcess:
-        settings = {
-            "socket": self._setup.address.removeprefix("unix://"),
-            "http": "127.0.0.1:0",
-            "capacity": self._options.capacity,
-            "name": "demo",
-        }
-        if self._nvme_bytes:
-            settings["nvme"] = f"{self._home / 'tier'}:{self._nvme_bytes}"
-        return NodeProcess(settings, self._home / "node.log")
 
 
 def block_bytes_for(trace: Trace, capacity_bytes: int) -> int:
@@ -328,9 +301,10 @@ def _with_engines(context: click.Context, as_json: bool) -> int:
 @click.option(
     "--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, show_default=True, help="of trace and bytes"
 )
-@click.option("--capacity", default=CAPACITY, show_default=True, help="host memory of the node")
-@click.option("--nvme", default=NVME, show_default=True, help="disk of the node, or none")
+@click.option("--capacity", default=CAPACITY, show_default=True, help="host memory of each node")
+@click.option("--nvme", default=NVME, show_default=True, help="disk of the first node, or none")
 @click.option("--clients", type=click.IntRange(1, 64), default=CLIENTS, show_default=True, help="processes")
+@click.option("--nodes", type=click.IntRange(1, 8), default=NODES, show_default=True, help="peers")
 @click.option("--engine", is_flag=True, help="two real vLLM processes instead; takes --json beside it")
 @click.option("--json", "as_json", is_flag=True, help="end with one JSON object, and print nothing else")
 @click.pass_context
@@ -343,16 +317,17 @@ def demo(
     capacity: str,
     nvme: str,
     clients: int,
+    nodes: int,
     engine: bool,
     as_json: bool,
 ) -> None:
-    """One node, several clients, a trace, a kill and a restart; every byte compared.
+    """Two nodes, several clients, a trace, a kill and a restart; every byte compared.
 
     Needs no GPU. Exit status 1 when a byte was wrong or nothing was found again."""
     signal.signal(signal.SIGTERM, _stop)
     if engine:
         sys.exit(_with_engines(context, as_json))
-    options = Options(trace, requests or 0, seconds, seed, capacity, nvme, clients)
+    options = Options(trace, requests or 0, seconds, seed, capacity, nvme, clients, nodes)
     with Demo(options, Teller(quiet=as_json)) as run:
         report = run.run()
     click.echo(json.dumps(demo_report.as_json(report)) if as_json else demo_report.summary(report))

@@ -22,6 +22,8 @@ from kvcache.demo_locate import Located
 GB = 1e9
 NS_PER_S = 1e9
 BAR_CHARS = 24
+SHARING_REQUESTS = 200
+"""In so many prompts, some begin like one that another node has."""
 NEXT = """\
 How to go on:
   kvcache serve --capacity 8GiB       a node for the engines on this host
@@ -136,11 +138,16 @@ class Report:
     evicted_blocks: int
     located: Located
     nvme: Nvme = Nvme()
+    nodes: int = 1
+    fetched_blocks: int = 0
+    """What nodes had from one another."""
 
     @property
     def exit_status(self) -> int:
         lost_all = self.nvme.capacity_bytes and self.kill and not self.nvme.restored_blocks
-        return 1 if self.totals.wrong_bytes or not self.totals.hit_tokens or lost_all else 0
+        meant_to_share = self.nodes > 1 and self.clients > 1 and self.totals.requests >= SHARING_REQUESTS
+        apart = meant_to_share and not self.fetched_blocks
+        return 1 if self.totals.wrong_bytes or not self.totals.hit_tokens or lost_all or apart else 0
 
 
 def rate(count_bytes: int, time_ns: int) -> float:
@@ -183,6 +190,8 @@ def as_json(report: Report) -> dict[str, object]:
         "block_bytes": totals.block_bytes,
         "block_tokens": totals.block_tokens,
         "clients": report.clients,
+        "nodes": report.nodes,
+        "peer_fetched_blocks": report.fetched_blocks,
         "trace": report.source,
         "restart_seconds": round(kill.back_s, 3) if kill else 0.0,
         "requests_without_node": totals.away_requests,
@@ -207,8 +216,9 @@ def summary(report: Report) -> str:
         ("in", _moved(totals.saved_bytes, totals.save_gb_a_second)),
         ("evicted", _evicted(report)),
         ("NVMe", _nvme(report)),
+        ("peers", _peers(report)),
         ("wrong bytes", _wrong(totals)),
-        *[("node killed", line) for line in _kill_lines(report)],
+        *[("node-1 killed", line) for line in _kill_lines(report)],
         ("who has it?", _located(report.located)),
     ]
     return "\n".join(["", *_aligned(rows), "", NEXT])
@@ -246,7 +256,8 @@ def _moved(count_bytes: int, gb_a_second: float) -> str:
 def _evicted(report: Report) -> str:
     capacity_blocks = report.capacity_bytes // report.totals.block_bytes
     return (
-        f"{report.evicted_blocks:,} blocks, least recently used leaves first; {capacity_blocks:,} fit at once"
+        f"{report.evicted_blocks:,} blocks, least recently used leaves first; "
+        f"{capacity_blocks:,} fit in a node"
     )
 
 
@@ -258,6 +269,13 @@ def _nvme(report: Report) -> str:
         f"{nvme.written_blocks:,} blocks written, {nvme.read_blocks:,} read back; "
         f"{nvme.restored_blocks:,} found again after the kill"
     )
+
+
+def _peers(report: Report) -> str:
+    if report.nodes < 2:
+        return "one node: nobody to fetch from"
+    moved = report.fetched_blocks * report.totals.block_bytes / GB
+    return f"{report.fetched_blocks:,} blocks ({moved:,.1f} GB) that another node held, fetched and verified"
 
 
 def _wrong(totals: Totals) -> str:

@@ -147,6 +147,14 @@ def test_nothing_found_again_on_nvme_is_a_failure() -> None:
     assert replace(killed, nvme=Nvme()).exit_status == 0
 
 
+def test_nodes_that_fetched_nothing_from_one_another_are_a_failure() -> None:
+    totals = Totals(16, 4_096, requests=200, hit_tokens=16)
+    apart = Report("t", 2, 1, 1.0, totals, None, 1.0, 0, Located(), nodes=2)
+    assert apart.exit_status == 1
+    assert replace(apart, fetched_blocks=1).exit_status == 0
+    assert replace(apart, totals=replace(totals, requests=199)).exit_status == 0
+
+
 def test_a_full_store_saves_less() -> None:
     store = DictStore()
     store.room = 2
@@ -300,7 +308,8 @@ def test_the_demo_runs_through(tmp_path: Path) -> None:
     assert result["nvme_restored_blocks"] > 0, "the killed node's blocks are found on NVMe"
     assert result["nvme_read_blocks"] > 0, "and served"
     assert result["located"]["error"] == ""
-    assert result["located"]["source"] == "demo"
+    assert result["peer_fetched_blocks"] > 0, "what one node holds is loaded at the other"
+    assert result["located"]["source"] == "node-1"
     assert result["located"]["blocks"] > 0
     assert list(tmp_path.iterdir()) == []
     assert left_after(tmp_path) == []
