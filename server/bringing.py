@@ -81,10 +81,6 @@ class Bringing:
         if self.stack is not None:
             self.stack.committed(path)
 
-    def promoting_bytes(self) -> int:
-        """Bytes on their way from NVMe."""
-        return 0 if self.stack is None else self.stack.promoting_bytes
-
     def stats(self) -> dict[str, float]:
         return {
             name: value

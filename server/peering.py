@@ -33,7 +33,6 @@ def join(core: Core, here: Here) -> None:
         core.counters,
         core.settle,
         bringing.committed,
-        bringing.promoting_bytes,
     )
 
 

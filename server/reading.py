@@ -91,7 +91,8 @@ class Reading:
         coming = core.bringing.coming(keys[len(lease.keys) :])
         if not coming:  # Else it is asked again.
             core.bringing.touched(lease.keys)
-            core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+            if not self._identity.node:  # What a node asks for is counted where it was asked first.
+                core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),

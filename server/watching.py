@@ -1,4 +1,4 @@
-"""Telling one client what changes: everything to a node's own HTTP process, its own to a tenant."""
+"""Telling one client what changes: all to a node's own HTTP process and to peers, its own to a tenant."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Watching:
         self._identity = identity
         self._push = push
         self._begun = False
+        # A peer may act for every tenant as it is, and follows all of them on one connection.
+        self._sees_all = identity.inside or ("peer" in identity.roles and bool(identity.node))
 
     def begin(self, call: int) -> Following:
         """What is there now, then every batch as it happens. RAISES NotAllowed; BadInput the second time."""
@@ -37,7 +39,7 @@ class Watching:
 
     def _visible(self, batch: wire.EventBatch) -> wire.EventBatch:
         """The batch as this tenant may see it. Empty ones stay: their numbers show that none was lost."""
-        if self._identity.inside:
+        if self._sees_all:
             return batch
         tenant = self._identity.tenant
         mine = [event for event in batch.events if self._core.tenant_of(event.namespace) == tenant]

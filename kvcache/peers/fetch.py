@@ -14,7 +14,8 @@ transfer. Whoever waits has a deadline; the transfer goes on without him, and wh
 the next.
 
 Invariants: a block that is coming belongs to exactly one group; a slot that is read into stays reserved until
-the read has ended; with what comes from NVMe, at most a quarter of the host tier is on its way.
+the read has ended; with what comes from NVMe, at most a quarter of the host tier is on its way,
+or one group.
 
 The sum: see ``peer``; the ledger takes 50 us a group. Groups are ``GROUP_BYTES``, so that the trips to the
 peer and the interpreter hide behind the bytes of others.
@@ -38,10 +39,12 @@ from kvcache.ledger import Ledger, Reservation
 from kvcache.peers.directory import Candidate, Giver
 from kvcache.peers.peer import Arrived, FetchFailed, Wanted
 from kvcache.policy import RequestContext
+from kvcache.sums import SUM_BYTES
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.promote import GROUP_BLOCKS_MAX, GROUP_BYTES, IN_FLIGHT_PARTS, OWNER
 from kvcache.tiers.rates import worth_loading
 from kvcache.transport.base import Priority
+from kvcache.wire import BATCH_BLOCKS_MAX, BODY_BYTES_MAX
 
 log = logging.getLogger("kvcache.peers")
 
@@ -49,6 +52,9 @@ WRONG_REST_NS = 60 * NS_PER_S
 """A peer whose bytes of a block were wrong is not asked for it for so long."""
 GONE_REST_NS = 500 * NS_PER_MS
 """The same for a block that it should have had: its events may not have arrived yet."""
+
+BEHIND_MAX = BATCH_BLOCKS_MAX - GROUP_BLOCKS_MAX
+SUMS_BYTES_MAX = BODY_BYTES_MAX // 2
 
 Good = tuple[bytes, bytes]
 
@@ -91,8 +97,10 @@ class Rules:
 class _Group:
     """Blocks on their way. Its time counts from its first turn at a peer."""
 
-    def __init__(self, reservation: Reservation, asked: Asked) -> None:
+    def __init__(self, reservation: Reservation, asked: Asked, behind: Sequence[StorageKey]) -> None:
+        """``behind``: the blocks before them, as far as they are known."""
         self.reservation = reservation
+        self.behind = behind
         self.asked = asked
         self.good: list[Good] = []
         self.tried: set[str] = set()
@@ -120,10 +128,8 @@ class Fetcher:
         counters: Counter[str],
         settle: Callable[[], None],
         committed: Callable[[Sequence[StorageKey]], None],
-        elsewhere: Callable[[], int],
     ) -> None:
-        """``committed`` is told of a path that was published, and is to be kept; ``elsewhere`` tells how many
-        bytes are on their way into host memory from other places."""
+        """``committed`` is told of a path that was published, and is to be kept."""
         self._ledger = ledger
         self._memory = memory
         self._directory = directory
@@ -132,17 +138,10 @@ class Fetcher:
         self._counters = counters
         self._settle = settle
         self._committed = committed
-        self._elsewhere = elsewhere
         self._groups: dict[StorageKey, asyncio.Task[None]] = {}
         self._untold: list[tuple[StorageKey, ...]] = []
-        self._bytes = 0
         self._bytes_max = memory.capacity_bytes // IN_FLIGHT_PARTS
         self._is_closed = False
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes for which slots are reserved here just now."""
-        return self._bytes
 
     def ask(self, keys: Sequence[StorageKey], first: int, asked: Asked) -> int:
         """How many leading blocks are in host memory, or will be if all goes well, given that the leading
@@ -197,7 +196,7 @@ class Fetcher:
             return True
         rates = [each.peer.load.rate.value() for each in found]
         rate = sum(each or 0.0 for each in rates) if all(rates) else None
-        queue_ns = int(self._bytes * NS_PER_S / rate) if rate else 0
+        queue_ns = int(sum(each.peer.load.bytes for each in found) * NS_PER_S / rate) if rate else 0
         size, tokens = blocks * asked.spec.block_bytes, blocks * asked.spec.block_tokens
         return worth_loading(size, rate, queue_ns, tokens, asked.prefill_tokens_s)
 
@@ -211,9 +210,9 @@ class Fetcher:
     ) -> int:
         """Reserve for a group from ``first`` on and begin to fetch it. How many blocks are taken care of."""
         block_bytes = asked.spec.block_bytes
-        names = self._cut(keys, first, end, block_bytes)
+        names = self._cut(keys, first, end, asked.spec)
         size = len(names) * block_bytes
-        if not names or (self._bytes and self._bytes + self._elsewhere() + size > self._bytes_max):
+        if not names or (self._groups and self._memory.coming_bytes + size > self._bytes_max):
             return 0
         before = keys[first - 1] if first else asked.parent
         context = RequestContext(now_ns=self._clock.now_ns(), priority=50 if self._rules.keep else 0)
@@ -224,29 +223,34 @@ class Fetcher:
         self._settle()
         if reservation.reservation_id:
             best = min(found, key=lambda each: each[0].rank(first - each[1], len(names), block_bytes))
-            self._begin(_Group(reservation, asked), best[0].peer)
+            end = first + reservation.start
+            self._begin(_Group(reservation, asked, keys[max(0, end - BEHIND_MAX) : end]), best[0])
         return reservation.start + len(reservation.keys)
 
-    def _begin(self, group: _Group, peer: Giver) -> None:
-        self._bytes += group.rest_bytes
+    def _begin(self, group: _Group, best: Candidate) -> None:
+        peer = best.peer
+        self._memory.coming_bytes += group.rest_bytes
         peer.load.assign(group.rest_bytes)
-        task = asyncio.get_running_loop().create_task(self._bring(group, peer))
+        task = asyncio.get_running_loop().create_task(self._bring(group, best))
         task.add_done_callback(partial(self._ended, group, peer))
         self._groups.update(dict.fromkeys(group.reservation.keys, task))
 
-    def _cut(self, keys: Sequence[StorageKey], first: int, end: int, block_bytes: int) -> list[StorageKey]:
-        most = min(max(1, GROUP_BYTES // block_bytes), GROUP_BLOCKS_MAX)
-        return list(takewhile(lambda key: key not in self._groups, keys[first : min(end, first + most)]))
+    def _cut(self, keys: Sequence[StorageKey], first: int, end: int, spec: BlockSpec) -> list[StorageKey]:
+        """As many as make a group, by their bytes and by the sums that a reply can hold; one at least."""
+        most = min(GROUP_BYTES // spec.block_bytes, SUMS_BYTES_MAX // (spec.chunk_count * SUM_BYTES))
+        end = min(end, first + max(1, min(most, GROUP_BLOCKS_MAX)))
+        return list(takewhile(lambda key: key not in self._groups, keys[first:end]))
 
-    async def _bring(self, group: _Group, first: Giver) -> None:
+    async def _bring(self, group: _Group, first: Candidate) -> None:
         """Ask one peer after another, each once. What is in ``group.good`` at the end has come."""
-        peer: Giver | None = first
-        while peer is not None:
-            async with peer.turns:
-                await self._try(group, peer)
-            peer = self._next(group)
+        best: Candidate | None = first
+        while best is not None:
+            async with best.peer.turns:
+                await self._try(group, best)
+            best = self._next(group)
 
-    async def _try(self, group: _Group, peer: Giver) -> None:
+    async def _try(self, group: _Group, best: Candidate) -> None:
+        peer = best.peer
         now_ns = self._clock.now_ns()
         group.deadline_ns = group.deadline_ns or now_ns + self._rules.wait_ns
         group.tried.add(peer.address)
@@ -256,7 +260,8 @@ class Fetcher:
         left_ns = group.deadline_ns - now_ns
         deadline_ns = now_ns + (left_ns // 2 if self._next(group) is not None else left_ns)
         asked, rest = group.asked, group.rest
-        wanted = Wanted(asked.tenant, asked.namespace, asked.spec, rest)
+        behind = (*group.behind, *group.reservation.keys[: len(group.good)]) if best.on_disk else ()
+        wanted = Wanted(asked.tenant, asked.namespace, asked.spec, rest, behind=behind)
         slots = group.reservation.slots[len(group.good) :]
         views = [self._memory.view(slot, asked.spec.block_bytes) for slot in slots]
         try:
@@ -279,21 +284,20 @@ class Fetcher:
             self._counters["peer_failed_fetches:gone"] += 1
             self._directory.blame(peer, [rest[arrived.given]], GONE_REST_NS)
 
-    def _next(self, group: _Group) -> Giver | None:
+    def _next(self, group: _Group) -> Candidate | None:
         """Who else has what is still missing, while there is time."""
         if not group.rest or group.deadline_ns <= self._clock.now_ns():
             return None
         found = self._directory.find(group.rest, group.asked.source)
         others = [each for each in found if each.peer.address not in group.tried]
         block_bytes = group.asked.spec.block_bytes
-        best = min(others, key=lambda each: each.rank(0, len(group.rest), block_bytes), default=None)
-        return None if best is None else best.peer
+        return min(others, key=lambda each: each.rank(0, len(group.rest), block_bytes), default=None)
 
     def _ended(self, group: _Group, first: Giver, task: asyncio.Task[None]) -> None:
         """However it ended, and even if it never began: nothing is read into the slots any more."""
         reservation, count = group.reservation, len(group.good)
         size = len(reservation.keys) * reservation.block_bytes
-        self._bytes -= size
+        self._memory.coming_bytes -= size
         first.load.free(size)
         for key in reservation.keys:
             del self._groups[key]

@@ -65,6 +65,8 @@ class HostTier:
         self._unit_count = capacity_bytes // unit_bytes
         step = HUGE_PAGE_BYTES if huge_pages else mmap.PAGESIZE
         self.capacity_bytes = -(-capacity_bytes // step) * step
+        self.coming_bytes = 0
+        """On their way into reserved slots, from NVMe or a peer: counted here by who brings them."""
         self._arenas: list[Arena] = []
         self._closed = False
 

@@ -161,11 +161,6 @@ class Stack:
         """Until none of these is on its way, or the time is over."""
         await self._promoter.wait(keys, wait_ns)
 
-    @property
-    def promoting_bytes(self) -> int:
-        """Bytes that are being read into host memory just now."""
-        return self._promoter.in_flight_bytes
-
     def committed(self, path: Sequence[StorageKey]) -> None:
         """Blocks were published in the host tier."""
         self._demoter.committed(path)
