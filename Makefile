@@ -37,7 +37,7 @@ format: .venv/.dev  ## what check would complain of, mended where a tool can
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
 
-test-engines: .venv-engines/.installed  ## the tests that run a real engine (vLLM on CPU)
+test-engines: .venv-engines/.installed .venv-ucx/.installed  ## the tests that run a real engine (vLLM on CPU)
 	@test -d tests/engines || { echo "make test-engines: there is no tests/engines" >&2; exit 1; }
 	$(RUN_ENGINES)/pytest -m engine --junit-xml=.reports/test-engines.xml tests/engines
 

@@ -21,10 +21,14 @@ END_S = 10.0
 class NodeProcess:
     """``kvcache serve`` with the given settings. Use as a context manager: the process never outlives it."""
 
-    def __init__(self, settings: Mapping[str, str], log: Path | None = None) -> None:
-        """``settings`` are those of ``config.NodeConfig``. Its log goes to ``log``, or nowhere."""
+    def __init__(
+        self, settings: Mapping[str, str], log: Path | None = None, interpreter: str = sys.executable
+    ) -> None:
+        """``settings`` are those of ``config.NodeConfig``. Its log goes to ``log``, or nowhere. Another
+        ``interpreter`` has other transports."""
         self._settings = dict(settings)
         self._log = log
+        self._interpreter = interpreter
         self._process: subprocess.Popen[str] | None = None
         self.socket = ""
         self.tcp = ""
@@ -47,7 +51,7 @@ class NodeProcess:
     def start(self) -> None:
         """Start and wait until clients can connect. RAISES Unavailable with the end of its log."""
         assert self._process is None, "the node runs already"
-        command = [sys.executable, "-m", "kvcache", "serve", "--json"]
+        command = [self._interpreter, "-m", "kvcache", "serve", "--json"]
         for name, value in self._settings.items():
             command += [f"--{name.replace('_', '-')}", value]
         sink = self._log.open("ab") if self._log else None
