@@ -13,16 +13,16 @@ wire, where blocks go whole.
 The sum: an advance is a copy at memory speed and one call to the node, 80 us. So planes are kept until there
 are ``STEP_BYTES`` of them (about 1 ms of copying) or ``1 / STEPS_MIN`` of all planes, whichever comes first:
 at most ``STEPS_MIN`` calls beside those that their own copies hide. Around a copy Python spends about 1 us a
-block and plane.
+block and plane. In all, 16 blocks of 2 MiB take about 4 ms, in place of 3 ms in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from kvcache.block import BlockHash
+from kvcache.block import BlockHash, BlockSpec
 from kvcache.client import operations
 from kvcache.client.checks import batches, check_save, flat_blocks, joined_hashes
 from kvcache.client.link import Context
@@ -41,14 +41,19 @@ STEPS_MIN: Final = 8
 
 @dataclass(slots=True)
 class Draft:
-    """One save under way. ``reserved`` is None when nothing is reserved (any more) for it; ``connection`` is
-    the link that holds the reservation. ``sums[i]`` are those of the planes of the i-th copy, block-major."""
+    """One save under way.
+
+    ``is_planar``: each block is in pieces of one plane. ``reserved`` is None when nothing is reserved (any
+    more) for it; ``connection`` is the link that holds the reservation. ``sums[i]`` are those of the planes of
+    the i-th copy, block-major.
+    """
 
     handle: Handle
     prefix: Sequence[BlockHash]
-    blocks: Sequence[Sequence[memoryview]]
+    blocks: Sequence[list[memoryview]]
     parent: bytes
     hints: SaveHints
+    is_planar: bool
     reserved: Reserved | None = None
     connection: int = 0
     tells: bool = True
@@ -71,7 +76,8 @@ def begin(
     views = flat_blocks(blocks, handle.spec, writable=False)
     joined_hashes(prefix)
     check_save(prefix, views, parent)
-    draft = Draft(handle, tuple(prefix), views, parent, hints)
+    is_planar = {len(piece) for block in views for piece in block} == {handle.spec.plane_bytes}
+    draft = Draft(handle, tuple(prefix), views, parent, hints, is_planar)
     if not prefix or context.link.slab is None or not context.reaches(handle):
         return draft
     batch = next(batches(prefix, operations.blocks_a_batch(handle.spec)))
@@ -175,7 +181,10 @@ def _copied(context: Context, draft: Draft, reserved: Reserved, planes: int) -> 
     assert slab is not None, "a reservation in the map goes with its connection"
     span = (draft.copied * spec.plane_bytes, planes * spec.plane_bytes)
     blocks = draft.blocks[reserved.start : reserved.start + reserved.count]
-    sources = [list(_cut(block, *span)) for block in blocks]
+    if draft.is_planar:
+        sources = [block[draft.copied : planes] for block in blocks]
+    else:
+        sources = [_cut(block, draft.copied, planes, spec) for block in blocks]
     targets = _targets(slab.slots(reserved.offsets, spec.block_bytes), sources, span)
     flat = [piece for block in sources for piece in block]
     slab.warm()
@@ -199,14 +208,16 @@ def _targets(
     return cut
 
 
-def _cut(block: Sequence[memoryview], start: int, end: int) -> Iterator[memoryview]:
-    """The bytes from ``start`` to ``end`` of a block, in pieces."""
-    at = 0
+def _cut(block: Sequence[memoryview], start: int, end: int, spec: BlockSpec) -> list[memoryview]:
+    """The planes from ``start`` to ``end`` of a block, in pieces."""
+    cut: list[memoryview] = []
+    first_byte, last_byte, at = start * spec.plane_bytes, end * spec.plane_bytes, 0
     for piece in block:
-        first, last = max(start - at, 0), min(end - at, len(piece))
+        first, last = max(first_byte - at, 0), min(last_byte - at, len(piece))
         if first < last:
-            yield piece[first:last]
+            cut.append(piece[first:last])
         at += len(piece)
+    return cut
 
 
 def _tell(context: Context, draft: Draft, message: Advance) -> Operation[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -152,6 +153,19 @@ def test_what_is_told_are_the_sums_of_the_new_planes_of_each_block() -> None:
         assert (advance.reservation, advance.planes) == (7, planes)
         assert advance.sums == sum_chunks(fresh, LAYERS.chunk_bytes)
     bench.compute(draft, LAYERS.plane_count)
+    assert bench.finish(draft) == COUNT
+    assert bench.stored()
+
+
+@pytest.mark.parametrize("lengths", [[16, 16], [1] * 32, [2, 1, 1] * 8, [3, 1, 28]])
+def test_pieces_may_end_anywhere(lengths: list[int]) -> None:
+    bench = Bench()
+    ends = [sum(lengths[: at + 1]) * LAYERS.plane_bytes for at in range(len(lengths))]
+    pieces = [[memoryview(block)[a:b] for a, b in itertools.pairwise([0, *ends])] for block in bench.blocks]
+    begun = layered.begin(bench.context, bench.handle, bench.prefix, pieces, b"", NO_HINTS)
+    draft = bench.script.drive(begun)
+    for planes in (5, 6, 7, 11, 32):
+        bench.compute(draft, planes)
     assert bench.finish(draft) == COUNT
     assert bench.stored()
 
