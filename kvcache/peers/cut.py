@@ -92,8 +92,11 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Donor:
+    """``on_disk``: it may have to read these blocks first, and then those before them."""
+
     peer: Giver
     way: Way
+    on_disk: bool
 
 
 class Cuts:
@@ -151,13 +154,10 @@ class Cuts:
                 return None
             size = way.part.cut.cover.block_bytes
             chosen.append(min(found, key=lambda each, size=size: each.rank(0, len(keys), size)))  # type: ignore[misc]
-        donors = [Donor(each.peer, way) for each, way in zip(chosen, ways, strict=True)]
-        return Candidate(
-            Cut(self, donors),
-            min(each.blocks for each in chosen),
-            min(each.in_memory for each in chosen),
-            all(each.is_current for each in chosen),
-        )
+        donors = [Donor(each.peer, way, each.on_disk) for each, way in zip(chosen, ways, strict=True)]
+        blocks = min(each.blocks for each in chosen)
+        in_memory = 0 if any(each.on_disk for each in chosen) else blocks
+        return Candidate(Cut(self, donors), blocks, in_memory, all(each.is_current for each in chosen))
 
 
 class Cut:
@@ -251,7 +251,8 @@ class Cut:
             batch = keys[at : at + step]
             places = way.places(into[at : at + step], wanted.spec)
             room, kept = (places, []) if way.is_direct else way.room(len(batch))
-            part = Wanted(wanted.tenant, way.namespace, cut.spec, batch, cut.cover)
+            behind = [*way.keys(wanted.behind), *keys[:at]] if donor.on_disk else []
+            part = Wanted(wanted.tenant, way.namespace, cut.spec, batch, cut.cover, behind)
             came = await donor.peer.fetch(part, room, deadline_ns, priority)
             count = len(came.blocks)
             if kept and count:

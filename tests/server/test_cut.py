@@ -14,6 +14,7 @@ from kvcache.client import connect_blocking
 from kvcache.client.store import BlockingStore, Handle
 from kvcache.config import NodeConfig
 from kvcache.namespace import Namespace
+from kvcache.peers import cut
 from kvcache.testing.sharded import ShardedModel
 from kvcache.testing.slices import prefix_of
 from tests.server.conftest import EmbeddedNode
@@ -42,9 +43,14 @@ class Place:
             **settings,  # type: ignore[arg-type]
         )
         self.embedded = EmbeddedNode(config)
-        stack.callback(self.embedded.close)
+        self._closing = stack.enter_context(ExitStack())
+        self._closing.callback(self.embedded.close)
         self.store: BlockingStore = connect_blocking(self.embedded.node.address, timeout_ms=20_000)
-        stack.callback(self.store.close)
+        self._closing.callback(self.store.close)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._closing.close()
 
     def open(self, model: ShardedModel, tp_size: int, tp_rank: int, **fields: str) -> Handle:
         namespace: Namespace = replace(model.namespace(tp_size, tp_rank), **fields)  # type: ignore[arg-type]
@@ -212,7 +218,44 @@ def test_another_peer_gives_the_part_that_was_wrong(start: Start) -> None:
     assert c.load(model, 2, 0) == COUNT
 
 
-def test_ten_who_want_a_cut_cause_one(start: Start) -> None:
+@pytest.mark.parametrize("shape", MODELS)
+@pytest.mark.parametrize(("stored", "wanted"), [(1, 2), (2, 1)])
+def test_in_many_steps_it_is_the_same(
+    start: Start, shape: str, stored: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS[shape]
+    monkeypatch.setattr(cut, "SCRATCH_BYTES", 2 * model.spec(stored).block_bytes)
+    a = start("a")
+    for rank in range(stored):
+        handle = a.save(model, stored, rank)
+    b = start("b", a)
+    b.until_known(stored * COUNT)
+    assert b.load(model, wanted, wanted - 1) == COUNT
+    a.change(handle, 3, handle.spec.block_bytes - 1)
+    c = start("c", a)
+    c.until_known(stored * COUNT)
+    assert c.load(model, wanted, wanted - 1) == 3, "in the middle of a step"
+
+
+@pytest.mark.slow
+def test_what_a_peer_has_on_disk_is_cut_too(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS["slices are whole chunks"]
+    monkeypatch.setattr(cut, "SCRATCH_BYTES", 2 * model.spec(1).block_bytes)
+    nvme = f"{tmp_path}/nvme:64MiB"
+    before = start("a", nvme=nvme)
+    handle = before.save(model, 1, 0)
+    assert before.store.persist(handle, prefix_of(handle, COUNT), wait_ms=20_000) == COUNT
+    before.close()
+    a = start("a", nvme=nvme)
+    b = start("b", a)
+    b.until_known(COUNT)
+    assert b.load(model, 2, 1) == COUNT
+    assert a.stats()["nvme_read_blocks"] == COUNT
+
+
+def test_three_who_want_a_cut_cause_one(start: Start) -> None:
     model = MODELS["slices are whole chunks"]
     a = start("a")
     a.save(model, 1, 0)
