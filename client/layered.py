@@ -44,8 +44,8 @@ class Draft:
     """One save under way.
 
     ``is_planar``: each block is in pieces of one plane. ``reserved`` is None when nothing is reserved (any
-    more) for it; ``connection`` is the link that holds the reservation. ``sums[i]`` are those of the planes of
-    the i-th copy, block-major.
+    more) for it; ``connection`` is the link that holds the reservation. ``sums[i]`` are those of the planes
+    of the i-th copy, block-major.
     """
 
     handle: Handle
