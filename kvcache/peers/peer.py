@@ -24,43 +24,27 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcache.address import TcpAddress, parse
-from kvcache.block import HASH_BYTES, BlockSpec, NamespaceId, StorageKey
 from kvcache.channel import AsyncChannel
-from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
+from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
 from kvcache.following import Channel, Following
 from kvcache.locality import LocalityIndex
+from kvcache.peers.dealing import Arrived as Arrived
+from kvcache.peers.dealing import FetchFailed as FetchFailed
+from kvcache.peers.dealing import Wanted as Wanted
+from kvcache.peers.dealing import export, judge, nothing, take_lease
 from kvcache.peers.lines import Lines
 from kvcache.peers.load import Load
 from kvcache.peers.plane import with_host
-from kvcache.slices import ChunkRange
-from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.transport.base import Endpoint, PeerLost, Priority, Ticket, TransferLate, TransferRefused
 from kvcache.transport.flow import until
 from kvcache.transport.table import scheme_of
-from kvcache.wire import (
-    PROTOCOL_VERSION,
-    Export,
-    Exported,
-    Hello,
-    Leased,
-    Release,
-    Reply,
-    Stats,
-    TakeLease,
-    Welcome,
-)
+from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Stats, Welcome
 
 GROUPS_MAX = 4
 CONNECT_NS = 2 * NS_PER_S
 PROBE_NS = 2 * NS_PER_S
 RELEASE_NS = 2 * NS_PER_S
-SPARE_NS = 250 * NS_PER_MS
-"""So much later than a group's time is over for other reasons do its calls end by themselves."""
-WAIT_PARTS = 2
-"""One of so many parts of the time left may be spent at the peer, until the blocks are in its memory."""
-CHECKSUM_BYTES = 16
-FAILURES = ("lost", "late", "refused", "gone")
 
 Sums = Callable[[Sequence[memoryview], int], Awaitable[bytes]]
 """The chunk sums of these views, computed where the event loop does not wait for them."""
@@ -84,44 +68,6 @@ class Here:
     tenant_key: Callable[[str], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Blocks of one path that are to be brought together; with ``only``, these chunks of each.
-
-    ``behind``: the blocks before them, first to last, where the peer may have to read them from a disk: it
-    takes none into memory without those before it."""
-
-    tenant: str
-    namespace: NamespaceId
-    spec: BlockSpec
-    keys: Sequence[StorageKey]
-    only: ChunkRange | None = None
-    behind: Sequence[StorageKey] = ()
-
-    @property
-    def part(self) -> ChunkRange:
-        return self.only or ChunkRange(self.spec, 0, self.spec.plane_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Leading blocks that came whole, each with its checksum and chunk sums; how many were given by the peer;
-    and the positions of those whose bytes were not theirs."""
-
-    blocks: list[tuple[bytes, bytes]]
-    given: int
-    wrong: list[int]
-
-
-class FetchFailed(Exception):
-    """Nothing came. ``reason`` is one of ``FAILURES``."""
-
-    def __init__(self, reason: str, why: str) -> None:
-        assert reason in FAILURES, reason
-        self.reason = reason
-        super().__init__(why)
-
-
 class Peer:
     """One owner, the event loop's thread. ``run`` follows it until cancelled."""
 
@@ -143,6 +89,7 @@ class Peer:
         self._lines: dict[str, Lines] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_self = False
+        self._no_data = ""
 
     # --- what is known of it --------------------------------------------------------------------
 
@@ -168,8 +115,10 @@ class Peer:
     @property
     def trouble(self) -> str:
         """In plain words, what does not work; empty while it does."""
-        if self._is_self or self.is_up:
+        if self._is_self:
             return ""
+        if self.is_up:
+            return self._no_data
         why = self._following.trouble
         return f"the peer {self.name or '(unnamed)'} cannot be reached at {self.address}: {why}"
 
@@ -198,7 +147,11 @@ class Peer:
                 "peers are told apart by their names",
                 "give each node a name of its own",
             )
-        self._check_key(welcome)
+        try:
+            self.data_address(welcome)
+            self._no_data = ""
+        except BadInput as error:
+            self._no_data = f"no blocks come from the peer {welcome.node}: {error}"
 
     async def probe(self, calls: Channel) -> None:
         await calls.call(Stats(), self._clock.now_ns() + PROBE_NS)
@@ -299,78 +252,25 @@ class Peer:
         wrong: list[int] = []
         async with self.lines(wanted.tenant).turn() as channel:
             via = scheme_of(self.data_address(channel.welcome))
-            leased = await self._lease(channel, wanted, deadline_ns)
+            leased = await take_lease(channel, wanted, self._clock.now_ns(), deadline_ns)
             try:
-                exported = await self._export(channel, wanted, leased, via, deadline_ns)
+                exported = await export(channel, wanted, leased, via, deadline_ns)
             except KVCacheError:
                 self._release(channel, leased, wrong)
                 raise
         given = leased.count - len(wanted.behind)
         try:
             if exported is None:
-                raise _nothing(leased)
+                raise nothing(leased)
             endpoint = await self.endpoint(exported.address, deadline_ns)
             views = into[: given * wanted.part.piece_count]
             await endpoint.read(Ticket(exported.ticket), views, deadline_ns, priority)
-            good, wrong = await self._verified(wanted, leased, exported, views)
-            return Arrived(good, given, wrong)
+            came = await self._sums(views, wanted.spec.chunk_bytes)
+            arrived = judge(wanted, leased, exported, came)
+            wrong = arrived.wrong
+            return arrived
         finally:
             self._release(channel, leased, [len(wanted.behind) + at for at in wrong])
-
-    async def _lease(self, channel: AsyncChannel, wanted: Wanted, deadline_ns: int) -> Leased:
-        left_ns = max(0, deadline_ns - self._clock.now_ns())
-        request = TakeLease(
-            wanted.namespace,
-            b"".join(key[HASH_BYTES:] for key in (*wanted.behind, *wanted.keys)),
-            duration_ms=(left_ns + SPARE_NS) // NS_PER_MS,
-            wait_ms=left_ns // NS_PER_MS // WAIT_PARTS,
-        )
-        leased = await channel.call(request, deadline_ns + SPARE_NS)
-        if not isinstance(leased, Leased):
-            raise _nonsense(leased)
-        if (
-            leased.count > len(wanted.behind) + len(wanted.keys)
-            or len(leased.checksums) != leased.count * CHECKSUM_BYTES
-        ):
-            raise _nonsense(leased)
-        return leased
-
-    async def _export(
-        self, channel: AsyncChannel, wanted: Wanted, leased: Leased, via: str, deadline_ns: int
-    ) -> Exported | None:
-        """None: none of those wanted is leased."""
-        part, start = wanted.part, len(wanted.behind)
-        count = leased.count - start
-        if count <= 0:
-            return None
-        request = Export(leased.lease, start, count, via, offset=part.offset, length=part.length)
-        exported = await channel.call(request, deadline_ns + SPARE_NS)
-        if not isinstance(exported, Exported):
-            raise _nonsense(exported)
-        if len(exported.sums) != count * wanted.spec.chunk_count * SUM_BYTES:
-            raise _nonsense(exported)
-        return exported
-
-    async def _verified(
-        self, wanted: Wanted, leased: Leased, exported: Exported, views: Sequence[memoryview]
-    ) -> tuple[list[tuple[bytes, bytes]], list[int]]:
-        """The leading good ones, and where the others are not what they should be: the chunks that came have
-        the sums that were told, and these the checksum."""
-        spec, part = wanted.spec, wanted.part
-        came = await self._sums(views, spec.chunk_bytes)
-        step, step_came = spec.chunk_count * SUM_BYTES, part.sums_bytes
-        good: list[tuple[bytes, bytes]] = []
-        wrong: list[int] = []
-        checksums = leased.checksums[len(wanted.behind) * CHECKSUM_BYTES :]
-        for at, key in enumerate(wanted.keys[: len(checksums) // CHECKSUM_BYTES]):
-            sums = exported.sums[at * step : (at + 1) * step]
-            told = checksums[at * CHECKSUM_BYTES : (at + 1) * CHECKSUM_BYTES]
-            checksum = block_checksum(key, spec.block_bytes, spec.chunk_bytes, sums)
-            if checksum != told or part.sums_of(sums) != came[at * step_came : (at + 1) * step_came]:
-                wrong.append(at)
-            elif not wrong:
-                good.append((checksum, sums))
-        return good, wrong
 
     def _release(self, channel: AsyncChannel, leased: Leased, wrong: list[int]) -> None:
         """Behind everybody's back: if it cannot be said, the lease ends by itself."""
@@ -383,15 +283,3 @@ class Peer:
     async def _let_go(self, channel: AsyncChannel, release: Release) -> None:
         with contextlib.suppress(KVCacheError):
             await channel.call(release, self._clock.now_ns() + RELEASE_NS)
-
-
-def _nothing(leased: Leased) -> FetchFailed:
-    if leased.coming:
-        return FetchFailed("late", "the peer has not read these blocks from its disk in time")
-    return FetchFailed("gone", "the peer has none of these blocks any more")
-
-
-def _nonsense(reply: Reply) -> BadInput:
-    return BadInput(
-        "bad_message", f"the peer answered with {reply!r:.100}", "that is no answer to what was asked"
-    )
