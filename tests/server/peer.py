@@ -172,13 +172,13 @@ def different(block: bytes, spec: BlockSpec = SPEC) -> bytes:
     return b"".join(block[:1] + at.to_bytes(3, "little") for at in range(spec.block_bytes // 4))
 
 
-async def save(peer: Peer, blocks: Sequence[bytes], made: Callable[[bytes], bytes] = content) -> None:
-    """By a ticket."""
+async def save(peer: Peer, blocks: Sequence[bytes]) -> None:
+    """By a ticket, those that are not held."""
     reserved = await peer.reserve(blocks)
     posted = await peer.post(reserved.reservation, reserved.count)
-    data = [made(block) for block in blocks]
+    data = [content(block) for block in blocks[reserved.start :]]
     await peer.write(posted.ticket, data)
-    assert await peer.commit(reserved.reservation, data) == len(blocks)
+    assert await peer.commit(reserved.reservation, data) == len(data)
 
 
 async def refused(code: str, peer: Peer, request: wire.Request) -> str:

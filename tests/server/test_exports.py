@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
+from kvcache.block import StorageKey
 from kvcache.channel import AsyncChannel
 from kvcache.errors import NotAllowed
 from kvcache.server import exports, tickets
@@ -174,6 +175,26 @@ class TestExport:
 
         as_peer(node, work)
 
+    def test_a_block_that_was_written_anew(self, node: EmbeddedNode) -> None:
+        """Its lease is for what lay there before, found damaged by somebody else meanwhile."""
+
+        async def work(peer: Peer) -> None:
+            await save(peer, HASHES[:2])
+            leased = await peer.lease(HASHES[:2])
+            node.call(lambda: damage(node, peer.namespace + HASHES[1]))
+            found = await peer.lease(HASHES[:2])
+            await peer.ask(wire.Release(found.lease, failed=[1]))
+            await peer.export(leased.lease, 1)
+            await refused("bad_lease", peer, wire.Export(leased.lease, 0, 2, "tcp"))
+            await save(peer, HASHES[:2])
+            text = await refused("bad_lease", peer, wire.Export(leased.lease, 0, 2, "tcp"))
+            assert "take a new lease" in text
+            again = await peer.lease(HASHES[:2])
+            exported = await peer.export(again.lease, 2)
+            assert await peer.read(exported.ticket, [SIZE] * 2) == b"".join(map(content, HASHES[:2]))
+
+        as_peer(node, work)
+
     def test_released_it_is_good_no_more(self, node: EmbeddedNode) -> None:
         async def work(peer: Peer) -> None:
             await save(peer, HASHES[:1])
@@ -277,3 +298,9 @@ class TestExport:
                         await channel.call(request, deadline())
 
         asyncio.run(run())
+
+
+def damage(node: EmbeddedNode, key: bytes) -> None:
+    slot = node.node.core.ledger.slot_of(StorageKey(key))
+    assert slot is not None
+    node.node.core.host.view(slot, SIZE)[7] ^= 1
