@@ -6,8 +6,9 @@
 A block comes out with all its sums when the chunks that were taken have theirs, and with none otherwise: so
 one check, in ``operations``, decides about whole blocks and parts alike.
 
-The sum: 80 us for the sums of up to 2 MiB of them (64 planes of one chunk each: 4,096 blocks). A second
-pass through the scratch, which stays in a cache, costs about a quarter of the first.
+The sum: one round trip for 2 MiB of sums (of 64 planes of one chunk each: 4,096 blocks). Over the map, half
+of the heads take 0.8 of the time of whole blocks where they are whole chunks; 1.5 where a plane is one chunk,
+as all of it is read and the half is copied twice (benchmarks/bench_slices.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kvcache.wire import PIECES_MAX, SUMS_BYTES_MAX, Blocks, ChunkSums, Read, Su
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-SCRATCH_BYTES: Final = 4 << 20
+SCRATCH_BYTES: Final = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
