@@ -127,7 +127,10 @@ def model(folder: Path) -> Path:
     return build(folder / "model", **DEMO_SHAPE)
 
 
-def nodes(folder: Path, stack: ExitStack, scheme: str, interpreter: str) -> list[NodeProcess]:
+def nodes(
+    folder: Path, stack: ExitStack, scheme: str, interpreter: str = sys.executable
+) -> list[NodeProcess]:
+    """``node-a`` and ``node-b``, each a peer of the other, until the stack is closed."""
     ports = [free_port(), free_port()]
     started = []
     for name, port, other in (("node-a", ports[0], ports[1]), ("node-b", ports[1], ports[0])):
