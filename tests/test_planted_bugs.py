@@ -19,7 +19,6 @@ from tests.planting import Plant, check_caught, check_control, copy_tree
 NODE = "tests/server/test_node.py"
 FAULTS = "tests/client/test_faults.py"
 KEY = "tests/transport/test_tcp_key.py"
-SLICES = "tests/kvcache/test_slices.py"
 
 PLANTS = (
     Plant(
@@ -221,69 +220,6 @@ PLANTS = (
         "-(-(self.slot_header_bytes + block_bytes) // self.align_bytes)",
         "-(-block_bytes // self.align_bytes)",
         "tests/kvcache/test_ledger_random.py::test_a_long_day",
-    ),
-    Plant(
-        "a slice of any layout",
-        "kvcache/slices.py",
-        "    if namespace.layout not in CERTIFIED:\n",
-        "    if False:\n",
-        f"{SLICES}::TestCertified::test_other_layouts_are_refused_by_name",
-    ),
-    Plant(
-        "a slice of packed, scaled or encoded blocks",
-        "kvcache/slices.py",
-        "        if value != plain:\n",
-        "        if False:\n",
-        f"{SLICES}::TestCertified::test_what_is_packed_scaled_or_encoded_is_refused_by_name",
-    ),
-    Plant(
-        "a slice of blocks of other numbers",
-        "kvcache/slices.py",
-        'FREE = ("shape", "tp_rank", "tp_size")\n',
-        'FREE = ("shape", "tp_rank", "tp_size", "dtype")\n',
-        f"{SLICES}::TestCertified::test_no_other_field_may_differ",
-    ),
-    Plant(
-        "heads that several ranks have are counted as different ones",
-        "kvcache/slices.py",
-        "    if stored.tp_size * have.head_count != wanted.tp_size * want.head_count:\n",
-        "    if False:\n",
-        f"{SLICES}::TestCertified::test_repeated_heads_are_refused",
-    ),
-    Plant(
-        "a slice begins at its rank's first head",
-        "kvcache/slices.py",
-        "    cut = Slice(have, first - stored.tp_rank * have.head_count, end - first)\n",
-        "    cut = Slice(have, 0, end - first)\n",
-        f"{SLICES}::TestBytes::test_every_rank_gets_what_it_would_have_saved",
-    ),
-    Plant(
-        "joined parts all go to the beginning",
-        "kvcache/slices.py",
-        "    return Part(stored, cut, first - wanted.tp_rank * want.head_count)\n",
-        "    return Part(stored, cut, 0)\n",
-        f"{SLICES}::TestBytes::test_every_rank_gets_what_it_would_have_saved",
-    ),
-    Plant(
-        "the chunks of a slice are not compared with their sums",
-        "client/slicing.py",
-        'sums if found == cover.sums_of(sums) else b""',
-        "sums",
-        "tests/client/test_slicing.py::test_a_wrong_block_is_reported_and_taken_out",
-    ),
-    Plant(
-        "what is dropped before a slice is kept",
-        "client/slicing.py",
-        "        lead = cut.offset - cover.offset\n",
-        "        lead = 0\n",
-        "tests/client/test_slicing.py::test_a_wrong_block_is_reported_and_taken_out",
-    ),
-    Plant(
-        "the sums of other blocks of the lease",
-        "server/reading.py",
-        "        keys = lease.keys[request.start : request.start + request.count]\n",
-        "        keys = lease.keys[: request.count]\n",
-        "tests/server/test_slices.py::test_the_sums_of_all_chunks",
     ),
     Plant(
         "who connects proves nothing",
