@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from kvcache import wire
+from kvcache.config import NodeConfig
 from kvcache.server import node as shell
 from kvcache.sums import sum_chunks
 from kvcache.transport.base import PeerLost, TransferRefused
-from tests.server.conftest import EmbeddedNode, Serve
-from tests.server.peer import Peer, as_peer, different, peer_of, refused, settle, wait_for_nothing
+from tests.server.conftest import EmbeddedNode, NewEventLoop, Serve
+from tests.server.peer import Peer, as_peer, different, peer_of, refused, save, settle, wait_for_nothing
 from tests.server.talk import HASHES, SIZE, SPEC, content, sums_of
 
 PLANE = SPEC.plane_bytes
@@ -160,3 +162,26 @@ class TestPost:
 
         asyncio.run(run())
         wait_for_nothing(node)
+
+
+def test_a_node_that_ends_waits_for_its_tickets(tmp_path: Path, new_event_loop: NewEventLoop) -> None:
+    config = NodeConfig(
+        socket=str(tmp_path / "node.sock"), http="none", capacity="8MiB", tcp="127.0.0.1:0", populate=False
+    )
+    node = EmbeddedNode(config, new_event_loop())
+
+    async def run() -> None:
+        async with peer_of(node.node.tcp_address) as peer:
+            await save(peer, HASHES[:4])
+            leased = await peer.lease(HASHES[:4])
+            ticket = (await peer.export(leased.lease, 4)).ticket
+            reserved = await peer.reserve(HASHES[4:6], HASHES[3])
+            await peer.post(reserved.reservation, 2)
+            reading = asyncio.create_task(peer.read(ticket, [SIZE] * 4))
+            await asyncio.to_thread(node.close)
+            with suppress(TransferRefused, PeerLost):  # Or it was faster.
+                assert await reading == b"".join(map(content, HASHES[:4]))
+
+    asyncio.run(run())
+    assert len(node.node.core.tickets) == 0
+    assert len(node.node.core.uses) == 0
