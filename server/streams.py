@@ -97,12 +97,14 @@ class Streams:
         if request.plane >= opened.spec.plane_count:
             what = f"plane {request.plane} of {opened.spec.plane_count}"
             raise BadInput("bad_block", what, "they count from 0")
-        return self._follow(request, opened.spec, tuple(keys)) if keys else NOTHING
+        return self._follow(request, opened.spec, tuple(keys))
 
     async def _follow(self, request: wire.Follow, spec: BlockSpec, keys: tuple[StorageKey, ...]) -> Answer:
         core = self._core
         if self._lent is not None:
             await self._lent.stop()
+        if not keys:
+            return NOTHING
         until_ns = core.clock.now_ns() + min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS
         while True:
             found = self._go_on(request, keys) if request.plane else self._begin(request, spec, keys)

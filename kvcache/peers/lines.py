@@ -1,6 +1,6 @@
 """Control connections to one peer for one tenant, each for one question at a time.
 
-    turn ── an idle connection, else a new one while there are fewer than LINES_MAX, else wait ──► asked
+    turn ── an idle connection, else a new one while there are fewer than there may be, else wait ──► asked
               ▲                                                                                     │
               └──────────────── answered, or refused in words ◄─────────────────────────────────────┤
                                                               closed ◄── cut off, or given up ◄──────┘
@@ -8,7 +8,7 @@
 A node answers one connection's questions in turn, and a lease may wait for a disk: who asks on a connection
 where somebody waits, waits too. What need not be answered at once (a Release) may go between.
 
-Invariants: at most ``LINES_MAX`` connections; a peer that cannot be reached is not tried again before its
+Invariants: at most ``most`` connections; a peer that cannot be reached is not tried again before its
 time, and whoever asks meanwhile hears so at once.
 
 The sum: a turn costs 2 us, a connection three round trips and a thread for as long.
@@ -32,10 +32,12 @@ BACKOFF_NS_MAX = 2_000 * NS_PER_MS
 class Lines:
     """One owner, the event loop's thread."""
 
-    def __init__(self, connect: Callable[[], Awaitable[AsyncChannel]], clock: Clock) -> None:
+    def __init__(
+        self, connect: Callable[[], Awaitable[AsyncChannel]], clock: Clock, most: int = LINES_MAX
+    ) -> None:
         self._connect = connect
         self._clock = clock
-        self._turns = asyncio.Semaphore(LINES_MAX)
+        self._turns = asyncio.Semaphore(most)
         self._idle: list[AsyncChannel] = []
         self._open: set[AsyncChannel] = set()
         self._retry_ns = 0
