@@ -237,6 +237,22 @@ def test_in_many_steps_it_is_the_same(
     assert c.load(model, wanted, wanted - 1) == 3, "in the middle of a step"
 
 
+def test_a_source_that_has_it_for_another_degree_is_cut(start: Start) -> None:
+    """A request names its prefill node, which has nothing under the name that is wanted."""
+    model = MODELS["slices are whole chunks"]
+    a = start("a")
+    a.save(model, 1, 0)
+    a.open(model, 2, 0)
+    b = start("b", a)
+    b.until_known(COUNT)
+    for rank in range(2):
+        handle = b.open(model, 2, rank)
+        lease = b.store.lease(handle, prefix_of(handle, COUNT), wait_ms=5_000, source="a")
+        assert lease.count == COUNT
+        b.store.release(lease)
+        assert b.load(model, 2, rank) == COUNT
+
+
 @pytest.mark.slow
 def test_what_a_peer_has_on_disk_is_cut_too(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
