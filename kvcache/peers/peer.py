@@ -42,6 +42,7 @@ from kvcache.transport.table import scheme_of
 from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Stats, Welcome
 
 GROUPS_MAX = 4
+STREAMS_MAX = 32
 CONNECT_NS = 2 * NS_PER_S
 PROBE_NS = 2 * NS_PER_S
 RELEASE_NS = 2 * NS_PER_S
@@ -87,6 +88,7 @@ class Peer:
         self._clock = clock
         self._following = Following(address, self._connect, index, self, clock)
         self._lines: dict[str, Lines] = {}
+        self._streams: dict[str, Lines] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_self = False
         self._no_data = ""
@@ -130,7 +132,7 @@ class Peer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for lines in self._lines.values():
+        for lines in (*self._lines.values(), *self._streams.values()):
             lines.close()
 
     # --- what ``Following`` asks and tells ------------------------------------------------------
@@ -166,6 +168,12 @@ class Peer:
         if tenant not in self._lines:
             self._lines[tenant] = Lines(lambda: self._connect(tenant), self._clock)
         return self._lines[tenant]
+
+    def streams(self, tenant: str) -> Lines:
+        """Those on which blocks are streamed: one is held for as long as they are being written."""
+        if tenant not in self._streams:
+            self._streams[tenant] = Lines(lambda: self._connect(tenant), self._clock, STREAMS_MAX)
+        return self._streams[tenant]
 
     def data_address(self, welcome: Welcome) -> str:
         """Where its bytes are had. RAISES BadInput when it has no such address that leads there from here."""
