@@ -152,6 +152,32 @@ def test_a_chunked_prompt_goes_step_by_step_behind_its_parents(rig: Rig) -> None
     assert [parent for parent, _ in rig.store.saves] == [b"", rig.names[1]]
 
 
+def test_saves_of_earlier_steps_go_first(rig: Rig) -> None:
+    """They may be parents of what is computed now. Here all is due when the thread has time again."""
+    rig.store.gate.clear()
+    first = rig.job("first", 0, [0])
+    rig.side.start_stream(StepPlan(saves=(first,)))
+    assert rig.store.begun.wait(WAIT_S)
+    rig.side.layers_ready(1)
+    assert rig.store.drafts[0].taken.wait(WAIT_S)  # type: ignore[attr-defined]
+    plain = SaveJob("a", b"", rig.names[0] + rig.names[1], 0, (0, 1))
+    rig.side.start_saves(StepPlan(saves=(plain,)), True)
+    rig.store.begun.clear()
+    saves_before: list[int] = []
+    begin = rig.store.begin_save
+
+    def begun(*arguments: object) -> FakeWriting:
+        saves_before.append(len(rig.store.saves))
+        return begin(*arguments)
+
+    rig.store.begin_save = begun  # type: ignore[method-assign]
+    rig.side.start_stream(StepPlan(saves=(rig.job("a", 2, [2]),)))
+    rig.store.gate.set()
+    assert rig.store.begun.wait(WAIT_S)
+    rig.settle()
+    assert saves_before == [1]
+
+
 def test_what_stands_behind_a_gap_is_not_begun(rig: Rig) -> None:
     rig.store.block_limit = 1
     rig.forward(rig.job("a", 0, [0, 1]))
