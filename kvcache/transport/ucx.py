@@ -192,6 +192,7 @@ class UcxListener:
     def __init__(self, host: str, ucx: libucxx.UCXListener, shared: Shared) -> None:
         self.is_closed = False
         self.sessions: dict[bytes, UcxEndpoint] = {}
+        self.greetings: set[asyncio.Task[None]] = set()
         self._address = f"{SCHEME}://{host}:{ucx.port}"
         self._ucx: libucxx.UCXListener | None = ucx
         self._shared = shared
@@ -207,6 +208,8 @@ class UcxListener:
             self._shared.spawn(self._end())
 
     async def _end(self) -> None:
+        while self.greetings:  # Who was told that he is taken will ask for lanes.
+            await asyncio.wait(self.greetings)
         for endpoint in self.sessions.values():
             await endpoint.ended()
         self._ucx = None  # ucxx ends a listener when nobody has it any more.
@@ -322,8 +325,9 @@ class UcxTransport:
         note: Note,
     ) -> None:
         greeting = self._shared.spawn(self._greet(wire, listener, accepted, note))
-        self._greetings.add(greeting)
-        greeting.add_done_callback(self._greetings.discard)
+        for greetings in (self._greetings, listener.greetings):
+            greetings.add(greeting)
+            greeting.add_done_callback(greetings.discard)
 
     async def _greet(
         self, wire: UcxWire, listener: UcxListener, accepted: Callable[[Endpoint], None], note: Note
