@@ -53,6 +53,10 @@ class Handoff:
             return 0
         return self.block_count if self.block_count >= 0 else 1 << 31
 
+    def covers(self, block_count: int) -> bool:
+        """So many are all that the source has, for certain: more of them will not come."""
+        return bool(self.source) and 0 <= self.block_count <= block_count
+
 
 def read(params: object) -> Handoff:
     """The params as a router sent them; None: none."""

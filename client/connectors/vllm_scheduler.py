@@ -271,8 +271,9 @@ class SchedulerSide:
         held = min(lease.count for lease in leases)
         promised = min(state.handoff.promised, len(prefix))
         state.lookup = Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
-        is_coming = min(lease.count + lease.coming for lease in leases) > max(held, start)
-        coming = is_coming or promised > max(held, start)
+        have, all_there = max(held, start), state.handoff.covers(held)
+        is_coming = not all_there and min(lease.count + lease.coming for lease in leases) > have
+        coming = is_coming or promised > have
         if coming and state.wait.asks_again(began_ns, now_ns, promised=not is_coming):
             self._release(state)
             self._tally.add("lookups", reason="coming")

@@ -186,6 +186,12 @@ class TestDecode:
         _, waited_ms = Decode(0, wait_ms=5_000).wait(step_ms=3)
         assert 5_000 <= waited_ms <= 5_003
 
+    def test_what_the_source_does_not_have_is_not_waited_for(self) -> None:
+        """A node that follows the source cannot know that there will be no more."""
+        decode = Decode(4, blocks=2)
+        decode.rig.store.on_disk = set(decode.names[2:])
+        assert decode.lookup() == (8, True)
+
     def test_no_more_is_waited_for_than_was_promised(self) -> None:
         assert Decode(3, blocks=3).lookup() == (12, True)
         assert Decode(0, blocks=0).lookup() == (0, False)
