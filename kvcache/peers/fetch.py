@@ -50,11 +50,14 @@ log = logging.getLogger("kvcache.peers")
 
 WRONG_REST_NS = 60 * NS_PER_S
 """A peer whose bytes of a block were wrong is not asked for it for so long."""
-GONE_REST_NS = 500 * NS_PER_MS
-"""The same for a block that it should have had: its events may not have arrived yet."""
+GONE_REST_NS = 50 * NS_PER_MS
+"""The same for a block that it should have had: it may be computing it, or its events are on their way."""
+REFUSED_REST_NS = NS_PER_S
 
 BEHIND_MAX = BATCH_BLOCKS_MAX - GROUP_BLOCKS_MAX
 SUMS_BYTES_MAX = BODY_BYTES_MAX // 2
+
+_RESTS_NS = {"gone": GONE_REST_NS, "refused": REFUSED_REST_NS}
 
 Good = tuple[bytes, bytes]
 
@@ -269,8 +272,8 @@ class Fetcher:
         except FetchFailed as error:
             self._counters[f"peer_failed_fetches:{error.reason}"] += 1
             log.info("blocks did not come from the peer %s (%s): %s", peer.name, error.reason, error)
-            if error.reason in ("gone", "refused"):
-                self._directory.blame(peer, rest[:1], GONE_REST_NS)
+            if error.reason in _RESTS_NS:
+                self._directory.blame(peer, rest[:1], _RESTS_NS[error.reason])
             return
         group.good += arrived.blocks
         self._judge(peer, rest, arrived)
