@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import median
 from typing import Any, TypeVar
@@ -122,7 +123,8 @@ class Memcpy:
 
 
 class Ours:
-    """A transport of ours: the pool is read in batches, a few at once, and every chunk's sum is checked.
+    """A transport of ours: the pool is read in batches, a few at once, and every chunk's sum is
+    checked, in another thread, as a node does.
 
     Tickets are handed over before the clock starts: that is the control channel's work. The loop has a
     thread of its own, for between its turns it must go on saying that it lives.
@@ -132,6 +134,7 @@ class Ours:
         self._scheme = scheme_of(address)
         self._pool = pool.view
         self._sums = sum_chunks([pool.view], CHUNK_BYTES)
+        self._summing = ThreadPoolExecutor(1)
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -157,6 +160,7 @@ class Ours:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._summing.shutdown()
         self._child.close()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -193,7 +197,8 @@ class Ours:
                 ]
                 await self._end.read(ticket, into, soon())
                 first = at // CHUNK_BYTES * 8
-                if sum_chunks(into, CHUNK_BYTES) != self._sums[first : first + case.step // CHUNK_BYTES * 8]:
+                sums = await self._loop.run_in_executor(self._summing, sum_chunks, into, CHUNK_BYTES)
+                if sums != self._sums[first : first + case.step // CHUNK_BYTES * 8]:
                     wrong.append(at)
 
         started = time.perf_counter()
