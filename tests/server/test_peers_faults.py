@@ -88,6 +88,7 @@ def quiet(*nodes: Here) -> None:
     for node in nodes:
         node.until_quiet()
         node.embedded.call(node.node.core.check)
+        assert node.node.core.host.coming_bytes == 0
 
 
 # --- wrong bytes --------------------------------------------------------------------------------
@@ -258,9 +259,10 @@ def test_what_the_peer_has_let_go_meanwhile_is_a_miss(a: Here, b: Here) -> None:
 def test_a_namespace_that_the_peer_does_not_know_is_a_miss(start: Start) -> None:
     a = start("a")
     b = start("b", a)
-    b.until(lambda: b.stat("peers:ok") == 1, "it follows")
+    a.save(HASHES[:2])
+    b.until_known(2)
     a.embedded.call(a.node.core._namespaces.clear)
-    assert b.load(HASHES[:2], source="a") == 0
+    assert b.load(HASHES[:2]) == 0
     assert b.stat("peer_failed_fetches:gone") == 1
     quiet(b)
 
@@ -294,12 +296,17 @@ def test_nonsense_of_a_peer_is_a_refusal(
 # --- this node ----------------------------------------------------------------------------------
 
 
-def test_a_node_that_is_closed_while_a_fetch_runs_ends_it_first(a: Here, b: Here) -> None:
+def test_a_node_that_is_closed_while_a_fetch_runs_ends_it_first(start: Start, a: Here) -> None:
     ended: list[str] = []
+    b = start("patient", a, peer_wait_ms=60_000)
+    b.until_known(8)
     b.on_the_way(lambda endpoint: Sleeper(endpoint, ended))
     assert b.lease(HASHES[:8], wait_ms=0).coming == 8
-    b.until(lambda: b.stat("peer_coming_bytes") > 0, "it has begun")
+    b.until(lambda: a.stat("requests:export") == 4, "all has begun")
+    began_ns = CLOCK.now_ns()
     b.close()
+    assert CLOCK.now_ns() - began_ns < 10 * NS_PER_S
+    assert len(ended) == 4
     quiet(a)
 
 
