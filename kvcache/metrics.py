@@ -29,6 +29,11 @@ PREFIX = "kvcache_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 TIERS = ("hbm", "host", "nvme")
+STREAM_FAILURES = (
+    *("lost", "late", "refused", "sums", "gone", "stalled", "full", "busy", "parent"),
+    *("fetch", "none", "unknown", "queue"),
+)
+"""Why blocks that are moved while they are written do not come (docs/streaming.md)."""
 REQUESTS = tuple(str(kind.__struct_config__.tag) for kind in typing.get_args(Request))
 
 
@@ -151,6 +156,25 @@ STATS: tuple[Stat, ...] = (
     ),
     Stat("peer_declined_fetches", "counter", "Fetches not begun, as computing the blocks anew is faster."),
     Stat("peer_late_fetches", "counter", "Waits for a fetch that ended without it."),
+    Stat("streamed_blocks", "counter", "Blocks received from a peer that was still writing them."),
+    Stat("streamed_planes", "counter", "Planes received so, those of blocks that did not come whole too."),
+    Stat("streamed_bytes", "counter", "Their bytes."),
+    Stat(
+        "receive_failures",
+        "counter",
+        "Streams from a peer that ended before all had come, by reason.",
+        "reason",
+        STREAM_FAILURES,
+    ),
+    Stat("pushed_blocks", "counter", "Blocks brought to a peer and published there."),
+    Stat("pushed_bytes", "counter", "Their bytes."),
+    Stat(
+        "push_failures",
+        "counter",
+        "Pushes and copies to a peer that ended before all was there, by reason.",
+        "reason",
+        STREAM_FAILURES,
+    ),
     Stat("peer_coming_bytes", "gauge", "Bytes on their way from peers now."),
     Stat("peer_read_bytes_per_second", "gauge", "How fast the peers gave their blocks lately."),
     Stat("scrub_passes", "counter", "Times all that is on NVMe was verified."),

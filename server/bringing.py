@@ -3,6 +3,9 @@
     keys ──► in host memory ──► on NVMe: starts coming ──► at a peer: starts coming ──► a miss
              └──────────────── how many leading blocks are there, or will be ─────────┘
 
+Who names a peer that computes them is given them while they are written; who says that a peer brings them is
+given them when they have come.
+
 A node that asks gets what is here, on NVMe too, but nothing is fetched for it: two nodes that lack a block
 would ask each other for ever.
 
@@ -19,6 +22,9 @@ from kvcache.clock import Clock
 from kvcache.ledger import Ledger
 from kvcache.peers.directory import Directory
 from kvcache.peers.fetch import Asked, Fetcher
+from kvcache.peers.push import Pusher
+from kvcache.peers.receive import Receiver
+from kvcache.server.arriving import Arriving
 from kvcache.tiers.stack import Stack
 
 
@@ -31,6 +37,9 @@ class Bringing:
         self.stack: Stack | None = None
         self.directory: Directory | None = None
         self.fetcher: Fetcher | None = None
+        self.receiver: Receiver | None = None
+        self.pusher: Pusher | None = None
+        self.arriving = Arriving(ledger, clock)
 
     @property
     def is_able(self) -> bool:
@@ -43,17 +52,24 @@ class Bringing:
             there = self._ledger.match(keys)
         else:
             there = self.stack.ask(keys, asked.arena, asked.spec.block_tokens, asked.prefill_tokens_s)
-        if self.fetcher is None or not from_peers or there == len(keys):
-            return there
-        return self.fetcher.ask(keys, there, asked)
+        if asked.pushed:
+            return len(keys)
+        if asked.source:
+            there += self.arriving.coming(keys[there:])
+        if self.receiver is not None and from_peers and there < len(keys):
+            there = self.receiver.ask(keys, there, asked)
+        if self.fetcher is not None and from_peers and there < len(keys):
+            there = self.fetcher.ask(keys, there, asked)
+        return there
 
-    def coming(self, keys: Sequence[StorageKey]) -> int:
-        """How many of these, leading, are on their way."""
+    def coming(self, keys: Sequence[StorageKey], *, with_pushes: bool) -> int:
+        """How many of these, leading, are on their way; with what peers bring by themselves, or without."""
+        ways = [each.coming for each in (self.stack, self.receiver, self.fetcher) if each is not None]
+        if with_pushes:
+            ways.append(self.arriving.coming)
         at = 0
         while at < len(keys):
-            step = self.stack.coming(keys[at:]) if self.stack is not None else 0
-            if self.fetcher is not None:
-                step += self.fetcher.coming(keys[at + step :])
+            step = max((way(keys[at:]) for way in ways), default=0)
             if not step:
                 break
             at += step
@@ -65,7 +81,7 @@ class Bringing:
         end_ns = self._clock.now_ns() + wait_ns
         held = self._ledger.match(keys)
         while True:
-            await self._wait(keys[held:], end_ns - self._clock.now_ns())
+            await self._wait(keys[held:], asked, end_ns - self._clock.now_ns())
             before, held = held, self._ledger.match(keys)
             count = self.ask(keys, asked, from_peers=from_peers)
             if count <= held or held <= before or self._clock.now_ns() >= end_ns:
@@ -99,12 +115,16 @@ class Bringing:
             self.directory.start()
 
     async def close(self) -> None:
-        """Nothing is fetched any more, and nobody followed. The stack is closed by who made it."""
-        if self.fetcher is not None:
-            await self.fetcher.close()
+        """Nothing is fetched or pushed any more, and nobody followed. The stack is closed by who made it."""
+        for each in (self.receiver, self.pusher, self.fetcher):
+            if each is not None:
+                await each.close()
         if self.directory is not None:
             await self.directory.close()
 
-    async def _wait(self, keys: Sequence[StorageKey], wait_ns: int) -> None:
-        waits = [each.wait(keys, max(0, wait_ns)) for each in (self.stack, self.fetcher) if each is not None]
+    async def _wait(self, keys: Sequence[StorageKey], asked: Asked, wait_ns: int) -> None:
+        ways = [each.wait for each in (self.stack, self.receiver, self.fetcher) if each is not None]
+        waits = [way(keys, max(0, wait_ns)) for way in ways]
+        if asked.pushed or asked.source:
+            waits.append(self.arriving.wait(keys, wait_ns, for_begin=asked.pushed))
         await asyncio.gather(*waits)

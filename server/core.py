@@ -254,7 +254,8 @@ class Core:
     def _collect(self) -> None:
         for change in self.ledger.take_changes():
             self.counters[f"{change.kind}_blocks:{change.reason}"] += len(change.keys)
-            self.progress.tell(change.keys)
+            self.progress.bell.ring(change.keys)
+            self.bringing.arriving.bell.ring(change.keys)
             self._untold.append((TIER_HOST, change))
         for change in self.stack.take_changes() if self.stack is not None else ():
             if change.kind == "removed":
@@ -355,7 +356,7 @@ class Core:
             "arenas": float(len(self._arenas)),
             "watchers": float(len(self._watchers)),
             "tickets": float(len(self.tickets)),
-            "followers": float(self.progress.waiting),
+            "followers": float(self.progress.bell.waiting),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
         }
 

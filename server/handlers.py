@@ -98,6 +98,7 @@ class Connection:
         self._core.unwatch(self._identity.owner)
         self._core.tickets.leave(self._identity.owner)
         self._core.progress.leave(self._identity.owner)
+        self._core.bringing.arriving.leave(self._identity.owner)
         used = self._core.uses.leave(self._identity.owner)
         no_copies = not self._identity.mapped and not used
         self.kept_aside = self._core.ledger.disconnect(self._identity.owner, no_copies)

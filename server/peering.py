@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcache.block import NamespaceId
+from kvcache.block import BlockSpec, NamespaceId
 from kvcache.clock import NS_PER_MS
 from kvcache.credentials import read_private
 from kvcache.errors import BadInput
@@ -11,6 +11,8 @@ from kvcache.peers.cut import Cuts
 from kvcache.peers.directory import Directory
 from kvcache.peers.fetch import Fetcher, Rules
 from kvcache.peers.peer import Here
+from kvcache.peers.push import Pusher, Pushing
+from kvcache.peers.receive import Around, Receiver
 from kvcache.server.core import Core
 
 
@@ -24,7 +26,11 @@ def join(core: Core, here: Here) -> None:
         known = core.spec_of(namespace_id)
         return None if known is None else Namespace.from_map(known[1])
 
-    bringing.fetcher = Fetcher(
+    def known(namespace_id: NamespaceId) -> tuple[Namespace, BlockSpec] | None:
+        found = core.spec_of(namespace_id)
+        return None if found is None else (Namespace.from_map(found[1]), found[0])
+
+    fetcher = bringing.fetcher = Fetcher(
         core.ledger,
         core.host,
         Cuts(directory, namespace, core.sum_chunks, core.clock, core.counters),
@@ -33,6 +39,24 @@ def join(core: Core, here: Here) -> None:
         core.counters,
         core.settle,
         bringing.committed,
+    )
+    bringing.receiver = Receiver(
+        Around(
+            core.ledger,
+            core.host,
+            core.clock,
+            core.counters,
+            core.settle,
+            bringing.committed,
+            core.sum_chunks,
+            directory.named,
+            namespace,
+            fetcher,
+            config.peer_keep == "keep",
+        )
+    )
+    bringing.pusher = Pusher(
+        Pushing(core.ledger, core.host, core.clock, core.counters, core.settle, directory.named, known)
     )
 
 

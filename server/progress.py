@@ -13,14 +13,13 @@ The sum: an advance of 64 blocks of 2 MiB and 32 planes takes 10 us; 8 bytes are
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kvcache.block import BlockSpec, StorageKey
-from kvcache.clock import NS_PER_S
 from kvcache.errors import BadInput
 from kvcache.leases import Owner
 from kvcache.ledger import Reservation
+from kvcache.server.bell import Bell
 from kvcache.sums import SUM_BYTES
 
 
@@ -55,15 +54,11 @@ class Progress:
     def __init__(self) -> None:
         self._open: dict[int, Advanced] = {}
         self._at: dict[StorageKey, tuple[Advanced, int]] = {}
-        self._waiting: dict[StorageKey, set[asyncio.Future[None]]] = {}
+        self.bell = Bell()
+        """Rung for a block when something happens to it."""
 
     def __len__(self) -> int:
         return len(self._open)
-
-    @property
-    def waiting(self) -> int:
-        """How many wait for something to happen."""
-        return sum(map(len, self._waiting.values()))
 
     def begin(
         self, reservation: Reservation, owner: Owner, spec: BlockSpec, parent: StorageKey | None
@@ -97,7 +92,7 @@ class Progress:
             self._open[advanced.reservation.reservation_id] = advanced
             for at, key in enumerate(advanced.reservation.keys):
                 self._at[key] = advanced, at
-        self.tell(advanced.reservation.keys)
+        self.bell.ring(advanced.reservation.keys)
 
     def of(self, reservation_id: int) -> Advanced | None:
         return self._open.get(reservation_id)
@@ -112,33 +107,12 @@ class Progress:
         if advanced is not None:
             for key in advanced.reservation.keys:
                 del self._at[key]
-            self.tell(advanced.reservation.keys)
+            self.bell.ring(advanced.reservation.keys)
 
     def leave(self, owner: Owner) -> None:
         """The owner is gone, and what it had open."""
         for advanced in [each for each in self._open.values() if each.owner == owner]:
             self.forget(advanced.reservation.reservation_id)
-
-    def tell(self, keys: Iterable[StorageKey]) -> None:
-        """Something happened to these blocks: who waits for one of them looks again."""
-        if not self._waiting:
-            return
-        for key in keys:
-            for future in self._waiting.pop(key, ()):
-                if not future.done():
-                    future.set_result(None)
-
-    async def wait(self, key: StorageKey, wait_ns: int) -> None:
-        """Until something happens to this block, or the time is over."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, set()).add(future)
-        try:
-            await asyncio.wait([future], timeout=wait_ns / NS_PER_S)
-        finally:
-            waiting = self._waiting.get(key, set())
-            waiting.discard(future)
-            if not waiting:
-                self._waiting.pop(key, None)
 
     def check(self) -> None:
         """Assert every invariant."""

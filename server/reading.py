@@ -63,10 +63,12 @@ class Reading:
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
-        if core.bringing.is_able:
-            before = parent_key(opened, request.parent)
+        if core.bringing.is_able or request.pushed:
             asked = replace(
-                self._asked(opened, request.prefill_tokens_s), parent=before, source=request.source
+                self._asked(opened, request.prefill_tokens_s),
+                parent=parent_key(opened, request.parent),
+                source=request.source,
+                pushed=request.pushed,
             )
             count = self._ask(keys, asked)
             if request.wait_ms and core.ledger.match(keys) < count:
@@ -88,7 +90,9 @@ class Reading:
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        coming = core.bringing.coming(keys[len(lease.keys) :])
+        coming = core.bringing.coming(
+            keys[len(lease.keys) :], with_pushes=request.pushed or bool(request.source)
+        )
         if not coming:  # Else it is asked again.
             core.bringing.touched(lease.keys)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.

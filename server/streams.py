@@ -83,6 +83,8 @@ class Streams:
         before = next(islice(core.ledger.ancestors(reservation.keys[0]), 1, None), None)
         advanced = core.progress.begin(reservation, self._identity.owner, opened.spec, before)
         core.progress.advance(advanced, request.planes, request.sums)
+        if core.bringing.pusher is not None:
+            core.bringing.pusher.advance(reservation.reservation_id, request.planes)
         return wire.Done()
 
     # --- the follower's side --------------------------------------------------------------------
@@ -112,7 +114,7 @@ class Streams:
             left_ns = until_ns - core.clock.now_ns()
             if found.state != "none" or is_over or left_ns <= 0:
                 return found
-            await core.progress.wait(keys[0], left_ns)
+            await core.progress.bell.wait(keys[0], left_ns)
 
     def _begin(self, request: wire.Follow, spec: BlockSpec, keys: tuple[StorageKey, ...]) -> wire.Followed:
         self._run = None

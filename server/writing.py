@@ -49,6 +49,7 @@ class Writing:
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:
             core.make_room_later(self._identity.arena, opened.spec.block_bytes, len(reservation.keys))
+            self._tell_peers(request, reservation)
         return wire.Reserved(
             reservation=reservation.reservation_id,
             start=reservation.start,
@@ -57,6 +58,20 @@ class Writing:
             generations=list(reservation.generations),
             reason=reservation.reason,
         )
+
+    def _tell_peers(self, request: wire.Reserve, reservation: Reservation) -> None:
+        """Bring it to the peer that is named; or it is what a peer brings here."""
+        core, owner, number = self._core, self._identity.owner, reservation.reservation_id
+        if self._identity.node:
+            core.bringing.arriving.begin(reservation, owner)
+        elif request.push and core.bringing.pusher is None:
+            core.counters["push_failures:unknown"] += 1
+        elif request.push and core.bringing.pusher is not None:
+            push = core.bringing.pusher.begin(
+                request.push, reservation, lambda ended: core.uses.remove(number, ended)
+            )
+            if push is not None:
+                core.uses.add(number, owner, push)
 
     def _context(self, request: wire.Reserve) -> RequestContext:
         return RequestContext(
@@ -184,4 +199,5 @@ class Writing:
 
     def _forget(self, reservation_id: int) -> None:
         self._written.forget(reservation_id)
+        self._core.bringing.arriving.end(reservation_id)
         self._core.settle()

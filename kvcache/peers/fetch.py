@@ -75,8 +75,9 @@ class Finder(Protocol):
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What somebody asks for, besides the keys. ``parent`` is the block before the first of them, None when
-    it is the first of a prompt; ``source`` the name of a peer that has them; ``prefill_tokens_s`` how fast
-    they would be computed anew (0: not known)."""
+    it is the first of a prompt; ``source`` the name of a peer that has them, or computes them, and ``pushed``
+    that a peer brings them by itself; ``prefill_tokens_s`` how fast they would be computed anew (0: unknown).
+    """
 
     tenant: str
     namespace: NamespaceId
@@ -85,6 +86,7 @@ class Asked:
     parent: StorageKey | None = None
     prefill_tokens_s: int = 0
     source: str = ""
+    pushed: bool = False
     priority: Priority = Priority.DECODE
 
 

@@ -1,7 +1,7 @@
 """Blocks from a peer that is still writing them, plane after plane, into host memory here.
 
     ask ──► Follow at the named peer ── "held" ──────► an ordinary fetch ──► the next of the prefix
-              │        └── nothing yet ──► again, while somebody asks
+              │        └── nothing yet ──► fetched from others, else asked again, while somebody wants it
               │ "writing": a run, the blocks of one reservation there
               ▼
     slots reserved here ──► planes read as they come, each verified while the next is on its way
@@ -41,7 +41,7 @@ from kvcache.ledger import Ledger, Reservation
 from kvcache.namespace import Namespace
 from kvcache.peers.fetch import Asked
 from kvcache.peers.peer import Peer, Sums
-from kvcache.peers.stream import ReceiveFailed, Stream, translated
+from kvcache.peers.stream import Stream, StreamFailed, translated
 from kvcache.policy import RequestContext
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.tiers.host import HostTier
@@ -195,21 +195,21 @@ class Receiver:
             mild = await self._on_a_connection(flight)
             if mild is not None:
                 raise mild
-        except ReceiveFailed as error:
+        except StreamFailed as error:
             self._around.counters[f"receive_failures:{error.reason}"] += 1
             self._rest(flight)
             log.info("blocks did not come from %s (%s): %s", flight.peer.name, error.reason, error)
 
-    async def _on_a_connection(self, flight: _Flight) -> ReceiveFailed | None:
+    async def _on_a_connection(self, flight: _Flight) -> StreamFailed | None:
         """Other failures than those returned close it, and so end what the peer holds for it."""
         asked = flight.asked
         async with translated(), flight.peer.streams(asked.tenant).turn() as channel:
             namespace = self._around.namespace(asked.namespace)
             stream = Stream(flight.peer, channel, asked.namespace, namespace, asked.spec, self._around.clock)
-            failed: ReceiveFailed | None = None
+            failed: StreamFailed | None = None
             try:
                 await self._go_through(flight, stream)
-            except ReceiveFailed as error:
+            except StreamFailed as error:
                 if error.reason not in MILD:
                     raise
                 failed = error
@@ -217,21 +217,24 @@ class Receiver:
         return failed
 
     async def _go_through(self, flight: _Flight, stream: Stream) -> None:
-        at = 0
+        at = wait_ns = 0
         while True:
             if held := self._around.ledger.match(flight.keys[at:]):
                 at += held
+                wait_ns = 0
                 self._came(flight, at)
             if at == len(flight.keys):
                 return
-            left_ns = flight.until_ns - self._around.clock.now_ns()
-            if left_ns <= 0:
-                raise ReceiveFailed("none", "the peer has not begun to write them")
-            followed = await stream.follow(flight.keys[at:], 0, left_ns)
+            followed = await stream.follow(flight.keys[at:], 0, wait_ns)
             if followed.state == "held":
-                await self._fetch(flight, at, at + followed.count)
+                if not await self._fetch(flight.keys[: at + followed.count], at, flight.asked):
+                    raise StreamFailed("fetch", "what the peer holds could not be fetched")
             elif followed.state == "writing":
                 await self._receive(flight, stream, at, followed)
+            elif wait_ns or not await self._fetch(flight.keys, at, replace(flight.asked, source="")):
+                wait_ns = flight.until_ns - self._around.clock.now_ns()
+                if wait_ns <= 0:
+                    raise StreamFailed("none", "the peer has not begun to write them")
 
     def _came(self, flight: _Flight, count: int) -> None:
         """Its leading blocks are here."""
@@ -241,13 +244,12 @@ class Receiver:
                 del self._coming[key]
         flight.tell()
 
-    async def _fetch(self, flight: _Flight, first: int, end: int) -> None:
-        """What the peer holds already."""
-        fetcher, keys = self._around.fetcher, flight.keys[:end]
-        fetcher.ask(keys, first, flight.asked)
-        await fetcher.wait(keys[first:], self._patience.fetch_ns)
-        if not self._around.ledger.match(keys[first:]):
-            raise ReceiveFailed("fetch", "what the peer holds could not be fetched")
+    async def _fetch(self, keys: Sequence[StorageKey], first: int, asked: Asked) -> int:
+        """What is held elsewhere already. How many of them, from ``first`` on, are here then."""
+        fetcher = self._around.fetcher
+        if fetcher.ask(keys, first, asked) > first:
+            await fetcher.wait(keys[first:], self._patience.fetch_ns)
+        return self._around.ledger.match(keys[first:])
 
     def _rest(self, flight: _Flight) -> None:
         """The first block that did not come is not asked for so soon again."""
@@ -296,30 +298,30 @@ class Receiver:
             around.settle()
 
     def _reserve(self, flight: _Flight, at: int, keys: tuple[StorageKey, ...]) -> Reservation | None:
-        """None when all of them are here now. RAISES ReceiveFailed."""
+        """None when all of them are here now. RAISES StreamFailed."""
         around, asked = self._around, flight.asked
         size = asked.spec.block_bytes
         room = self._bytes_max - around.memory.coming_bytes
         most = len(keys) if not around.memory.coming_bytes else room // size
         if most <= 0:
-            raise ReceiveFailed("full", "too much is on its way here")
+            raise StreamFailed("full", "too much is on its way here")
         before = flight.keys[at - 1] if at else asked.parent
         context = RequestContext(now_ns=around.clock.now_ns(), priority=50 if around.keep else 0)
         try:
             reservation = around.ledger.reserve(asked.arena, before, keys[:most], size, OWNER, context)
         except BadInput as error:
-            raise ReceiveFailed("parent", str(error)) from error
+            raise StreamFailed("parent", str(error)) from error
         around.settle()
         if reservation.reservation_id:
             return reservation
         if reservation.start == len(keys[:most]):
             return None
-        raise ReceiveFailed("busy" if reservation.reason == "busy" else "full", reservation.reason)
+        raise StreamFailed("busy" if reservation.reason == "busy" else "full", reservation.reason)
 
     async def _read(
         self, stream: Stream, reservation: Reservation, asked: Asked, followed: Followed
     ) -> list[bytes]:
-        """Every plane, verified. All chunk sums of each block. RAISES ReceiveFailed."""
+        """Every plane, verified. All chunk sums of each block. RAISES StreamFailed."""
         spec, around = asked.spec, self._around
         blocks = [around.memory.view(slot, spec.block_bytes) for slot in reservation.slots]
         told = [b""] * len(blocks)
@@ -353,7 +355,7 @@ class Receiver:
     async def _verify(self, views: Sequence[memoryview], chunk_bytes: int, told: bytes) -> None:
         if await self._around.sums(views, chunk_bytes) != told:
             self._around.counters["peer_rejected_blocks:checksum"] += len(views)
-            raise ReceiveFailed("sums", "the bytes that came do not have the sums that were told")
+            raise StreamFailed("sums", "the bytes that came do not have the sums that were told")
 
     def _publish(self, reservation: Reservation, asked: Asked, sums: Sequence[bytes]) -> None:
         around, spec = self._around, asked.spec

@@ -31,10 +31,15 @@ FOLLOW_NS = NS_PER_S
 """A Follow waits so long at the peer, so that one which is gone is noticed soon."""
 SPARE_NS = 2 * NS_PER_S
 READ_NS = 10 * NS_PER_S
-FAILURES = ("lost", "late", "refused", "sums", "gone", "stalled", "full", "busy", "parent", "fetch", "none")
+FAILURES = (
+    *("lost", "late", "refused", "sums", "gone", "stalled", "full", "busy", "parent"),
+    *("fetch", "none", "unknown", "queue"),
+)
+"""docs/streaming.md says of each what it means."""
+_REASONS = {"bad_block": "sums", "bad_prefix": "parent"}
 
 
-class ReceiveFailed(Exception):
+class StreamFailed(Exception):
     """No more of it comes. ``reason`` is one of ``FAILURES``."""
 
     def __init__(self, reason: str, why: str = "") -> None:
@@ -52,7 +57,7 @@ class Way(Protocol):
 
 
 class Stream:
-    """Of blocks of one namespace. Every call RAISES ReceiveFailed."""
+    """Of blocks of one namespace. Every call RAISES StreamFailed."""
 
     def __init__(
         self,
@@ -94,11 +99,11 @@ class Stream:
             left_ns = end_ns - self._clock.now_ns()
             followed = await self.follow(keys, plane, left_ns)
             if followed.count != len(keys) or followed.state == "held":
-                raise ReceiveFailed("gone", "the writer gave them up, or is gone")
+                raise StreamFailed("gone", "the writer gave them up, or is gone")
             if followed.state == "writing":
                 return followed
             if left_ns <= 0:
-                raise ReceiveFailed("stalled", f"no plane after the first {plane} for too long")
+                raise StreamFailed("stalled", f"no plane after the first {plane} for too long")
 
     async def read(self, followed: Followed, into: Sequence[memoryview]) -> None:
         """When it has returned or raised, nothing touches ``into`` any more."""
@@ -109,7 +114,7 @@ class Stream:
 
     async def end(self) -> None:
         """Give the last ticket back: the connection is another's now. What cannot be said is not missed."""
-        with contextlib.suppress(ReceiveFailed):
+        with contextlib.suppress(StreamFailed):
             await self.follow([], 0, 0)
 
     async def _call(self, request: Follow | Open, wait_ns: int) -> Reply:
@@ -122,7 +127,7 @@ class Stream:
 
     def _sensible(self, reply: Reply, asked: int, plane: int) -> Followed:
         if not isinstance(reply, Followed):
-            raise ReceiveFailed("refused", f"the peer answered {reply!r:.200}")
+            raise StreamFailed("refused", f"the peer answered {reply!r:.200}")
         is_sane = reply.count <= asked
         if reply.state == "writing":
             spec = self._spec
@@ -134,7 +139,7 @@ class Stream:
         elif reply.state != "none":
             is_sane = False
         if not is_sane:
-            raise ReceiveFailed("refused", f"the peer answered {reply!r:.200}")
+            raise StreamFailed("refused", f"the peer answered {reply!r:.200}")
         return reply
 
 
@@ -144,10 +149,10 @@ async def translated() -> AsyncIterator[None]:
     try:
         yield
     except (PeerLost, Unavailable) as error:
-        raise ReceiveFailed("lost", str(error)) from error
+        raise StreamFailed("lost", str(error)) from error
     except TransferLate as error:
-        raise ReceiveFailed("late", str(error)) from error
+        raise StreamFailed("late", str(error)) from error
     except TransferRefused as error:
-        raise ReceiveFailed("gone", str(error)) from error
+        raise StreamFailed("gone", str(error)) from error
     except KVCacheError as error:
-        raise ReceiveFailed("refused", str(error)) from error
+        raise StreamFailed(_REASONS.get(error.code, "refused"), str(error)) from error

@@ -35,8 +35,12 @@ def play(node: EmbeddedNode, work: Work) -> None:
 
 async def stopped(node: EmbeddedNode) -> None:
     """The writer's process says that its copies have ended."""
+    await say_stopped(node.node.address)
+
+
+async def say_stopped(address: str) -> None:
     hello = wire.Hello(wire.PROTOCOL_VERSION, map=True, client="writer", writes_ended=True)
-    (await AsyncChannel.connect(node.node.address, hello, deadline())).close()
+    (await AsyncChannel.connect(address, hello, deadline())).close()
 
 
 async def follow(
@@ -58,7 +62,7 @@ async def read(peer: Peer, followed: wire.Followed) -> list[bytes]:
 
 async def waiting(node: EmbeddedNode) -> None:
     """Until a follower waits."""
-    await until(lambda: node.node.core.progress.waiting == 1)
+    await until(lambda: node.node.core.progress.bell.waiting == 1)
 
 
 def planes(block: bytes, first: int, end: int) -> bytes:
