@@ -26,7 +26,8 @@ from kvcache.wire import EventBatch, Reply, Request, Welcome
 log = logging.getLogger("kvcache.following")
 
 PAUSE_S_MIN = 0.05
-PAUSE_S_MAX = 2.0
+PAUSE_S_MAX = 0.9
+"""With the time of a connection, so long after a network has healed its nodes may be apart: 3 s at most."""
 POLL_S = 1.0
 
 

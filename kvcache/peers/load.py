@@ -50,7 +50,10 @@ class Load:
             self._rest_ns = REST_NS_MIN
 
     def rest(self, now_ns: int) -> None:
-        """It was late, or lost: leave it alone for a while."""
+        """It was late, or lost: leave it alone for a while. What fails while it rests began before, and says
+        nothing new: several at once are one failure."""
+        if self.is_resting(now_ns):
+            return
         self._rests_until_ns = now_ns + self._rest_ns
         self._rest_ns = min(2 * self._rest_ns, REST_NS_MAX)
 
