@@ -13,6 +13,7 @@ that nobody sent.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Awaitable
@@ -62,17 +63,21 @@ class Calls:
     def __init__(self) -> None:
         self.all: list[Call] = []
         self.wrong: list[str] = []
+        self._running: dict[int, tuple[str, int]] = {}
+        self._numbers = itertools.count()
         self._left_behind: list[memoryview] = []
 
     async def hold(self, what: str, call: Awaitable[T], deadline_ns: int) -> T:
         """Await it, and note when it ended. It is not ended by this: a call that hangs is to be seen."""
-        began_ns, outcome = CLOCK.now_ns(), "done"
+        began_ns, outcome, number = CLOCK.now_ns(), "done", next(self._numbers)
+        self._running[number] = what, deadline_ns
         try:
             return await call
         except FAILURES as error:
             outcome = type(error).__name__
             raise
         finally:
+            del self._running[number]
             self.all.append(Call(what, began_ns, CLOCK.now_ns(), deadline_ns, outcome))
 
     def leave_behind(self, pieces: list[memoryview]) -> None:
@@ -80,6 +85,11 @@ class Calls:
         for piece in pieces:
             piece[:] = bytes([FOREIGN]) * len(piece)
         self._left_behind += pieces
+
+    def overdue(self) -> list[str]:
+        """What should have ended by now, and has not."""
+        now_ns = CLOCK.now_ns()
+        return [what for what, deadline_ns in self._running.values() if now_ns - deadline_ns > LATE_NS]
 
     def outcomes(self, since_ns: int = 0, until_ns: int = NEVER_NS**2) -> Counter[str]:
         """Of the calls that began since then and ended by then."""
@@ -209,6 +219,7 @@ class Traffic:
         """How long until every line has done one more transfer; it must be within ``within_ns``."""
         began_ns, before = CLOCK.now_ns(), list(self._done)
         while any(now <= then for now, then in zip(self._done, before, strict=True)):
+            assert not self.calls.overdue(), "a call does not end"
             assert CLOCK.now_ns() - began_ns < within_ns, "the traffic does not go on"
             self._look()
             await asyncio.sleep(AGAIN_S)
