@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml $(wildcard setup.py kvcache/_native/*.cpp kvcache
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format test-engines test-ucx test-nixl torture bench demo-engine clean
+.PHONY: help demo test lint check format test-engines test-ucx test-nixl torture bench demo-engine clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,10 +27,12 @@ demo: .venv/.installed  ## two nodes, a trace, a kill and a restart; a minute, n
 test: .venv/.dev  ## all tests but those of real engines, ucxx and NIXL
 	$(RUN)/pytest -m "not engine and not ucx and not nixl" --ignore=tests/engines --junit-xml=.reports/test.xml
 
-check: .venv/.dev  ## the inner gate: format, lint, types, tidy, fast tests
+lint: .venv/.dev  ## format, lint, types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+
+check: lint  ## the inner gate: format, lint, types, tidy, fast tests
 	$(RUN)/pytest -q -m "not slow and not engine and not ucx and not nixl" --ignore=tests/engines
 
 format: .venv/.dev  ## what check would complain of, mended where a tool can

@@ -1,4 +1,8 @@
-"""Bugs put in on purpose, into a copy of the tree: whether the test named for each finds it."""
+"""Bugs put in on purpose, into copies of the tree: whether the test named for each finds it.
+
+A module lists its plants and has ``test_without_a_plant_all_is_green`` and ``test_it_is_caught``. What they
+wait for runs side by side, one run a processor, each in a copy of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kvcache", "server", "client", "eviction", "tests", "pyproject.toml")
@@ -39,22 +48,71 @@ def copy_tree(root: Path) -> Path:
     return root
 
 
-def check_control(root: Path, plants: Iterable[Plant]) -> None:
-    """The tests pass in the copy as it is."""
-    done = _run(root, *sorted({plant.caught_by for plant in plants}))
-    assert done.returncode == 0, done.stdout[-3000:]
+class Garden:
+    """The runs of one module's tests."""
+
+    def __init__(self, home: Path, plants: Sequence[Plant]) -> None:
+        """They begin at once."""
+        width = min(len(plants) + 1, len(os.sched_getaffinity(0)))
+        self._copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(width):
+            (home / str(number)).mkdir()
+            self._copies.put(copy_tree(home / str(number)))
+        self._pool = ThreadPoolExecutor(width)
+        tests = sorted({plant.caught_by for plant in plants})
+        self._control = self._pool.submit(self._run, None, *tests)
+        self._runs: dict[Plant, Future[subprocess.CompletedProcess[str]]] = {
+            plant: self._pool.submit(self._run, plant, plant.caught_by) for plant in plants
+        }
+
+    def check_control(self) -> None:
+        """The tests pass in a copy as it is."""
+        done = self._control.result()
+        assert done.returncode == 0, done.stdout[-3000:]
+
+    def check_caught(self, plant: Plant) -> None:
+        done = self._runs[plant].result()
+        assert done.returncode == FAILED, f"not caught:\n{done.stdout[-3000:]}"
+
+    def close(self) -> None:
+        """What has not begun does not."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, plant: Plant | None, *tests: str) -> subprocess.CompletedProcess[str]:
+        root = self._copies.get()
+        try:
+            with _planted(root, plant):
+                return _run(root, *tests)
+        finally:
+            self._copies.put(root)
 
 
-def check_caught(root: Path, plant: Plant) -> None:
+@pytest.fixture(scope="module")
+def garden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Garden]:
+    """Of those plants of the module that this session is to test."""
+    chosen = [
+        item.callspec.params["plant"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module and hasattr(item, "callspec")
+    ]
+    grown = Garden(tmp_path_factory.mktemp("planted"), chosen or request.module.PLANTS)
+    yield grown
+    grown.close()
+
+
+@contextmanager
+def _planted(root: Path, plant: Plant | None) -> Iterator[None]:
+    if plant is None:
+        yield
+        return
     path = root / plant.file
     healthy = path.read_text()
     assert healthy.count(plant.good) == 1, f"{plant.file} no longer has the passage once: {plant.good!r}"
     path.write_text(healthy.replace(plant.good, plant.bad))
     try:
-        done = _run(root, plant.caught_by)
+        yield
     finally:
         path.write_text(healthy)
-    assert done.returncode == FAILED, f"not caught:\n{done.stdout[-3000:]}"
 
 
 def _run(root: Path, *tests: str) -> subprocess.CompletedProcess[str]:

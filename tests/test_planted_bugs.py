@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.planting import Plant, check_caught, check_control, copy_tree
+from tests.planting import Garden, Plant, copy_tree
+from tests.planting import garden as garden
 
 NODE = "tests/server/test_node.py"
 FAULTS = "tests/client/test_faults.py"
@@ -266,18 +267,14 @@ PLANTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("planted"))
+@pytest.mark.slow
+def test_without_a_plant_all_is_green(garden: Garden) -> None:
+    garden.check_control()
 
 
 @pytest.mark.slow
-def test_without_a_plant_all_is_green(copy: Path) -> None:
-    check_control(copy, PLANTS)
-
-
-@pytest.mark.slow
-def test_the_copy_tests_itself(copy: Path) -> None:
+def test_the_copy_tests_itself(tmp_path: Path) -> None:
+    copy = copy_tree(tmp_path)
     command = [sys.executable, "-B", "-c", "import kvcache; print(kvcache.__file__)"]
     done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True)
     assert Path(done.stdout.decode().strip()).is_relative_to(copy)
@@ -285,8 +282,8 @@ def test_the_copy_tests_itself(copy: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name.replace(" ", "-"))
-def test_it_is_caught(copy: Path, plant: Plant) -> None:
-    check_caught(copy, plant)
+def test_it_is_caught(garden: Garden, plant: Plant) -> None:
+    garden.check_caught(plant)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class TestOverANodeWithNvme(LayeredContract):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["mapped", "tcp"])
-@pytest.mark.parametrize("driver", ["async", "blocking"])
+@pytest.mark.parametrize(("driver", "path"), [("async", "tcp"), ("blocking", "mapped")])
 class TestOverANodeProcess(LayeredContract):
     @pytest.fixture(autouse=True)
     def _node(self, driver: str, path: str, tmp_path: Path) -> Iterator[None]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.planting import Plant, check_caught, check_control, copy_tree
+from tests.planting import Garden, Plant
+from tests.planting import garden as garden
 
 SLICES = "tests/kvcache/test_slices.py"
 CUTS = "tests/kvcache/peers/test_cut.py"
@@ -107,17 +106,12 @@ PLANTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("planted"))
-
-
 @pytest.mark.slow
-def test_without_a_plant_all_is_green(copy: Path) -> None:
-    check_control(copy, PLANTS)
+def test_without_a_plant_all_is_green(garden: Garden) -> None:
+    garden.check_control()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name.replace(" ", "-"))
-def test_it_is_caught(copy: Path, plant: Plant) -> None:
-    check_caught(copy, plant)
+def test_it_is_caught(garden: Garden, plant: Plant) -> None:
+    garden.check_caught(plant)
