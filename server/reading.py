@@ -63,7 +63,7 @@ class Reading:
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
-        if core.bringing.is_able or request.pushed:
+        if core.bringing.is_able or request.pushed or request.source:
             asked = replace(
                 self._asked(opened, request.prefill_tokens_s),
                 parent=parent_key(opened, request.parent),

@@ -58,6 +58,14 @@ class Here:
             self._stack.close()
             self.embedded.close()
 
+    def end(self) -> None:
+        """It is gone, whatever is on its way, and looked at no more."""
+        self._is_closed = True
+        self.embedded.run(self.node.close())
+
+    def release(self, lease: int) -> None:
+        self.channel.call(wire.Release(lease), deadline())
+
     def save(self, blocks: list[bytes], parent: bytes = b"") -> None:
         assert save(self.channel, self.namespace, blocks, parent) == len(blocks)
 

@@ -71,9 +71,11 @@ class Writer:
         start, stop = first * self.spec.plane_bytes, end * self.spec.plane_bytes
         return sum_chunks([block[start:stop] for block in self.made], self.spec.chunk_bytes)
 
-    async def commit(self) -> int:
-        """Write what is missing, and publish."""
+    async def commit(self, *, flipped: bool = False) -> int:
+        """Write what is missing (``flipped``: and turn a bit of it), and publish."""
         self.write(self.spec.plane_count - self._planes)
+        if flipped:
+            self._slab[self.reserved.offsets[-1]] ^= 1
         reply = await self.ask(wire.Commit(self.reserved.reservation, self.sums(0, self.spec.plane_count)))
         assert isinstance(reply, wire.Committed)
         return reply.count
