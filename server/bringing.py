@@ -24,6 +24,7 @@ from kvcache.peers.directory import Directory
 from kvcache.peers.fetch import Asked, Fetcher
 from kvcache.peers.push import Pusher
 from kvcache.peers.receive import Receiver
+from kvcache.peers.replicate import Replicator
 from kvcache.server.arriving import Arriving
 from kvcache.tiers.stack import Stack
 
@@ -39,6 +40,7 @@ class Bringing:
         self.fetcher: Fetcher | None = None
         self.receiver: Receiver | None = None
         self.pusher: Pusher | None = None
+        self.replicator: Replicator | None = None
         self.arriving = Arriving(ledger, clock)
 
     @property
@@ -87,10 +89,17 @@ class Bringing:
             if count <= held or held <= before or self._clock.now_ns() >= end_ns:
                 return
 
-    def touched(self, path: Sequence[StorageKey]) -> None:
+    def touched(self, path: Sequence[StorageKey], *, by_engine: bool) -> None:
         """A request was given these blocks of the host tier."""
         if self.stack is not None:
             self.stack.touched(path)
+        if self.replicator is not None and by_engine and path:
+            self.replicator.used(path)
+
+    def tick(self) -> None:
+        """Called by the node's timer."""
+        if self.replicator is not None:
+            self.replicator.tick()
 
     def committed(self, path: Sequence[StorageKey]) -> None:
         """Blocks of a peer were published in the host tier."""
@@ -116,7 +125,7 @@ class Bringing:
 
     async def close(self) -> None:
         """Nothing is fetched or pushed any more, and nobody followed. The stack is closed by who made it."""
-        for each in (self.receiver, self.pusher, self.fetcher):
+        for each in (self.replicator, self.receiver, self.pusher, self.fetcher):
             if each is not None:
                 await each.close()
         if self.directory is not None:

@@ -298,6 +298,7 @@ class Core:
         self.ledger.expire(self.clock.now_ns())
         self.tickets.tick()
         self.plane.tick()
+        self.bringing.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvcache.block import BlockSpec, NamespaceId
+from collections.abc import Sequence
+
+from kvcache.block import HASH_BYTES, BlockSpec, NamespaceId, StorageKey
 from kvcache.clock import NS_PER_MS
 from kvcache.credentials import read_private
 from kvcache.errors import BadInput
@@ -10,9 +12,11 @@ from kvcache.namespace import Namespace
 from kvcache.peers.cut import Cuts
 from kvcache.peers.directory import Directory
 from kvcache.peers.fetch import Fetcher, Rules
+from kvcache.peers.heat import Heat
 from kvcache.peers.peer import Here
 from kvcache.peers.push import Pusher, Pushing
 from kvcache.peers.receive import Around, Receiver
+from kvcache.peers.replicate import Budget, Replicator
 from kvcache.server.core import Core
 
 
@@ -55,8 +59,31 @@ def join(core: Core, here: Here) -> None:
             config.peer_keep == "keep",
         )
     )
-    bringing.pusher = Pusher(
+    pusher = bringing.pusher = Pusher(
         Pushing(core.ledger, core.host, core.clock, core.counters, core.settle, directory.named, known)
+    )
+    if config.replicate_bytes_s:
+        bringing.replicator = _replicator(core, directory, pusher)
+
+
+def _replicator(core: Core, directory: Directory, pusher: Pusher) -> Replicator:
+    def path_to(key: StorageKey) -> list[StorageKey]:
+        return list(core.ledger.ancestors(key))[::-1]
+
+    def size_of(path: Sequence[StorageKey]) -> tuple[int, int]:
+        found = core.spec_of(NamespaceId(path[0][:HASH_BYTES]))
+        assert found is not None, "a block of a namespace that nobody opened"
+        return core.ledger.match(path), found[0].block_bytes
+
+    return Replicator(
+        Heat(core.config.replicate_hits),
+        Budget(core.config.replicate_bytes_s),
+        directory.lacking,
+        path_to,
+        size_of,
+        pusher.copy,
+        core.clock,
+        core.counters,
     )
 
 

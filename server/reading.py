@@ -94,7 +94,7 @@ class Reading:
             keys[len(lease.keys) :], with_pushes=request.pushed or bool(request.source)
         )
         if not coming:  # Else it is asked again.
-            core.bringing.touched(lease.keys)
+            core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
                 core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
         return wire.Leased(

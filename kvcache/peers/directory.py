@@ -27,6 +27,7 @@ from kvcache.clock import Clock
 from kvcache.locality import TIERS, LocalityIndex
 from kvcache.peers.load import Load
 from kvcache.peers.peer import Arrived, Here, Peer, Plane, Sums, Wanted
+from kvcache.peers.replicate import Lack
 from kvcache.transport.base import Priority
 
 INDEX_ENTRIES_MAX = 1 << 20
@@ -127,6 +128,22 @@ class Directory:
             if blocks:
                 found.append(Candidate(peer, blocks, in_memory, peer.name in current))
         return found
+
+    def lacking(self, keys: Sequence[StorageKey]) -> list[Lack]:
+        """Which peers, of those whose word is current, hold less than all of these. REQUIRES: keys of one
+        namespace, from the first of a prompt on."""
+        if not keys:
+            return []
+        hashes = [BlockHash(key[HASH_BYTES:]) for key in keys]
+        located = self.index.locate(hashes, (NamespaceId(keys[0][:HASH_BYTES]),))
+        held = {each.source: each.blocks for each in located}
+        current = {state.source for state in self.index.sources() if state.synced}
+        return [
+            Lack(peer.name, held.get(peer.name, 0))
+            for peer in self.peers
+            if peer.is_up and not peer.is_self and peer.name in current
+            if held.get(peer.name, 0) < len(keys)
+        ]
 
     def blame(self, peer: Giver, keys: Sequence[StorageKey], rest_ns: int) -> None:
         """Do not ask this peer for these blocks for so long."""

@@ -72,16 +72,19 @@ class Replicator:
         heat: Heat,
         budget: Budget,
         lacking: Callable[[Sequence[StorageKey]], Sequence[Lack]],
+        path_to: Callable[[StorageKey], Sequence[StorageKey]],
         size_of: Callable[[Sequence[StorageKey]], tuple[int, int]],
         copy: Copy,
         clock: Clock,
         counters: Counter[str],
     ) -> None:
-        """``lacking`` names the peers that are up and lack some of a path. ``size_of`` tells how many of its
+        """``lacking`` names the peers that are up and lack some of a path. ``path_to`` gives the blocks from
+        the first of a prompt to this one, as far as they are here. ``size_of`` tells how many of a path's
         leading blocks are here, and the bytes of one."""
         self._heat = heat
         self._budget = budget
         self._lacking = lacking
+        self._path_to = path_to
         self._size_of = size_of
         self._copy = copy
         self._clock = clock
@@ -92,10 +95,10 @@ class Replicator:
         self._running: asyncio.Task[None] | None = None
 
     def used(self, path: Sequence[StorageKey]) -> None:
-        """A request of an engine was given these blocks."""
+        """A request of an engine was given these blocks, one behind the other."""
         hot = self._heat.used(path, self._clock.now_ns())
-        if hot and len(self._wanted) < WANTED_MAX:
-            self._wanted.setdefault(path[hot - 1], tuple(path[:hot]))
+        if hot and len(self._wanted) < WANTED_MAX and (whole := self._path_to(path[hot - 1])):
+            self._wanted.setdefault(path[hot - 1], tuple(whole))
 
     def tick(self) -> None:
         """Called by the node's timer: begin a copy, if there is one to make and the budget allows."""

@@ -37,11 +37,19 @@ class World:
         self.counters: Counter[str] = Counter()
         self.held: dict[str, set[StorageKey]] = {name: set() for name in peers}
         self.here = 1_000
+        self.paths: dict[StorageKey, list[StorageKey]] = {}
         self.copies: list[tuple[str, int, int]] = []
         self.gate: asyncio.Event | None = None
         self.takes = 1_000
         self.replicator = Replicator(
-            Heat(2), Budget(rate), self.lacking, self.size_of, self.copy, self.clock, self.counters
+            Heat(2),
+            Budget(rate),
+            self.lacking,
+            self.path_to,
+            self.size_of,
+            self.copy,
+            self.clock,
+            self.counters,
         )
 
     def lacking(self, keys: Sequence[StorageKey]) -> list[Lack]:
@@ -50,6 +58,9 @@ class World:
             count = next((at for at, key in enumerate(keys) if key not in held), len(keys))
             found += [Lack(name, count)] if count < len(keys) else []
         return found
+
+    def path_to(self, key: StorageKey) -> list[StorageKey]:
+        return self.paths[key]
 
     def size_of(self, keys: Sequence[StorageKey]) -> tuple[int, int]:
         return min(self.here, len(keys)), BLOCK
@@ -68,18 +79,22 @@ class World:
         for _ in range(3):
             await asyncio.sleep(0)
 
-    def heat(self, keys: Sequence[StorageKey]) -> None:
-        self.replicator.used(keys)
-        self.replicator.used(keys)
+    def heat(self, keys: list[StorageKey]) -> None:
+        self.use(keys)
+        self.use(keys)
+
+    def use(self, keys: list[StorageKey], start: int = 0) -> None:
+        self.paths |= {key: keys[: at + 1] for at, key in enumerate(keys)}
+        self.replicator.used(keys[start:])
 
 
 @played
 async def test_what_is_hot_is_copied_to_who_lacks_it() -> None:
     world = World(100 * BLOCK, ("b", "c"))
-    world.replicator.used(path("p", 5))
+    world.use(path("p", 5))
     await world.tick()
     assert world.copies == []
-    world.replicator.used(path("p", 5))
+    world.use(path("p", 5))
     for _ in range(4):
         await world.tick()
     assert world.copies == [("b", 0, 5), ("c", 0, 5)]
@@ -168,6 +183,15 @@ async def test_what_a_peer_was_given_is_not_sent_again_before_it_tells() -> None
     for _ in range(5):
         await world.tick()
     assert world.copies == [("b", 0, 3)]
+
+
+@played
+async def test_a_later_part_of_a_prompt_goes_with_what_comes_before_it() -> None:
+    world = World(100 * BLOCK)
+    world.use(path("p", 9), start=6)
+    world.use(path("p", 9), start=6)
+    await world.tick()
+    assert world.copies == [("b", 0, 9)]
 
 
 @played
