@@ -191,7 +191,7 @@ def test_the_taker_stands_still(scene: Scene, factor: int) -> None:
     """What it was lent is given back meanwhile: it may stand for ever."""
     lent = 0.0
     with watched(scene.a):
-        for _ in range(STANDING_ROUNDS * factor):
+        for _ in range(STANDING_ROUNDS // 2 * factor):
             with scene.loading() as asked:
                 scene.b.stop()
                 lent += scene.a.client.stats()["tickets"]
