@@ -24,8 +24,8 @@ class NodeProcess:
     def __init__(
         self, settings: Mapping[str, str], log: Path | None = None, interpreter: str = sys.executable
     ) -> None:
-        """``settings`` are those of ``config.NodeConfig``. Its log goes to ``log``, or nowhere. Another
-        ``interpreter`` has other transports."""
+        """``settings`` are those of ``config.NodeConfig``; switches are "true". Its log goes to ``log``, or
+        nowhere. Another ``interpreter`` has other transports."""
         self._settings = dict(settings)
         self._log = log
         self._interpreter = interpreter
@@ -53,7 +53,8 @@ class NodeProcess:
         assert self._process is None, "the node runs already"
         command = [self._interpreter, "-m", "kvcache", "serve", "--json"]
         for name, value in self._settings.items():
-            command += [f"--{name.replace('_', '-')}", value]
+            flag = f"--{name.replace('_', '-')}"
+            command += [flag] if value == "true" else [flag, value]
         sink = self._log.open("ab") if self._log else None
         try:
             self._process = subprocess.Popen(

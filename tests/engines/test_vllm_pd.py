@@ -187,8 +187,8 @@ def after_one_another(pair: Pair, seed: int) -> None:
     pair.check_skipped(prompts)
 
 
-def both_at_once(pair: Pair, seed: int) -> dict[str, float]:
-    """The decode first: it waits, and receives while the prefill runs. What changed at node a."""
+def both_at_once(pair: Pair, seed: int) -> None:
+    """The decode first: it waits, and receives while the prefill runs."""
     prompts = [prompt(1900, seed=seed)]
     expected = pair.b.cold(prompts)
     pair.forget_news()
@@ -199,7 +199,8 @@ def both_at_once(pair: Pair, seed: int) -> dict[str, float]:
         assert answer.result()["tokens"] == expected
     pair.check_skipped(prompts)
     assert pair.a.news()["vllm:kvcache_store{advances}"] >= 4
-    return pair.a.node_news()
+    streamed = pair.b.node_news().get("streamed_blocks", 0)
+    assert streamed >= whole_blocks(prompts) // 2, "the others were held when they were asked for"
 
 
 def test_one_after_the_other(pair: Pair) -> None:
@@ -218,6 +219,8 @@ def test_pushed(pair: Pair) -> None:
     assert params[0]["kvcache"]["pushed"] is True
     assert pair.b.hand(prompts, params)["tokens"] == expected
     pair.check_skipped(prompts)
+    assert pair.a.node_news()["pushed_blocks"] >= whole_blocks(prompts)
+    assert "peer_fetched_blocks" not in pair.b.node_news()
 
 
 def test_the_proxies_of_others_work_unchanged(pair: Pair) -> None:
