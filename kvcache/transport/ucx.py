@@ -42,7 +42,7 @@ from kvcache.transport.ucx_endpoint import Shared, UcxEndpoint  # noqa: E402
 from kvcache.transport.ucx_frames import Hello, new_tag_base, pack_hello, parse_hello  # noqa: E402
 
 SCHEME = "ucx"
-SETTINGS = {"TCP_TX_SEG_SIZE": "256k", "TCP_RX_SEG_SIZE": "256k"}
+SETTINGS = {"TCP_TX_SEG_SIZE": "512k", "TCP_RX_SEG_SIZE": "512k"}
 """Ours, unless the environment has them as ``UCX_...``."""
 HELLO_NS = 5 * NS_PER_S
 CUT_NS = 1 * NS_PER_S
