@@ -1,12 +1,13 @@
 """Our ends of ``bench_transport.py``: a plain socket, memcpy, and the transports of this project.
 
-    python benchmarks/transport_ends.py read raw:0 [huge]         a reader, for orders (transport_pool.py); it
+    python benchmarks/transport_ends.py read raw:0 [huge] [bare]  a reader, for orders (transport_pool.py); it
                                                                   starts its owner
     python benchmarks/transport_ends.py own raw:0 [huge]          a plain socket: asked for a size, sends all;
                                                                   with so large a send buffer, 0: the system's
     python benchmarks/transport_ends.py own tcp://127.0.0.1:0     a transport of ours, told by notes
 
-``huge``: pools in pages of 2 MiB. An owner says its address first and ends with its input.
+``huge``: pools in pages of 2 MiB. ``bare``: ours checks nothing on the clock. ``memcpy`` checks when it is
+called ``memcpy:summed``. An owner says its address first and ends with its input.
 """
 
 from __future__ import annotations
@@ -97,17 +98,26 @@ class Raw:
 
 
 class Memcpy:
-    """One thread, from one pool into another: both cold, for they are far larger than the caches."""
+    """One thread, from one pool into another: both cold, for they are far larger than the caches. With
+    ``is_summed`` a second thread sums what has come, as it does behind a transport."""
 
-    def __init__(self, pool: Pool, is_huge: bool) -> None:
+    def __init__(self, pool: Pool, is_huge: bool, is_summed: bool) -> None:
         self._pool = pool.view
         self._source = Pool(is_huge)
+        self._is_summed = is_summed
+        self._summing = ThreadPoolExecutor(1)
 
     def moved(self, case: Case) -> float:
-        source = self._source.view
+        source, sums = self._source.view, []
         started = time.perf_counter()
         for at in range(0, POOL_BYTES, case.block_bytes):
-            self._pool[at : at + case.block_bytes] = source[at : at + case.block_bytes]
+            block = self._pool[at : at + case.block_bytes]
+            block[:] = source[at : at + case.block_bytes]
+            if self._is_summed and (at + case.block_bytes) % case.step == 0:
+                batch = self._pool[at + case.block_bytes - case.step : at + case.block_bytes]
+                sums.append(self._summing.submit(sum_chunks, [batch], CHUNK_BYTES))
+        for each in sums:
+            each.result()
         return time.perf_counter() - started
 
     def hot(self, block_bytes: int = MIB) -> dict[str, object]:
@@ -119,7 +129,7 @@ class Memcpy:
         return {"value": POOL_BYTES / GB / (time.perf_counter() - started)}
 
     def close(self) -> None:
-        self._source.view.release()
+        self._summing.shutdown()
 
 
 class Ours:
@@ -130,7 +140,8 @@ class Ours:
     thread of its own, for between its turns it must go on saying that it lives.
     """
 
-    def __init__(self, address: str, pool: Pool, owner: list[str]) -> None:
+    def __init__(self, address: str, pool: Pool, owner: list[str], is_bare: bool) -> None:
+        self._is_bare = is_bare
         self._scheme = scheme_of(address)
         self._pool = pool.view
         self._sums = sum_chunks([pool.view], CHUNK_BYTES)
@@ -196,6 +207,8 @@ class Ours:
                     for start in range(at, at + case.step, case.block_bytes)
                 ]
                 await self._end.read(ticket, into, soon())
+                if self._is_bare:
+                    continue
                 first = at // CHUNK_BYTES * 8
                 sums = await self._loop.run_in_executor(self._summing, sum_chunks, into, CHUNK_BYTES)
                 if sums != self._sums[first : first + case.step // CHUNK_BYTES * 8]:
@@ -279,7 +292,7 @@ async def own(address: str, pool: memoryview) -> None:
 
 def main() -> None:
     role, what, *rest = sys.argv[1:]
-    is_huge = rest == ["huge"]
+    is_huge = "huge" in rest
     if role == "own":
         pool = Pool(is_huge)
         if what.startswith("raw:"):
@@ -290,9 +303,9 @@ def main() -> None:
     owner = python("transport_ends.py", "own", what, *rest)
     makers: dict[str, Callable[[Pool], Reader]] = {
         "raw": partial(Raw, owner=owner),
-        "memcpy": partial(Memcpy, is_huge=is_huge),
+        "memcpy": partial(Memcpy, is_huge=is_huge, is_summed=what.endswith(":summed")),
     }
-    make = makers.get(what.partition(":")[0], partial(Ours, what, owner=owner))
+    make = makers.get(what.partition(":")[0], partial(Ours, what, owner=owner, is_bare="bare" in rest))
     answer_orders(make, Pool(is_huge))
 
 

@@ -11,6 +11,7 @@ the one that is said to sleep.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -28,7 +29,10 @@ HOW_TO_INSTALL = {
     ".venv-nixl": "make test-nixl sets up .venv-nixl",
     ".venv-peers": "benchmarks/peers.sh sets up .venv-peers; apt-get install libibverbs1 libnuma1 libcurl4",
 }
-SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
+SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "512k", "UCX_TCP_RX_SEG_SIZE": "512k"}
+"""As ``ucx://`` has them; those of UCX itself are of 8 KiB, and halve its speed."""
+LISTEN_S = 2.0
+TRIES = 3
 OVER_TCP = {**SEGMENTS, "UCX_TLS": "tcp,self", "UCX_PROTO_EMULATION_ENABLE": "y", "UCX_MODULES": "^ib"}
 OVER_CMA = {"UCX_MODULES": "^ib"}
 
@@ -55,9 +59,23 @@ class Perftest:
         self._environment = {**os.environ, **SEGMENTS, "UCX_TLS": "tcp", "LD_LIBRARY_PATH": str(libraries)}
 
     def moved(self, case: Case) -> float:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(RuntimeError):  # Its port may be taken by then.
+                return self._once(case)
+        return self._once(case)
+
+    def _once(self, case: Case) -> float:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         server = self._start("-p", port)
+        try:
+            wait_for_listener(int(port))
+            return self._measured(case, port)
+        finally:
+            server.kill()
+            server.wait()
+
+    def _measured(self, case: Case, port: str) -> float:
         count = POOL_BYTES // case.block_bytes
         wanted = [
             "-t",
@@ -69,16 +87,12 @@ class Perftest:
             "-w",
             str(max(count // 32, 2)),
         ]
+        client = self._start("127.0.0.1", "-p", port, *wanted, "-f", "-v", *self._options)
         try:
-            wait_for_listener(int(port))
-            client = self._start("127.0.0.1", "-p", port, *wanted, "-f", "-v", *self._options)
             said = client.communicate(timeout=PATIENCE_S)[0].strip().splitlines()
         except subprocess.TimeoutExpired as error:
             client.kill()
             raise RuntimeError("ucx_perftest did not end") from error
-        finally:
-            server.kill()
-            server.wait()
         if not said or not re.fullmatch(r"\s*\d+(,[\d.]+)+", said[-1]):
             raise RuntimeError(f"ucx_perftest said {said[-1:]}")
         return float(said[-1].split(",")[4]) * MIB / GB
@@ -98,7 +112,7 @@ class Perftest:
 
 def wait_for_listener(port: int) -> None:
     """Until somebody listens at it; to connect would be to take the one place that there is."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + LISTEN_S
     wanted = re.compile(rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ", re.MULTILINE)
     while not any(wanted.search(Path(f"/proc/net/{table}").read_text()) for table in ("tcp", "tcp6")):
         if time.monotonic() > end:
