@@ -153,7 +153,11 @@ def _listening(where: TcpAddress) -> socket.socket:
         family, _, _, _, target = socket.getaddrinfo(
             where.host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        sock = socket.create_server((str(target[0]), where.port), family=family, backlog=_BACKLOG)
+        # As the control connection: [::] is every interface, by IPv4 too.
+        everywhere = family == socket.AF_INET6 and str(target[0]) == "::" and socket.has_dualstack_ipv6()
+        sock = socket.create_server(
+            (str(target[0]), where.port), family=family, backlog=_BACKLOG, dualstack_ipv6=everywhere
+        )
     except OSError as error:
         code = "address_in_use" if error.errno == errno.EADDRINUSE else "bad_config"
         raise BadInput(code, f"cannot listen at {where}", str(error), "choose another address") from error

@@ -211,6 +211,21 @@ class TestWays:
         assert with_host("tcp://[::]:81", "fd00::7") == "tcp://[fd00::7]:81"
         assert with_host("tcp://10.0.0.1:81#aa", "10.0.0.7") == "tcp://10.0.0.1:81#aa"
 
+    @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+    @on_a_loop
+    async def test_every_interface_is_reached_by_ipv4_and_ipv6(self, host: str) -> None:
+        """As the control connection is, whose host the data address is given."""
+        async with started("tcp://[::]:0") as owner, started() as reader:
+            [address] = owner.addresses
+            assert await moved(owner, reader, with_host(address, host)) == b"bytes of a block"
+
+    @on_a_loop
+    async def test_one_interface_is_reached_by_its_own_kind(self) -> None:
+        async with started("tcp://[::1]:0") as owner, started() as reader:
+            [address] = owner.addresses
+            with pytest.raises(PeerLost):
+                await moved(owner, reader, address.replace("[::1]", "127.0.0.1"))
+
 
 class TestEndpoints:
     @on_a_loop
