@@ -27,6 +27,8 @@ log = logging.getLogger("kvcache.server")
 
 RECEIVE_BYTES = 64 << 10
 STEP_BYTES = 256 << 10
+TURN_BYTES = 2 << 20
+"""After so many others on the loop have their turn, also when the peer takes all that comes."""
 WATCH_BYTES_MAX = 16 << 20
 DISCARD_BYTES = 64 << 10
 TEXT_CHARS_MAX = 1_000
@@ -263,10 +265,15 @@ class Session(asyncio.BufferedProtocol):
     async def _send_payload(self, call: int, outgoing: Outgoing) -> None:
         total = sum(len(view) for view in outgoing.payload)
         self._write(wire.encode(call, outgoing.message, total))
+        left = TURN_BYTES
         for view in outgoing.payload:
             for start in range(0, len(view), STEP_BYTES):
                 await self._writable.wait()
                 self._write(view[start : start + STEP_BYTES])
+                left -= min(len(view), STEP_BYTES)
+                if left <= 0:
+                    left = TURN_BYTES
+                    await asyncio.sleep(0)
 
     def _frame(self, call: int, message: wire.Reply) -> bytes:
         """A reply that cannot be sent as it is becomes the refusal that says so."""

@@ -48,6 +48,24 @@ def test_an_event_never_lands_within_a_payload() -> None:
     assert (watch, event) == (5, batch(7))
 
 
+def test_others_have_their_turn_while_a_peer_takes_a_payload_as_fast_as_it_comes() -> None:
+    """A reply of many small pieces, none of which the system makes wait."""
+    pieces = [memoryview(bytes(64 << 10))] * 256
+
+    async def play() -> tuple[int, int]:
+        session, transport = connect(Scripted(lambda call, request: Outgoing(wire.Blocks(1), pieces)))
+        receive(session, wire.encode(1, wire.Read(1, 0, 1)))
+        turns = most = sent = 0
+        while len(transport.sent) < 16 << 20:
+            await asyncio.sleep(0)
+            turns, most, sent = turns + 1, max(most, len(transport.sent) - sent), len(transport.sent)
+        return turns, most
+
+    turns, most = run(play())
+    assert turns >= 8
+    assert most <= 3 << 20
+
+
 def test_what_happens_during_a_snapshot_comes_after_it() -> None:
     snapshot = [batch(3, snapshot=True, left=2 - at, hashes=bytes(1 << 20)) for at in range(3)]
 
