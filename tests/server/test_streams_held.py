@@ -84,8 +84,7 @@ class TestHeldForTheFollower:
             gate = Gate(node)
             aborting = asyncio.create_task(writer.abort())
             await until(lambda: gate.entered == 1)
-            stats = await follower.stats()
-            assert (stats["reservations"], stats["limbo_blocks"]) == (1, 0)
+            assert [(await follower.stats())["reservations"] for _ in range(20)] == [1] * 20
             gate.open()
             await aborting
             with pytest.raises(TransferRefused):
@@ -164,7 +163,12 @@ class TestHeldForTheFollower:
             await writer.advance()
             followed = await follow(follower, HASHES[1:3])
             node.call(lambda: quarantine(node, writer.namespace + HASHES[0]))
-            await writer.commit()
+            gate = Gate(node)
+            committing = asyncio.create_task(writer.commit())
+            await until(lambda: gate.entered == 1)
+            assert [(await follower.stats())["reservations"] for _ in range(20)] == [1] * 20
+            gate.open()
+            await committing
             assert (await follower.stats())["tickets"] == 0
             with pytest.raises(TransferRefused):
                 await read(follower, followed)

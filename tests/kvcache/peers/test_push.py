@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvcache.block import StorageKey
 from kvcache.peers import outlet, push
 from tests.kvcache.peers.stream_world import PLANES, World, worlds
 from tests.server.talk import HASHES, SIZE, SPEC
@@ -57,10 +56,15 @@ class TestItComes:
 
     def test_it_is_published_when_it_is_committed_at_its_writer(self, two: World) -> None:
         engine = two.engine()
+        for _ in range(2):
+            engine.reserve(FOUR, push="b")
+            engine.advance(PLANES)
+            posted(two, 4 * PLANES)
+            assert [two.b.holds(FOUR) for _ in range(50)] == [0] * 50
+            engine.abort()
+            two.until_quiet()
+            two.b.node.core.counters["posted_bytes"] = 0
         engine.reserve(FOUR, push="b")
-        engine.advance(PLANES)
-        posted(two, 4 * PLANES)
-        assert two.b.holds(FOUR) == 0
         engine.commit()
         assert two.want(FOUR, pushed=True).result() == 4
         two.until_quiet()
@@ -289,34 +293,3 @@ class TestItFails:
         two.a.end()
         two.b.until_quiet()
         assert two.b.holds(FOUR) == 0
-
-
-class TestCopy:
-    def copy(self, two: World, blocks: Sequence[bytes], first: int, name: str = "b") -> int:
-        pusher = two.a.node.core.bringing.pusher
-        assert pusher is not None
-        path: list[StorageKey] = [two.a.key(block) for block in blocks]
-        return two.a.embedded.run(pusher.copy(name, path, first))
-
-    def test_held_blocks_are_copied(self, two: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(push, "COPY_BLOCKS_MAX", 2)
-        engine = two.engine()
-        engine.reserve(HASHES[:5])
-        engine.commit()
-        assert self.copy(two, HASHES[:3], 0) == 3
-        assert self.copy(two, HASHES[:5], 3) == 2
-        assert self.copy(two, HASHES[:5], 0) == 5
-        assert two.a.stat("pushed_blocks") == 5
-        assert two.want(HASHES[:5], source="").result() == 5
-        two.until_quiet()
-
-    def test_what_cannot_be_copied(self, two: World) -> None:
-        engine = two.engine()
-        engine.reserve(HASHES[:3])
-        engine.commit()
-        assert self.copy(two, HASHES[:3], 0, "nobody") == 0
-        assert self.copy(two, HASHES[:3], 1) == 0
-        assert two.a.stat("push_failures:parent") == 1
-        assert self.copy(two, HASHES[:5], 0) == 0
-        assert two.a.stat("push_failures:gone") == 1
-        two.until_quiet()

@@ -222,8 +222,11 @@ class TestItFails:
         engine = two.engine()
         engine.reserve(FOUR)
         wanted = two.want(FOUR)
+        two.until_follows()
         for each in range(PLANES):
             engine.advance(1, engine.wrong_sums() if each == plane else None)
+            if each <= plane:  # The next has come too when this is judged.
+                two.until_came(4 * (each + 1))
         assert wanted.result() == 0
         engine.abort()
         self.failed(two, "sums")
