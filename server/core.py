@@ -45,6 +45,8 @@ HELD_STATS = (
     "policy_faults",
 )
 HELD_STATS_OF_A_TIER = ("blocks", "block_bytes", "orphans")
+ARENAS_MAX = 256
+"""Each costs two descriptors and a map of the capacity's length for the node's life; peers name tenants."""
 AHEAD_BLOCKS_MAX = 64
 TOLD_AT_ONCE = 4_096
 VERDICT_MATCHES = "stored blocks of this namespace are found and used"
@@ -151,9 +153,11 @@ class Core:
         return self._namespaces[NamespaceId(namespace_id)].tenant
 
     def arena(self, uid: int, tenant: str) -> int:
-        """The memory of one trust domain, made at its first use."""
+        """The memory of one trust domain, made at its first use. RAISES BadInput when there are too many, or
+        no memory."""
         arena = self._arenas.get((uid, tenant))
         if arena is None:
+            self._check_arenas()
             arena = self.host.add_arena(f"{uid}-{tenant}")  # May be refused: then nothing has changed.
             made = self._space.add_arena()
             assert made == arena
@@ -187,6 +191,15 @@ class Core:
                 f"the host tier has {self.config.capacity_bytes} bytes",
                 f"one block of this namespace has {spec.block_bytes}",
                 "start the node with a larger --capacity",
+            )
+
+    def _check_arenas(self) -> None:
+        if len(self._arenas) >= ARENAS_MAX:
+            raise BadInput(
+                "too_large",
+                f"{ARENAS_MAX} users and tenants have memory here",
+                "that is the limit",
+                "restart the node to forget old ones, or have fewer tenants use one node",
             )
 
     def _verdict(self, opened: Opened) -> str:

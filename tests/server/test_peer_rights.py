@@ -11,7 +11,8 @@ import pytest
 
 from kvcache import wire
 from kvcache.channel import AsyncChannel, BlockingChannel
-from kvcache.errors import NotAllowed
+from kvcache.errors import BadInput, NotAllowed
+from kvcache.server import core
 from kvcache.transport.keys import split_key
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import HASHES, deadline, held, lease, opened, refused, reserve, save
@@ -62,6 +63,25 @@ def test_a_peer_sees_the_blocks_of_the_tenant_that_it_names(node: EmbeddedNode) 
 def test_nobody_else_names_a_tenant(node: EmbeddedNode, tenant: str) -> None:
     with pytest.raises(NotAllowed, match="no credential fits"), connected(node, APP, tenant):
         pass
+
+
+def test_a_peer_that_names_ever_new_tenants_takes_so_much_and_no_more(
+    node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tenant has memory of its own here, and descriptors with it."""
+    monkeypatch.setattr(core, "ARENAS_MAX", 4)
+    with connected(node, APP) as app:
+        refusals = 0
+        for at in range(8):
+            try:
+                with connected(node, NODE, f"tenant-{at}"):
+                    pass
+            except BadInput as error:
+                assert error.code == "too_large"
+                refusals += 1
+        assert refusals == 6, "the node's own and that of the app are there"
+        assert node.call(node.node.core.stats)["arenas"] == 4
+        assert save(app, opened(app), HASHES[:1]) == 1
 
 
 def test_where_bytes_are_moved_is_told_to_peers_alone(node: EmbeddedNode) -> None:
