@@ -1,7 +1,7 @@
-"""Builds the C++ module. Everything else is in pyproject.toml.
+"""Builds the C++ modules. Everything else is in pyproject.toml.
 
-``optional=True``: where it cannot be compiled the package installs without it and the pure-Python
-twin serves (kvcache/sums.py).
+``optional=True``: where one cannot be compiled the package installs without it and its pure-Python
+twin serves (kvcache/sums.py, kvcache/index.py).
 """
 
 from pathlib import Path
@@ -20,6 +20,14 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
             optional=True,
-        )
+        ),
+        Pybind11Extension(
+            "kvcache._native.index",
+            [str(native / name) for name in ("index.cpp", "index_runs.cpp")],
+            depends=[str(native / f"index_{name}.h") for name in ("runs", "sets", "table", "walk")],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            optional=True,
+        ),
     ]
 )

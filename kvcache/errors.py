@@ -20,6 +20,7 @@ CODES: dict[str, str] = {
     "bad_prefix": "a prefix is malformed or skips a parent",
     "bad_reservation": "the reservation is unknown, already ended, or another's",
     "bad_lease": "the lease is unknown, already ended, or another's",
+    "bad_holder": "the index has no such holder, or not any more",
     "bad_weights": "nothing identifies the model's weights",
     "bad_trace": "a trace file cannot be read",
     "bad_tier": "a directory of the NVMe tier cannot be used as it is",

@@ -1,5 +1,5 @@
-"""The C++ module ``core``, and nothing else: missing where the package was built without a compiler.
+"""The C++ modules ``core`` and ``index``, and nothing else: missing where there was no compiler.
 
-Then ``kvcache/sums_twin.py`` serves; both have the same functions and refuse the same input with the
-same words. ``kvcache/sums.py`` picks one.
+Then ``kvcache/sums_twin.py`` and ``kvcache/index_twin.py`` serve; each has the functions of its module and
+refuses the same input with the same words. ``kvcache/sums.py`` and ``kvcache/index.py`` pick one.
 """

@@ -1,0 +1,491 @@
+#include "index_runs.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace kvcache::index {
+namespace {
+
+constexpr std::size_t allocation_bytes = 16;  // What the allocator takes for itself, each time.
+constexpr u32 loose_blocks_max = 64;          // Each of them may need a span of its own.
+constexpr u32 clear_chains = 64;
+constexpr u32 prefetch_blocks = 12;
+constexpr std::size_t tidy_chains_min = 256;
+
+u32 spans_room(u32 count) {
+    u32 room = 2;
+    while (room < count) room *= 2;
+    return room;
+}
+
+std::size_t span_bytes(u32 count) {
+    return count < 2 ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
+}
+
+std::size_t hash_bytes(u32 room) { return room == 0 ? 0 : room * sizeof(u64) + allocation_bytes; }
+
+u64 rank_key(u32 worker, u32 rank) { return static_cast<u64>(worker) << 32 | rank; }
+
+u32 exact_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
+    const u32 longest = std::min(chain.length - offset, count);
+    u32 run = 1;
+    while (run < longest && chain.hashes[offset + run] == hashes[run]) ++run;
+    return run;
+}
+
+u32 backward_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
+    const u32 longest = std::min(offset + 1, count);
+    u32 run = 1;
+    while (run < longest && chain.hashes[offset - run] == hashes[run]) ++run;
+    return run;
+}
+
+void require(bool holds, const char* invariant) {
+    if (!holds) throw std::logic_error(invariant);
+}
+
+}  // namespace
+
+u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
+    if (!chain.linked) return exact_run(chain, offset, hashes, count);
+    const u64* mine = chain.hashes + offset;
+    u32 unequal = std::min(chain.length - offset, count) - 1;
+    if (mine[unequal] == hashes[unequal]) return unequal + 1;
+    u32 equal = 0;
+    while (unequal - equal > 1) {
+        const u32 middle = equal + (unequal - equal) / 2;
+        (mine[middle] == hashes[middle] ? equal : unequal) = middle;
+    }
+    return equal + 1;
+}
+
+Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_), sets_(bytes_) {}
+
+Runs::~Runs() {
+    for (u32 number = 1; number < chains_made_; ++number) {
+        Chain& each = chain(number);
+        delete[] each.hashes;
+        if (each.span_count > 1) delete[] each.spans.many;
+    }
+}
+
+Counts Runs::counts() const {
+    Counts counts{};
+    counts.ghosts = ghosts_;
+    counts.blocks = table_.used() - ghosts_;
+    counts.chains = chains_made_ - 1 - free_chains_.size();
+    for (u32 number = 1; number < chains_made_; ++number) counts.spans += chain(number).span_count;
+    counts.sets = sets_.count();
+    for (const Row& row : rows_) {
+        if (row.state != State::free) ++counts.rows;
+        for (const Digest& digest : row.digests) counts.members += digest.count;
+    }
+    return counts;
+}
+
+u32 Runs::open(u32 worker, u32 rank) {
+    if (free_rows_.empty()) {
+        if (rows_.size() == rows_max) return no_row;
+        free_rows_.push_back(static_cast<u32>(rows_.size()));
+        rows_.emplace_back();
+        serving_.resize((rows_.size() + word_rows - 1) / word_rows, 0);
+        bytes_ += sizeof(Row);
+    }
+    const u32 number = free_rows_.back();
+    free_rows_.pop_back();
+    Row& row = rows_[number];
+    row.worker = worker;
+    row.rank = rank;
+    ++row.generation;
+    row.state = State::shadow;
+    return number;
+}
+
+u32 Runs::serve(u32 number) {
+    Row& row = rows_[number];
+    if (row.state == State::serving) return no_row;
+    const auto [entry, fresh] = answering_.try_emplace(rank_key(row.worker, row.rank), number);
+    const u32 former = fresh ? no_row : entry->second;
+    if (!fresh) retire(former);
+    answering_[rank_key(row.worker, row.rank)] = number;
+    row.state = State::serving;
+    serving_[number / word_rows] |= 0xFull << number % word_rows * tier_count;
+    return former;
+}
+
+void Runs::retire(u32 number) {
+    Row& row = rows_[number];
+    if (row.state == State::serving) answering_.erase(rank_key(row.worker, row.rank));
+    row.state = State::shadow;
+    ++row.generation;
+    serving_[number / word_rows] &= ~(0xFull << number % word_rows * tier_count);
+}
+
+void Runs::free(u32 number) {
+    rows_[number].state = State::free;
+    free_rows_.push_back(number);
+}
+
+// Whether it is certain that `count` blocks more fit, whatever has to grow for them.
+bool Runs::has_room(u32 holder, u32 count) const {
+    const std::vector<u32>& owned = rows_[holder / tier_count].chains[holder % tier_count];
+    const std::size_t lists = (owned.capacity() + count) * sizeof(u32);
+    const std::size_t sets = count * (2 * (sets_.words_max() + 1) * sizeof(Word) + 128);
+    const std::size_t chains = count * (4 * sizeof(u64) + 4 * sizeof(Span)) + page_chains * sizeof(Chain) + 1024;
+    return bytes_ + table_.growth(count) + chains + lists + sets <= bytes_max_;
+}
+
+u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, bool linked) {
+    Place previous = parent != nullptr ? find(*parent) : Place{};
+    for (u32 i = 0; i < std::min(count, prefetch_blocks); ++i) table_.prefetch(hashes[i]);
+    for (u32 i = 0; i < count;) {
+        if (!has_room(holder, count - i)) return count - i;
+        if (const Place at = find(hashes[i])) {
+            const u32 run = exact_run(chain(at.chain), at.offset, hashes + i, count - i);
+            change(at.chain, at.offset, at.offset + run, holder, true);
+            previous = {at.chain, at.offset + run - 1};
+            i += run;
+        } else {
+            const u32 number = chain_after(previous, linked);
+            i += append(number, holder, hashes + i, count - i);
+            previous = {number, chain(number).length - 1};
+        }
+    }
+    return 0;
+}
+
+u32 Runs::remove(u32 holder, const u64* hashes, u32 count) {
+    u32 removed = 0;
+    for (u32 i = 0; i < count;) {
+        const Place at = find(hashes[i]);
+        if (!at) {
+            ++i;
+            continue;
+        }
+        const Chain& there = chain(at.chain);
+        u32 run = exact_run(there, at.offset, hashes + i, count - i);
+        u32 from = at.offset;
+        if (run == 1) {
+            run = backward_run(there, at.offset, hashes + i, count - i);
+            from = at.offset + 1 - run;
+        }
+        const u32 changed = change(at.chain, from, from + run, holder, false);
+        if (changed > 0) settle(at.chain);
+        removed += changed;
+        i += run;
+    }
+    return removed;
+}
+
+bool Runs::clear_some(u32 holder) {
+    Row& row = rows_[holder / tier_count];
+    const u32 tier = holder % tier_count;
+    std::vector<u32>& chains = row.chains[tier];
+    for (u32 i = 0; i < clear_chains && !chains.empty(); ++i) {
+        const u32 number = chains.back();
+        chains.pop_back();
+        if (chain(number).length == 0) continue;
+        if (change(number, 0, chain(number).length, holder, false) > 0) settle(number);
+    }
+    if (!chains.empty()) return true;
+    bytes_ -= chains.capacity() * sizeof(u32);
+    std::vector<u32>().swap(chains);
+    row.tidy_at[tier] = 0;
+    return false;
+}
+
+std::vector<u64> Runs::held(u32 holder) const {
+    const Row& row = rows_[holder / tier_count];
+    std::vector<u32> chains = row.chains[holder % tier_count];
+    std::sort(chains.begin(), chains.end());
+    chains.erase(std::unique(chains.begin(), chains.end()), chains.end());
+    std::vector<u64> hashes;
+    hashes.reserve(row.digests[holder % tier_count].count);
+    for (const u32 number : chains) {
+        const Chain& each = chain(number);
+        u32 start = 0;
+        for (const Span& span : each) {
+            if (sets_.contains(span.set, holder))
+                hashes.insert(hashes.end(), each.hashes + start, each.hashes + span.end);
+            start = span.end;
+        }
+    }
+    return hashes;
+}
+
+u32 Runs::new_chain(bool linked) {
+    if (free_chains_.empty()) {
+        if (chains_made_ == chains_max) throw std::bad_alloc();
+        if (chains_made_ / page_chains >= pages_.size()) {
+            pages_.push_back(std::make_unique<Chain[]>(page_chains));
+            bytes_ += page_chains * sizeof(Chain);
+        }
+        free_chains_.push_back(chains_made_++);
+    }
+    const u32 number = free_chains_.back();
+    free_chains_.pop_back();
+    Chain& made = chain(number);
+    made = Chain{};
+    made.linked = linked ? 1 : 0;
+    made.ghosts = 0;
+    return number;
+}
+
+// A chain whose end is the block before, and that takes more; else a new one.
+u32 Runs::chain_after(Place previous, bool linked) {
+    if (previous) {
+        const Chain& there = chain(previous.chain);
+        const u32 longest = linked ? chain_blocks_max : loose_blocks_max;
+        const bool fits = (there.linked != 0) == linked && there.length < longest;
+        if (fits && previous.offset + 1 == there.length) return previous.chain;
+    }
+    return new_chain(linked);
+}
+
+// Takes new blocks as long as there are, and the chain has places. Returns how many.
+u32 Runs::append(u32 number, u32 holder, const u64* hashes, u32 count) {
+    Chain& target = chain(number);
+    const u32 longest = target.linked != 0 ? chain_blocks_max : loose_blocks_max;
+    const u32 start = target.length;
+    count = std::min(count, longest - start);
+    if (target.room < start + count)
+        resize(target, std::min(longest, start == 0 ? count : std::max(start + count, start + start / 4)));
+    u32 taken = 0;
+    do {
+        if (taken + prefetch_blocks < count) table_.prefetch(hashes[taken + prefetch_blocks]);
+        target.hashes[target.length] = hashes[taken];
+        table_.insert(hashes[taken], {number, target.length++});
+    } while (++taken < count && !find(hashes[taken]));
+    scratch_.clear();
+    for (const Span& span : target) push_span(span.end, span.set);
+    push_span(target.length, sets_.with(0, holder, true));
+    set_spans(target);
+    account(target, start, target.length, holder, true);
+    own(number, holder);
+    return taken;
+}
+
+// Puts the holder into the sets of [from, to), or takes it out. Returns for how many blocks that is new.
+u32 Runs::change(u32 number, u32 from, u32 to, u32 holder, bool held) {
+    Chain& target = chain(number);
+    scratch_.clear();
+    u32 changed = 0;
+    u32 start = 0;
+    for (const Span& span : target) {
+        const u32 first = std::max(start, from);
+        const u32 last = std::min(span.end, to);
+        if (first >= last) {
+            push_span(span.end, span.set);
+        } else {
+            const u32 set = sets_.with(span.set, holder, held);
+            if (first > start) push_span(first, span.set);
+            push_span(last, set);
+            if (last < span.end) push_span(span.end, span.set);
+            if (set != span.set) {
+                changed += last - first;
+                account(target, first, last, holder, held);
+                if (span.set == 0) target.ghosts -= last - first, ghosts_ -= last - first;
+                if (set == 0) target.ghosts += last - first, ghosts_ += last - first;
+            }
+        }
+        start = span.end;
+    }
+    set_spans(target);
+    if (held && changed > 0) own(number, holder);
+    return changed;
+}
+
+void Runs::account(const Chain& chain, u32 from, u32 to, u32 holder, bool held) {
+    Digest& digest = rows_[holder / tier_count].digests[holder % tier_count];
+    u64 sum = 0;
+    for (u32 i = from; i < to; ++i) {
+        sum += chain.hashes[i];
+        digest.joined_xor ^= chain.hashes[i];
+    }
+    digest.sum += held ? sum : -sum;
+    digest.count += held ? to - from : -static_cast<u64>(to - from);
+}
+
+// Into `scratch_`, with its reference; joined with the one before where that is the same set.
+void Runs::push_span(u32 end, u32 set) {
+    if (!scratch_.empty() && scratch_.back().set == set) {
+        scratch_.back().end = end;
+        return;
+    }
+    sets_.keep(set);
+    scratch_.push_back({end, set});
+}
+
+// What is in `scratch_` becomes the chain's spans.
+void Runs::set_spans(Chain& target) {
+    const u32 count = static_cast<u32>(scratch_.size());
+    for (const Span& span : target) sets_.release(span.set);
+    const bool moves = span_bytes(count) != span_bytes(target.span_count);
+    if (moves) {
+        bytes_ += span_bytes(count) - span_bytes(target.span_count);
+        if (target.span_count > 1) delete[] target.spans.many;
+        if (count > 1) target.spans.many = new Span[spans_room(count)];
+    }
+    if (count == 1) target.spans.one = scratch_[0];
+    if (count > 1) std::copy(scratch_.begin(), scratch_.end(), target.spans.many);
+    target.span_count = count;
+}
+
+void Runs::own(u32 number, u32 holder) {
+    Row& row = rows_[holder / tier_count];
+    std::vector<u32>& chains = row.chains[holder % tier_count];
+    if (!chains.empty() && chains.back() == number) return;
+    const std::size_t before = chains.capacity();
+    chains.push_back(number);
+    bytes_ += (chains.capacity() - before) * sizeof(u32);
+    if (chains.size() > std::max(tidy_chains_min, row.tidy_at[holder % tier_count]))
+        tidy(row, holder % tier_count, holder);
+}
+
+// Leaves each chain in which it holds something once. Done when the list has doubled: constant a call.
+void Runs::tidy(Row& row, u32 tier, u32 holder) {
+    std::vector<u32>& chains = row.chains[tier];
+    std::sort(chains.begin(), chains.end());
+    chains.erase(std::unique(chains.begin(), chains.end()), chains.end());
+    const auto gone = [&](u32 number) {
+        const Chain& each = chain(number);
+        if (each.length == 0) return true;
+        return std::none_of(each.begin(), each.end(),
+                            [&](const Span& span) { return sets_.contains(span.set, holder); });
+    };
+    chains.erase(std::remove_if(chains.begin(), chains.end(), gone), chains.end());
+    row.tidy_at[tier] = 2 * chains.size();
+}
+
+// Cuts ghosts off its end, and all of them out where they are too many.
+void Runs::settle(u32 number) {
+    Chain& target = chain(number);
+    const Span last = target.end()[-1];
+    if (last.set == 0) {
+        const u32 length = target.span_count == 1 ? 0 : target.end()[-2].end;
+        for (u32 i = length; i < target.length; ++i) {
+            if (i + prefetch_blocks < target.length) table_.prefetch(target.hashes[i + prefetch_blocks]);
+            table_.erase(target.hashes[i], {number, i});
+        }
+        target.ghosts -= target.length - length;
+        ghosts_ -= target.length - length;
+        target.length = length;
+        if (length == 0) return free_chain(number);
+        scratch_.clear();
+        for (const Span& span : target)
+            if (span.end <= length) push_span(span.end, span.set);
+        set_spans(target);
+    }
+    if (target.ghosts > target.length / 2) return split(number);
+    if (target.room > 2 * target.length + 16) resize(target, target.length + target.length / 8);
+}
+
+void Runs::split(u32 number) {
+    Chain& whole = chain(number);
+    u32 piece = 0;
+    u32 start = 0;
+    for (u32 i = 0; i < whole.span_count; ++i) {
+        const Span span = whole.begin()[i];
+        if (span.set == 0) {
+            for (u32 at = start; at < span.end; ++at) table_.erase(whole.hashes[at], {number, at});
+            piece = 0;
+            start = span.end;
+            continue;
+        }
+        if (piece == 0) piece = new_chain(whole.linked != 0);
+        Chain& target = chain(piece);
+        resize(target, target.length + span.end - start);
+        for (u32 at = start; at < span.end; ++at) {
+            table_.move(whole.hashes[at], {number, at}, {piece, target.length});
+            target.hashes[target.length++] = whole.hashes[at];
+        }
+        scratch_.clear();
+        for (const Span& each : target) push_span(each.end, each.set);
+        push_span(target.length, span.set);
+        set_spans(target);
+        for (const Word* word = sets_.begin(span.set); word != sets_.end(span.set); ++word)
+            for (u64 bits = word->bits; bits != 0; bits &= bits - 1)
+                own(piece, word->at * 64 + static_cast<u32>(__builtin_ctzll(bits)));
+        start = span.end;
+    }
+    ghosts_ -= whole.ghosts;
+    free_chain(number);
+}
+
+void Runs::resize(Chain& target, u32 room) {
+    u64* hashes = new u64[room];
+    std::copy(target.hashes, target.hashes + target.length, hashes);
+    bytes_ += hash_bytes(room);
+    bytes_ -= hash_bytes(target.room);
+    delete[] target.hashes;
+    target.hashes = hashes;
+    target.room = room;
+}
+
+void Runs::free_chain(u32 number) {
+    Chain& target = chain(number);
+    scratch_.clear();
+    set_spans(target);
+    bytes_ -= hash_bytes(target.room);
+    delete[] target.hashes;
+    target = Chain{};
+    target.ghosts = 0;
+    target.linked = 0;
+    free_chains_.push_back(number);
+}
+
+void Runs::check() const {
+    std::vector<u32> references(sets_.size(), 0);
+    std::unordered_map<u32, Digest> digests;
+    u64 blocks = 0;
+    u64 ghosts = 0;
+    for (u32 number = 1; number < chains_made_; ++number) {
+        const Chain& each = chain(number);
+        require((each.length == 0) == (each.span_count == 0), "a chain has spans exactly when it has blocks");
+        u32 start = 0;
+        u32 dead = 0;
+        u32 former = 0xFFFFFFFF;
+        for (const Span& span : each) {
+            require(span.end > start && span.set != former, "spans are maximal and in order");
+            if (span.set == 0) dead += span.end - start;
+            ++references[span.set];
+            for (const Word* word = sets_.begin(span.set); word != sets_.end(span.set); ++word)
+                for (u64 bits = word->bits; bits != 0; bits &= bits - 1) {
+                    Digest& digest = digests[word->at * 64 + static_cast<u32>(__builtin_ctzll(bits))];
+                    for (u32 at = start; at < span.end; ++at) {
+                        ++digest.count;
+                        digest.joined_xor ^= each.hashes[at];
+                        digest.sum += each.hashes[at];
+                    }
+                }
+            start = span.end;
+            former = span.set;
+        }
+        require(start == each.length && each.length <= each.room + (each.length == 0), "spans cover a chain");
+        require(dead == each.ghosts && dead <= each.length / 2, "ghosts are counted, and at most half");
+        require(each.length == 0 || each.end()[-1].set != 0, "a chain ends with a block that is held");
+        for (u32 at = 0; at < each.length; ++at) {
+            const Place found = find(each.hashes[at]);
+            require(found.chain == number && found.offset == at, "the table finds each block in its place");
+        }
+        blocks += each.length;
+        ghosts += dead;
+    }
+    require(blocks == table_.used() && ghosts == ghosts_, "blocks and ghosts are counted");
+    std::size_t live = 0;
+    for (u32 set = 1; set < references.size(); ++set) {
+        require(references[set] == sets_.references(set), "a set counts the spans that name it");
+        live += references[set] != 0;
+    }
+    require(live == sets_.count(), "a set that no span names is gone");
+    for (u32 number = 0; number < rows_.size(); ++number)
+        for (u32 tier = 0; tier < tier_count; ++tier) {
+            const Digest& told = rows_[number].digests[tier];
+            const Digest& found = digests[number * tier_count + tier];
+            require(told.count == found.count && told.joined_xor == found.joined_xor && told.sum == found.sum,
+                    "a digest is of what is held");
+            require(held(number * tier_count + tier).size() == told.count, "a holder finds all it holds");
+        }
+}
+
+}  // namespace kvcache::index

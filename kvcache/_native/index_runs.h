@@ -1,0 +1,153 @@
+// Who holds which leading blocks: run-compressed chains over interned holder sets.
+//
+//   chain = the hashes of blocks that follow one another + spans (end, holder set) that cover it
+//   table: hash -> (chain, offset), one entry a block
+//
+// A hash names all blocks before it, so a chain is accepted whole by comparing its last hash with the
+// query's, and where they differ the last equal one is found by halving. No parent is looked up: a child
+// told before its parent, a hole and its refill are only spans.
+//
+// A block that nobody holds any more is a ghost: cut off where the chain ends, kept inside it until more
+// than half of the chain is ghosts, and then the chain is split into what is alive. So ghosts are never
+// more than the blocks held.
+//
+// Nothing here locks. The caller lets many read or one write.
+
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "index_sets.h"
+#include "index_table.h"
+
+namespace kvcache::index {
+
+struct Span {
+    u32 end;
+    u32 set;
+};
+
+struct Chain {
+    u64* hashes = nullptr;
+    u32 length = 0;  // 0: the number is free.
+    u32 room = 0;
+    union {
+        Span one;
+        Span* many;
+    } spans{};
+    u32 span_count = 0;
+    u32 ghosts : 31;
+    u32 linked : 1;  // Its blocks follow one another; else each has to be compared.
+
+    const Span* begin() const { return span_count == 1 ? &spans.one : spans.many; }
+    const Span* end() const { return begin() + span_count; }
+};
+
+// Of what one tier of one row holds; the sums are of hashes.
+struct Digest {
+    u64 count = 0;
+    u64 joined_xor = 0;
+    u64 sum = 0;
+};
+
+enum class State : u8 { free, shadow, serving };
+
+struct Row {
+    u32 worker = 0;
+    u32 rank = 0;
+    u32 generation = 0;
+    State state = State::free;
+    Digest digests[tier_count];
+    std::vector<u32> chains[tier_count];  // At least those in which it holds something.
+    std::size_t tidy_at[tier_count] = {};
+};
+
+struct Counts {
+    u64 blocks, ghosts, members, chains, spans, sets, rows;
+};
+
+class Runs {
+public:
+    explicit Runs(std::size_t bytes_max);
+    ~Runs();
+    Runs(const Runs&) = delete;
+    Runs& operator=(const Runs&) = delete;
+
+    std::size_t bytes() const { return bytes_; }
+    std::size_t bytes_max() const { return bytes_max_; }
+    Counts counts() const;
+
+    // A new generation of a worker's rank, that answers nothing until `serve`.
+    u32 open(u32 worker, u32 rank);
+    // It answers. Returns the row that answered for this rank before, which must be emptied; else `no_row`.
+    u32 serve(u32 row);
+    // It answers no more; empty it, then `free` it.
+    void retire(u32 row);
+    void free(u32 row);
+
+    static constexpr u32 no_row = 0xFFFFFFFF;
+    static constexpr u32 rows_max = 1u << 20;
+
+    const std::vector<Row>& rows() const { return rows_; }
+    const std::vector<u64>& serving() const { return serving_; }
+
+    // Returns how many of the last blocks were refused, because they might not fit into `bytes_max`.
+    u32 store(u32 holder, const u64* hashes, u32 count, const u64* parent, bool linked);
+    // Returns how many of them it held.
+    u32 remove(u32 holder, const u64* hashes, u32 count);
+    // Empties some chains of the holder; false when it holds nothing.
+    bool clear_some(u32 holder);
+    // The hashes it holds.
+    std::vector<u64> held(u32 holder) const;
+
+    void prefetch(u64 hash) const { table_.prefetch(hash); }
+    Place find(u64 hash) const {
+        return table_.find(hash, [&](Place at) { return chain(at.chain).hashes[at.offset] == hash; });
+    }
+    const Chain& chain(u32 number) const { return pages_[number / page_chains][number % page_chains]; }
+    const Sets& sets() const { return sets_; }
+
+    // Throws std::logic_error naming the invariant that does not hold. Takes time as what is held.
+    void check() const;
+
+private:
+    static constexpr u32 page_chains = 1024;
+
+    Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
+    bool has_room(u32 holder, u32 count) const;
+    u32 new_chain(bool linked);
+    u32 chain_after(Place previous, bool linked);
+    u32 append(u32 number, u32 holder, const u64* hashes, u32 count);
+    u32 change(u32 number, u32 from, u32 to, u32 holder, bool held);
+    void account(const Chain& chain, u32 from, u32 to, u32 holder, bool held);
+    void push_span(u32 end, u32 set);
+    void set_spans(Chain& chain);
+    void own(u32 number, u32 holder);
+    void tidy(Row& row, u32 tier, u32 holder);
+    void settle(u32 number);
+    void split(u32 number);
+    void resize(Chain& chain, u32 room);
+    void free_chain(u32 number);
+
+    std::size_t bytes_ = 0;
+    std::size_t bytes_max_;
+    Table table_;
+    Sets sets_;
+    std::vector<std::unique_ptr<Chain[]>> pages_;
+    std::vector<u32> free_chains_;
+    u32 chains_made_ = 1;
+    u64 ghosts_ = 0;
+    std::vector<Row> rows_;
+    std::vector<u32> free_rows_;
+    std::vector<u64> serving_;  // Bits of holders, 64 a word.
+    std::unordered_map<u64, u32> answering_;
+    std::vector<Span> scratch_;
+};
+
+// How many blocks from `hashes` on are those of the chain from `offset` on. REQUIRES: the first is.
+u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count);
+
+}  // namespace kvcache::index
