@@ -11,6 +11,7 @@ constexpr u32 loose_blocks_max = 64;          // Each of them may need a span of
 constexpr u32 clear_chains = 64;
 constexpr u32 prefetch_blocks = 12;
 constexpr std::size_t tidy_chains_min = 256;
+constexpr u32 probes = 8;
 
 u32 spans_room(u32 count) {
     u32 room = 2;
@@ -24,7 +25,7 @@ std::size_t span_bytes(u32 count) {
 
 std::size_t hash_bytes(u32 room) { return room == 0 ? 0 : room * sizeof(u64) + allocation_bytes; }
 
-u64 rank_key(u32 worker, u32 rank) { return static_cast<u64>(worker) << 32 | rank; }
+u64 rank_key(Name name) { return static_cast<u64>(name.worker) << 32 | name.rank; }
 
 u32 exact_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     const u32 longest = std::min(chain.length - offset, count);
@@ -52,10 +53,14 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     u32 unequal = std::min(chain.length - offset, count) - 1;
     if (mine[unequal] == hashes[unequal]) return unequal + 1;
     u32 equal = 0;
-    while (unequal - equal > 1) {
-        const u32 middle = equal + (unequal - equal) / 2;
-        (mine[middle] == hashes[middle] ? equal : unequal) = middle;
+    while (unequal - equal > probes) {  // Several at once: their cache misses overlap.
+        const u32 step = (unequal - equal) / probes;
+        u32 steps = 0;
+        for (u32 i = 1; i < probes; ++i) steps += mine[equal + i * step] == hashes[equal + i * step];
+        if (steps + 1 < probes) unequal = equal + (steps + 1) * step;
+        equal += steps * step;
     }
+    while (equal + 1 < unequal && mine[equal + 1] == hashes[equal + 1]) ++equal;
     return equal + 1;
 }
 
@@ -88,14 +93,14 @@ u32 Runs::open(u32 worker, u32 rank) {
         if (rows_.size() == rows_max) return no_row;
         free_rows_.push_back(static_cast<u32>(rows_.size()));
         rows_.emplace_back();
+        names_.push_back({});
         serving_.resize((rows_.size() + word_rows - 1) / word_rows, 0);
-        bytes_ += sizeof(Row);
+        bytes_ += sizeof(Row) + sizeof(Name);
     }
     const u32 number = free_rows_.back();
     free_rows_.pop_back();
     Row& row = rows_[number];
-    row.worker = worker;
-    row.rank = rank;
+    names_[number] = {worker, rank};
     ++row.generation;
     row.state = State::shadow;
     return number;
@@ -104,10 +109,10 @@ u32 Runs::open(u32 worker, u32 rank) {
 u32 Runs::serve(u32 number) {
     Row& row = rows_[number];
     if (row.state == State::serving) return no_row;
-    const auto [entry, fresh] = answering_.try_emplace(rank_key(row.worker, row.rank), number);
+    const auto [entry, fresh] = answering_.try_emplace(rank_key(names_[number]), number);
     const u32 former = fresh ? no_row : entry->second;
     if (!fresh) retire(former);
-    answering_[rank_key(row.worker, row.rank)] = number;
+    answering_[rank_key(names_[number])] = number;
     row.state = State::serving;
     serving_[number / word_rows] |= 0xFull << number % word_rows * tier_count;
     return former;
@@ -115,7 +120,7 @@ u32 Runs::serve(u32 number) {
 
 void Runs::retire(u32 number) {
     Row& row = rows_[number];
-    if (row.state == State::serving) answering_.erase(rank_key(row.worker, row.rank));
+    if (row.state == State::serving) answering_.erase(rank_key(names_[number]));
     row.state = State::shadow;
     ++row.generation;
     serving_[number / word_rows] &= ~(0xFull << number % word_rows * tier_count);

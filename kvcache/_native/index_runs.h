@@ -4,7 +4,7 @@
 //   table: hash -> (chain, offset), one entry a block
 //
 // A hash names all blocks before it, so a chain is accepted whole by comparing its last hash with the
-// query's, and where they differ the last equal one is found by halving. No parent is looked up: a child
+// query's, and where they differ the last equal one is searched for. No parent is looked up: a child
 // told before its parent, a hole and its refill are only spans.
 //
 // A block that nobody holds any more is a ghost: cut off where the chain ends, kept inside it until more
@@ -55,9 +55,12 @@ struct Digest {
 
 enum class State : u8 { free, shadow, serving };
 
+struct Name {
+    u32 worker;
+    u32 rank;
+};
+
 struct Row {
-    u32 worker = 0;
-    u32 rank = 0;
     u32 generation = 0;
     State state = State::free;
     Digest digests[tier_count];
@@ -92,6 +95,7 @@ public:
     static constexpr u32 rows_max = 1u << 20;
 
     const std::vector<Row>& rows() const { return rows_; }
+    const std::vector<Name>& names() const { return names_; }
     const std::vector<u64>& serving() const { return serving_; }
 
     // Returns how many of the last blocks were refused, because they might not fit into `bytes_max`.
@@ -141,6 +145,7 @@ private:
     u32 chains_made_ = 1;
     u64 ghosts_ = 0;
     std::vector<Row> rows_;
+    std::vector<Name> names_;  // By row, apart: a match reads nothing else of it.
     std::vector<u32> free_rows_;
     std::vector<u64> serving_;  // Bits of holders, 64 a word.
     std::unordered_map<u64, u32> answering_;

@@ -7,9 +7,8 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
-#include <cstring>
-#include <memory>
 #include <vector>
 
 #include "index_table.h"
@@ -28,13 +27,13 @@ class Sets {
 public:
     explicit Sets(std::size_t& bytes) : bytes_(bytes), sets_(1), heads_(64, 0) {}
     ~Sets() {
-        for (Set& set : sets_) delete[] set.words;
+        for (Set& set : sets_) clear(set);
     }
     Sets(const Sets&) = delete;
     Sets& operator=(const Sets&) = delete;
 
-    const Word* begin(u32 set) const { return sets_[set].words; }
-    const Word* end(u32 set) const { return sets_[set].words + sets_[set].count; }
+    const Word* begin(u32 set) const { return words_of(sets_[set]); }
+    const Word* end(u32 set) const { return begin(set) + sets_[set].count; }
 
     bool contains(u32 set, u32 holder) const {
         const Word* word = lower_bound(set, holder / 64);
@@ -72,12 +71,21 @@ public:
 
 private:
     struct Set {
-        Word* words = nullptr;
+        union {
+            Word one;  // In place where it is the only one: a cache miss less.
+            Word* many;
+        } words{};
         u32 count = 0;
         u32 references = 0;
         u32 next = 0;  // In the same bucket.
         u32 sum = 0;
     };
+
+    static const Word* words_of(const Set& set) { return set.count < 2 ? &set.words.one : set.words.many; }
+    static void clear(Set& set) {
+        if (set.count > 1) delete[] set.words.many;
+        set = Set{};
+    }
 
     const Word* lower_bound(u32 set, u32 at) const {
         const Word* word = begin(set);
@@ -108,8 +116,9 @@ private:
 
     bool same(const Set& set) const {
         if (set.count != scratch_.size()) return false;
+        const Word* words = words_of(set);
         for (u32 i = 0; i < set.count; ++i)
-            if (set.words[i].bits != scratch_[i].bits || set.words[i].at != scratch_[i].at) return false;
+            if (words[i].bits != scratch_[i].bits || words[i].at != scratch_[i].at) return false;
         return true;
     }
 
@@ -122,8 +131,8 @@ private:
         free_.pop_back();
         Set& made = sets_[set];
         made.count = static_cast<u32>(scratch_.size());
-        made.words = new Word[made.count];
-        std::memcpy(made.words, scratch_.data(), made.count * sizeof(Word));
+        if (made.count > 1) made.words.many = new Word[made.count];
+        std::copy(scratch_.begin(), scratch_.end(), made.count > 1 ? made.words.many : &made.words.one);
         made.sum = sum;
         if (made.count > words_max_) words_max_ = made.count;
         bytes_ += bytes_of(made);
@@ -152,8 +161,7 @@ private:
         while (*link != set) link = &sets_[*link].next;
         *link = sets_[set].next;
         bytes_ -= bytes_of(sets_[set]);
-        delete[] sets_[set].words;
-        sets_[set] = Set{};
+        clear(sets_[set]);
         free_.push_back(set);
     }
 

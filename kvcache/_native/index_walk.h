@@ -66,6 +66,7 @@ inline void Walk::start(const u64* query, u32 count, u32 tiers) {
     place_ = set_ = live_rows_ = 0;
     mask_ = row_bits * (tiers & 0xF);
     live_.clear();
+    if (count > 0) __builtin_prefetch(query + count - 1);  // The first that is compared, as a rule.
 }
 
 inline bool Walk::advance(const Runs& runs, u32 steps) {
@@ -138,11 +139,11 @@ inline void Walk::answer(const Runs& runs, std::vector<Answer>& answers) const {
         const Live& live = live_[i];
         for (u64 rows = live.first; rows != 0; rows &= rows - 1) {
             const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
-            const Row& row = runs.rows()[live.at * word_rows + bit / tier_count];
+            const Name& name = runs.names()[live.at * word_rows + bit / tier_count];
             const bool whole = (live.rows >> bit & 1) != 0;
             Answer& made = answers.emplace_back();
-            made.worker = row.worker;
-            made.rank = row.rank;
+            made.worker = name.worker;
+            made.rank = name.rank;
             made.blocks = whole ? place_ : ends_[i * word_rows + bit / tier_count];
             for (u32 tier = 0; tier < tier_count; ++tier)
                 made.tiers[tier] =

@@ -1,0 +1,312 @@
+"""The index of leading blocks beside Dynamo's RadixTree, through Python, answers compared.
+
+    python benchmarks/bench_index.py [--json] [--quick] [--workers 64] [--blocks 1000000]
+
+Dynamo takes part where ``pip install ai-dynamo-runtime==1.6.1`` was done (a virtual environment of its
+own does: only this tree has to be importable, with its C++ modules built). A family of prompts shares a
+root of 256 blocks and has branches of 128 to 8,192; a branch is on one worker or more, geometrically many,
+of which half lost a tail. Events are of 64 blocks. Ours gets ``array('Q')``, gives the columns of
+workers and of blocks; Dynamo gets a list and JSON made beforehand, and gives ``scores``. ``cold`` is the
+C++ core alone on prompts of one holder, 78 blocks, each asked once.
+
+On paper: a match is a call (0.4 us), a look-up of three cache misses for each chain on the way, and an
+answer of 30 bytes a worker: 1 to 2 us whatever the length. A stored block is 8 bytes copied and a miss in the
+table, 50 to 100 ns. ``ratio`` is Dynamo's time over ours; where there is no Dynamo, the goal's over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where the project is not installed.
+
+import harness
+from harness import Figure
+
+from kvcache import index
+
+try:
+    from dynamo._core import RadixTree
+except ImportError:
+    RadixTree = None
+
+EVENT_BLOCKS = 64
+ROOT_BLOCKS = 256
+BRANCHES = (128, 512, 1024, 2048, 8192)
+LENGTHS = (128, 1024, 2048, 8192)
+OVERLAPS = (1.0, 0.5, 0.0)
+GOAL_US = {128: 2.0, 1024: 2.0, 2048: 3.0, 8192: 3.0}
+GOAL_STORE, GOAL_REMOVE, GOAL_RSS, GOAL_COLD_NS = 6.0, 5.4, 40.0, 960.0
+BYTES_MAX = 1 << 36
+COLD_BLOCKS = 78
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    worker: int
+    hashes: array[int]
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    events: list[Event]
+    prompts: list[array[int]]
+    unique: int
+
+
+def workload(workers: int, blocks: int) -> Workload:
+    generator = Random(1)
+    events: list[Event] = []
+    prompts: list[array[int]] = []
+    unique = 0
+    while unique < blocks:
+        root, rooted = hashes(generator, ROOT_BLOCKS), set()
+        unique += ROOT_BLOCKS
+        for length in BRANCHES:
+            branch = hashes(generator, length)
+            unique += length
+            prompts.append(root + branch)
+            replicas = 1
+            while generator.random() < 0.44 and replicas < workers:
+                replicas += 1
+            for number, worker in enumerate(generator.sample(range(workers), replicas)):
+                if worker not in rooted:
+                    events += told(worker, root, None)
+                    rooted.add(worker)
+                kept = length if not number or generator.random() < 0.5 else generator.randrange(1, length)
+                events += told(worker, branch[:kept], root[-1])
+    return Workload(events, prompts, unique)
+
+
+def hashes(generator: Random, count: int) -> array[int]:
+    made = array("Q", generator.randbytes(8 * count))
+    return array("Q", [value >> 1 for value in made])
+
+
+def told(worker: int, run: array[int], parent: int | None) -> list[Event]:
+    return [
+        Event(worker, run[at : at + EVENT_BLOCKS], run[at - 1] if at else parent)
+        for at in range(0, len(run), EVENT_BLOCKS)
+    ]
+
+
+class Ours:
+    name = "ours"
+
+    def __init__(self, workers: int) -> None:
+        self.index = index.make_index(BYTES_MAX)
+        self.holders = [self.index.open(worker) for worker in range(workers)]
+
+    def stores(self, events: list[Event]) -> list[tuple[int, array[int], int | None]]:
+        return [(self.holders[event.worker], event.hashes, event.parent) for event in events]
+
+    def store(self, made: list[tuple[int, array[int], int | None]]) -> None:
+        store = self.index.store
+        for holder, run, parent in made:
+            store(holder, 0, run, parent)
+
+    def removes(self, events: list[Event]) -> list[tuple[int, array[int]]]:
+        return [(self.holders[event.worker], event.hashes) for event in events]
+
+    def remove(self, made: list[tuple[int, array[int]]]) -> None:
+        remove = self.index.remove
+        for holder, run in made:
+            remove(holder, 0, run)
+
+    def query(self, prompt: array[int]) -> array[int]:
+        return prompt
+
+    def ask(self, query: array[int]) -> tuple[int, dict[tuple[int, int], int]]:
+        match = self.index.match
+        start = time.perf_counter_ns()
+        found = match(query)
+        columns = (found.workers, found.blocks)
+        spent = time.perf_counter_ns() - start
+        assert len(columns[0]) == len(columns[1])
+        return spent, found.as_dict()
+
+
+class Dynamo:
+    name = "dynamo"
+
+    def __init__(self, workers: int) -> None:
+        self.tree = RadixTree()
+
+    def stores(self, events: list[Event]) -> list[tuple[int, bytes]]:
+        made = []
+        for event in events:
+            blocks = [{"block_hash": block, "tokens_hash": block} for block in event.hashes]
+            stored = {"stored": {"parent_hash": event.parent, "blocks": blocks}}
+            made.append((event.worker, json.dumps({"event_id": 0, "data": stored, "dp_rank": 0}).encode()))
+        return made
+
+    def removes(self, events: list[Event]) -> list[tuple[int, bytes]]:
+        made = []
+        for event in events:
+            removed = {"removed": {"block_hashes": event.hashes.tolist()}}
+            made.append((event.worker, json.dumps({"event_id": 0, "data": removed, "dp_rank": 0}).encode()))
+        return made
+
+    def store(self, made: list[tuple[int, bytes]]) -> None:
+        for worker, event in made:
+            self.tree.apply_event(worker, event)
+        self.tree.find_matches([1])  # It has a thread of its own: wait until that is done.
+
+    remove = store
+
+    def query(self, prompt: array[int]) -> list[int]:
+        return prompt.tolist()
+
+    def ask(self, query: list[int]) -> tuple[int, dict[tuple[int, int], int]]:
+        find = self.tree.find_matches
+        start = time.perf_counter_ns()
+        scores = find(query).scores
+        return time.perf_counter_ns() - start, dict(scores)
+
+
+def rates(
+    contestants: list[Ours | Dynamo], kind: str, events: list[Event], rounds: int
+) -> dict[str, list[float]]:
+    """Million blocks a second, in ``rounds`` parts that are told in turn."""
+    found: dict[str, list[float]] = {each.name: [] for each in contestants}
+    step = -(-len(events) // rounds)
+    for turn, at in enumerate(range(0, len(events), step)):
+        part = events[at : at + step]
+        blocks = sum(len(event.hashes) for event in part)
+        for each in contestants[:: -1 if turn % 2 else 1]:
+            made = getattr(each, f"{kind}s")(part)
+            gc.collect()
+            tell = getattr(each, kind)
+            found[each.name].append(blocks / harness.seconds(lambda tell=tell, made=made: tell(made)) / 1e6)
+    return found
+
+
+def asked(contestants: list[Ours | Dynamo], queries: list[array[int]]) -> dict[str, list[float]]:
+    """Microseconds of each query, asked of all in turn and their answers compared."""
+    found: dict[str, list[float]] = {each.name: [] for each in contestants}
+    for number, prompt in enumerate(queries):
+        answers = []
+        for each in contestants[:: -1 if number % 2 else 1]:
+            spent, answer = each.ask(each.query(prompt))
+            found[each.name].append(spent / 1e3)
+            answers.append(answer)
+        assert all(answer == answers[0] for answer in answers), "the answers differ"
+    return found
+
+
+def queries_of(load: Workload, length: int, overlap: float, count: int) -> list[array[int]]:
+    generator = Random(length)
+    long_enough = [prompt for prompt in load.prompts if len(prompt) >= length]
+    made = []
+    for _ in range(count):
+        known = int(length * overlap)
+        made.append(generator.choice(long_enough)[:known] + hashes(generator, length - known))
+    return made
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def memory(kind: str, workers: int, blocks: int) -> float:
+    """Resident bytes a unique block, in a process of its own."""
+    command = [sys.executable, __file__, "--rss", kind, "--workers", str(workers), "--blocks", str(blocks)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_memory(kind: str, workers: int, blocks: int) -> None:
+    load = workload(workers, blocks)
+    each = Ours(workers) if kind == "ours" else Dynamo(workers)
+    gc.collect()
+    before = rss_bytes()
+    for at in range(0, len(load.events), 256):
+        each.store(each.stores(load.events[at : at + 256]))
+    print((rss_bytes() - before) / load.unique)
+
+
+def cold(chains: int) -> tuple[list[int], float]:
+    """Nanoseconds of each query, and the bytes a block that the index says it takes."""
+    generator = Random(2)
+    made = index.make_index(BYTES_MAX)
+    holders = [made.open(worker) for worker in range(256)]
+    prompts = [hashes(generator, COLD_BLOCKS) for _ in range(chains)]
+    for prompt in prompts:
+        made.store(generator.choice(holders), 0, prompt)
+    generator.shuffle(prompts)
+    joined = array("Q")
+    for prompt in prompts:
+        joined += prompt
+    ends = array("Q", range(COLD_BLOCKS, len(joined) + 1, COLD_BLOCKS))
+    return sorted(made.match_times(joined, ends)), made.bytes / len(joined)
+
+
+def measure(parsed: argparse.Namespace, chosen: harness.Options) -> list[Figure]:
+    machine = harness.machine()
+    contestants: list[Ours | Dynamo] = [Ours(parsed.workers)]
+    if RadixTree is not None:
+        contestants.append(Dynamo(parsed.workers))
+    load = workload(parsed.workers, parsed.blocks)
+    figures: list[Figure] = []
+
+    def add(
+        name: str, unit: str, found: dict[str, list[float]], value: float, goal: float, higher: bool
+    ) -> None:
+        theirs = median(found["dynamo"]) if "dynamo" in found else goal
+        ratio = value / theirs if higher else theirs / value
+        against = "dynamo" if "dynamo" in found else "goal"
+        figures.append(Figure(f"index.{name}", value, unit, ratio, against, len(found["ours"]), machine))
+
+    found = rates(contestants, "store", load.events, chosen.rounds(12, 4))
+    add("store", "Mblocks/s", found, median(found["ours"]), GOAL_STORE, True)
+    for length in LENGTHS:
+        for overlap in OVERLAPS:
+            found = asked(contestants, queries_of(load, length, overlap, chosen.rounds(1500, 150)))
+            name = f"match.{length}.{overlap}"
+            add(f"{name}.p50", "us", found, median(found["ours"]), GOAL_US[length], False)
+            p99 = {each: [sorted(times)[len(times) * 99 // 100]] for each, times in found.items()}
+            add(f"{name}.p99", "us", p99, p99["ours"][0], 20.0, False)
+    events = load.events[:: 1 if chosen.quick else -1][: len(load.events) // 3]
+    found = rates(contestants, "remove", events[::-1] if chosen.quick else events, chosen.rounds(12, 4))
+    add("remove", "Mblocks/s", found, median(found["ours"]), GOAL_REMOVE, True)
+    taken = {each.name: [memory(each.name, parsed.workers, parsed.blocks)] for each in contestants}
+    add("rss", "B/unique", taken, taken["ours"][0], GOAL_RSS, False)
+    if index.NATIVE:
+        times, per_block = cold(chosen.rounds(40_000, 10_000))
+        for name, at in (("p50", len(times) // 2), ("p99", len(times) * 99 // 100)):
+            value = times[at]
+            figures.append(
+                Figure(f"index.cold.{name}", value, "ns", GOAL_COLD_NS / value, "goal", len(times), machine)
+            )
+        figures.append(Figure("index.cold.counted", per_block, "B/block", 28 / per_block, "goal", 1, machine))
+    return figures
+
+
+def main() -> None:
+    parser = harness.parser("the index of leading blocks, beside Dynamo's")
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=0, help="unique ones; 1,000,000, with --quick 200,000")
+    parser.add_argument(
+        "--rss", default="", help="of the contestant named, its bytes a block and nothing else"
+    )
+    parsed = parser.parse_args()
+    chosen = harness.choose(parsed)
+    parsed.blocks = parsed.blocks or chosen.rounds(1_000_000, 200_000)
+    if parsed.rss:
+        print_memory(parsed.rss, parsed.workers, parsed.blocks)
+    else:
+        harness.report(measure(parsed, chosen), chosen)
+
+
+if __name__ == "__main__":
+    main()
