@@ -41,6 +41,7 @@ except ImportError:
     RadixTree = None
 
 EVENT_BLOCKS = 64
+TURN = 50
 ROOT_BLOCKS = 256
 BRANCHES = (128, 512, 1024, 2048, 8192)
 LENGTHS = (128, 1024, 2048, 8192)
@@ -125,7 +126,7 @@ class Ours:
             remove(holder, 0, run)
 
     def query(self, prompt: array[int]) -> array[int]:
-        return prompt
+        return prompt[:]  # As fresh from being made as Dynamo's list.
 
     def ask(self, query: array[int]) -> tuple[int, dict[tuple[int, int], int]]:
         match = self.index.match
@@ -193,14 +194,14 @@ def rates(
 
 
 def asked(contestants: list[Ours | Dynamo], queries: list[array[int]]) -> dict[str, list[float]]:
-    """Microseconds of each query, asked of all in turn and their answers compared."""
+    """Microseconds of each query. Contestants take turns of ``TURN`` queries; their answers are compared."""
     found: dict[str, list[float]] = {each.name: [] for each in contestants}
-    for number, prompt in enumerate(queries):
+    for at in range(0, len(queries), TURN):
         answers = []
-        for each in contestants[:: -1 if number % 2 else 1]:
-            spent, answer = each.ask(each.query(prompt))
-            found[each.name].append(spent / 1e3)
-            answers.append(answer)
+        for each in contestants[:: -1 if at // TURN % 2 else 1]:
+            told = [each.ask(each.query(prompt)) for prompt in queries[at : at + TURN]]
+            found[each.name] += [spent / 1e3 for spent, _ in told]
+            answers.append([answer for _, answer in told])
         assert all(answer == answers[0] for answer in answers), "the answers differ"
     return found
 

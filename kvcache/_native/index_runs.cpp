@@ -11,7 +11,7 @@ constexpr u32 loose_blocks_max = 64;          // Each of them may need a span of
 constexpr u32 clear_chains = 64;
 constexpr u32 prefetch_blocks = 12;
 constexpr std::size_t tidy_chains_min = 256;
-constexpr u32 probes = 8;
+constexpr u32 probes = 16;
 
 u32 spans_room(u32 count) {
     u32 room = 2;
@@ -53,7 +53,7 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     u32 unequal = std::min(chain.length - offset, count) - 1;
     if (mine[unequal] == hashes[unequal]) return unequal + 1;
     u32 equal = 0;
-    while (unequal - equal > probes) {  // Several at once: their cache misses overlap.
+    while (unequal - equal > 2 * probes) {  // Several at once: their cache misses overlap.
         const u32 step = (unequal - equal) / probes;
         u32 steps = 0;
         for (u32 i = 1; i < probes; ++i) steps += mine[equal + i * step] == hashes[equal + i * step];
@@ -135,7 +135,7 @@ void Runs::free(u32 number) {
 bool Runs::has_room(u32 holder, u32 count) const {
     const std::vector<u32>& owned = rows_[holder / tier_count].chains[holder % tier_count];
     const std::size_t lists = (owned.capacity() + count) * sizeof(u32);
-    const std::size_t sets = count * (2 * (sets_.words_max() + 1) * sizeof(Word) + 128);
+    const std::size_t sets = count * (2 * (sets_.words_max() + 1) * sizeof(Word) + 512);
     const std::size_t chains = count * (4 * sizeof(u64) + 4 * sizeof(Span)) + page_chains * sizeof(Chain) + 1024;
     return bytes_ + table_.growth(count) + chains + lists + sets <= bytes_max_;
 }

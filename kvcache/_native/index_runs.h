@@ -109,7 +109,11 @@ public:
 
     void prefetch(u64 hash) const { table_.prefetch(hash); }
     Place find(u64 hash) const {
-        return table_.find(hash, [&](Place at) { return chain(at.chain).hashes[at.offset] == hash; });
+        return table_.find(hash, [&](Place at) {
+            const Chain& there = chain(at.chain);
+            if (there.span_count == 1) sets_.prefetch(there.spans.one.set);  // Needed next, if this is it.
+            return there.hashes[at.offset] == hash;
+        });
     }
     const Chain& chain(u32 number) const { return pages_[number / page_chains][number % page_chains]; }
     const Sets& sets() const { return sets_; }

@@ -17,6 +17,7 @@ namespace kvcache::index {
 
 constexpr u32 tier_count = 4;
 constexpr u32 word_rows = 64 / tier_count;
+constexpr u32 words_inside = 7;
 
 struct Word {
     u64 bits;
@@ -34,6 +35,8 @@ public:
 
     const Word* begin(u32 set) const { return words_of(sets_[set]); }
     const Word* end(u32 set) const { return begin(set) + sets_[set].count; }
+
+    void prefetch(u32 set) const { __builtin_prefetch(&sets_[set]); }
 
     bool contains(u32 set, u32 holder) const {
         const Word* word = lower_bound(set, holder / 64);
@@ -70,9 +73,10 @@ public:
     std::size_t size() const { return sets_.size(); }
 
 private:
-    struct Set {
+    // Two cache lines: a set of few words is read without another miss.
+    struct alignas(64) Set {
         union {
-            Word one;  // In place where it is the only one: a cache miss less.
+            Word few[words_inside];
             Word* many;
         } words{};
         u32 count = 0;
@@ -81,9 +85,9 @@ private:
         u32 sum = 0;
     };
 
-    static const Word* words_of(const Set& set) { return set.count < 2 ? &set.words.one : set.words.many; }
+    static const Word* words_of(const Set& set) { return set.count <= words_inside ? set.words.few : set.words.many; }
     static void clear(Set& set) {
-        if (set.count > 1) delete[] set.words.many;
+        if (set.count > words_inside) delete[] set.words.many;
         set = Set{};
     }
 
@@ -131,8 +135,9 @@ private:
         free_.pop_back();
         Set& made = sets_[set];
         made.count = static_cast<u32>(scratch_.size());
-        if (made.count > 1) made.words.many = new Word[made.count];
-        std::copy(scratch_.begin(), scratch_.end(), made.count > 1 ? made.words.many : &made.words.one);
+        const bool outside = made.count > words_inside;
+        if (outside) made.words.many = new Word[made.count];
+        std::copy(scratch_.begin(), scratch_.end(), outside ? made.words.many : made.words.few);
         made.sum = sum;
         if (made.count > words_max_) words_max_ = made.count;
         bytes_ += bytes_of(made);
@@ -166,7 +171,9 @@ private:
     }
 
     // With its bucket, its place in `free_` and what the allocator takes.
-    static std::size_t bytes_of(const Set& set) { return sizeof(Set) + 40 + set.count * sizeof(Word); }
+    static std::size_t bytes_of(const Set& set) {
+        return sizeof(Set) + 24 + (set.count > words_inside ? set.count * sizeof(Word) + 16 : 0);
+    }
 
     std::size_t& bytes_;
     std::vector<Set> sets_;
