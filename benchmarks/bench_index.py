@@ -3,8 +3,8 @@
     python benchmarks/bench_index.py [--json] [--quick] [--workers 64] [--blocks 1000000]
 
 Dynamo takes part where ``pip install ai-dynamo-runtime==1.6.1`` was done (a virtual environment of its
-own does: only this tree has to be importable, with its C++ modules built). A family of prompts shares a
-root of 256 blocks and has branches of 128 to 8,192; a branch is on one worker or more, geometrically many,
+own does, with xxhash: only this tree has to be importable, its C++ modules built). A family of prompts shares
+a root of 256 blocks and has branches of 128 to 8,192; a branch is on one worker or more, geometrically many,
 of which half lost a tail. Events are of 64 blocks. Ours gets ``array('Q')``, gives the columns of
 workers and of blocks; Dynamo gets a list and JSON made beforehand, and gives ``scores``. ``cold`` is the
 C++ core alone on prompts of one holder, 78 blocks, each asked once.

@@ -97,6 +97,9 @@ class Index(Protocol):
     def match(self, hashes: Buffer, tiers: int = ALL_TIERS) -> Match:
         """Who holds how many of the first blocks, in the tiers of the mask ``tiers`` (bit 0: tier 0)."""
 
+    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
+        """``match`` of ``name_blocks``, for sources that name their blocks so."""
+
     def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
         """Query i is ``hashes[ends[i - 1]:ends[i]]``. Others may write between two of them."""
 
@@ -135,3 +138,13 @@ NATIVE: bool = _native
 def make_index(bytes_max: int) -> Index:
     """An empty one that takes at most ``bytes_max`` bytes."""
     return native.PrefixIndex(bytes_max) if NATIVE else index_twin.PrefixIndex(bytes_max)
+
+
+def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
+    """The names (u64) of the full blocks of ``tokens`` (u32): each the XXH3-64 of its tokens, seeded with
+    the name before, the first with ``root``, which stands for the model, an adapter, a salt. They are not
+    the hashes by which a node names blocks (``kvcache.block.chain``): those are keyed, these are fast.
+    RAISES BadInput."""
+    if NATIVE:
+        return native.name_blocks(tokens, block_tokens, root)
+    return index_twin.name_blocks(tokens, block_tokens, root)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvcache.errors import BadInput
 from kvcache.index_twin_runs import FREE, TIER_COUNT, Runs
+from kvcache.sums_chain import chain_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -119,6 +120,9 @@ class PrefixIndex:
         with self._lock:
             return Answers(self._runs.walk(query, tiers))
 
+    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
+        return self.match(name_blocks(tokens, block_tokens, root), tiers)
+
     def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
         queries, limits = items(hashes, 8), items(ends, 8)
         for number, (last, end) in enumerate(pairwise((0, *limits))):
@@ -168,6 +172,14 @@ class PrefixIndex:
     def _holder_of(self, holder: int, tier: int) -> int:
         _check_tier(tier)
         return self._row_of(holder) * TIER_COUNT + tier
+
+
+def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
+    """As ``kvcache.index.name_blocks``."""
+    packed = array("I", items(tokens, 4)).tobytes()
+    if block_tokens < 1:
+        raise _refusal("bad_prefix", "a block of no tokens")
+    return memoryview(array("Q", chain_sums(packed, 4 * block_tokens, root))).toreadonly()
 
 
 def items(buffer: Buffer, size: int) -> Sequence[int]:

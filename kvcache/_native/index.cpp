@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "index_tokens.h"
 #include "index_walk.h"
 
 namespace py = pybind11;
@@ -179,6 +180,23 @@ py::dict as_dict(const Match& match) {
     return made;
 }
 
+std::vector<u64> names_of(const Items<u32>& tokens, u32 block_tokens, u64 root) {
+    if (block_tokens == 0) throw Refusal{"bad_prefix", "a block of no tokens"};
+    std::vector<u64> names(tokens.count() / block_tokens);
+    const std::size_t step = block_tokens * sizeof(u32);
+    const u8* at = reinterpret_cast<const u8*>(tokens.data());
+    for (u64& name : names) {
+        name = root = seeded_sum(at, step, root);
+        at += step;
+    }
+    return names;
+}
+
+py::object name_blocks(py::handle tokens, u32 block_tokens, u64 root) {
+    const auto names = names_of(Items<u32>(tokens), block_tokens, root);
+    return view_of(names.data(), names.size() * sizeof(u64), "Q");
+}
+
 class Index {
 public:
     explicit Index(std::size_t bytes_max) : runs_(bytes_max) {}
@@ -240,17 +258,12 @@ public:
 
     Match match(py::handle hashes, u32 tiers) {
         const Items<u64> query(hashes);
-        Match made;
-        Walk& walk = scratch();
-        walk.start(query.data(), query.count(), tiers);
-        std::optional<py::gil_scoped_release> released;
-        const Reading reading(lock_);  // Ends first, before the interpreter's lock is taken again.
-        if (!walk.advance(runs_, quick_chains)) {
-            released.emplace();
-            while (!walk.advance(runs_, blocks_max)) {}
-        }
-        walk.answer(runs_, made.answers);
-        return made;
+        return matched(query.data(), query.count(), tiers);
+    }
+
+    Match match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers) {
+        const auto names = names_of(Items<u32>(tokens), block_tokens, root);
+        return matched(names.data(), static_cast<u32>(names.size()), tiers);
     }
 
     Match match_many(py::handle hashes, py::handle ends, u32 tiers) {
@@ -337,6 +350,20 @@ public:
     }
 
 private:
+    Match matched(const u64* query, u32 count, u32 tiers) {
+        Match made;
+        Walk& walk = scratch();
+        walk.start(query, count, tiers);
+        std::optional<py::gil_scoped_release> released;
+        const Reading reading(lock_);  // Ends first, before the interpreter's lock is taken again.
+        if (!walk.advance(runs_, quick_chains)) {
+            released.emplace();
+            while (!walk.advance(runs_, blocks_max)) {}
+        }
+        walk.answer(runs_, made.answers);
+        return made;
+    }
+
     static Walk& scratch() {
         static thread_local Walk walk;
         return walk;
@@ -468,6 +495,7 @@ PYBIND11_MODULE(index, module) {
             return view_of(match.ends.data(), match.ends.size() * sizeof(u32), "I");
         })
         .def("as_dict", &as_dict);
+    module.def("name_blocks", &name_blocks, py::arg("tokens"), py::arg("block_tokens"), py::arg("root") = 0);
     py::class_<Index>(module, "PrefixIndex")
         .def(py::init<std::size_t>(), py::arg("bytes_max"))
         .def("open", &Index::open, py::arg("worker"), py::arg("dp_rank") = 0)
@@ -480,6 +508,8 @@ PYBIND11_MODULE(index, module) {
         .def("remove", &Index::remove, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("clear", &Index::clear, py::arg("holder"), py::arg("tier"))
         .def("match", &Index::match, py::arg("hashes"), py::arg("tiers") = 0xF)
+        .def("match_tokens", &Index::match_tokens, py::arg("tokens"), py::arg("block_tokens"),
+             py::arg("root") = 0, py::arg("tiers") = 0xF)
         .def("match_many", &Index::match_many, py::arg("hashes"), py::arg("ends"), py::arg("tiers") = 0xF)
         .def("match_times", &Index::match_times, py::arg("hashes"), py::arg("ends"))
         .def("digest", &Index::digest, py::arg("holder"), py::arg("tier"))

@@ -2,6 +2,9 @@ from typing_extensions import Buffer
 
 from kvcache.index import Match
 
+def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
+    """As ``kvcache.index.name_blocks``."""
+
 class PrefixIndex:
     """As ``kvcache.index.Index``."""
 
@@ -15,6 +18,7 @@ class PrefixIndex:
     def remove(self, holder: int, tier: int, hashes: Buffer) -> int: ...
     def clear(self, holder: int, tier: int) -> None: ...
     def match(self, hashes: Buffer, tiers: int = 15) -> Match: ...
+    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = 15) -> Match: ...
     def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = 15) -> Match: ...
     def match_times(self, hashes: Buffer, ends: Buffer) -> memoryview:
         """For measurements: the nanoseconds of each query, its answer made and thrown away."""

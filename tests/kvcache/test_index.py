@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import random
 import threading
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from kvcache import index, index_twin
+from kvcache.errors import BadInput
 from kvcache.testing.index_model import BYTES_MAX, blocks, path
 from kvcache.testing.indexes import IndexContract
 
@@ -28,6 +31,31 @@ def makers() -> list[Callable[[int], Index]]:
     if not index.NATIVE:
         return [index_twin.PrefixIndex]
     return [index.native.PrefixIndex, index_twin.PrefixIndex]
+
+
+@pytest.mark.parametrize("block_tokens", [*range(1, 80), 127, 128, 256, 300, 1024])
+def test_blocks_are_named_by_seeded_sums(block_tokens: int) -> None:
+    generator = random.Random(block_tokens)
+    tokens = array("I", [generator.getrandbits(32) for _ in range(3 * block_tokens + block_tokens // 2)])
+    root = generator.getrandbits(64)
+    expected = []
+    for at in range(0, 3 * block_tokens, block_tokens):
+        seed = expected[-1] if expected else root
+        expected.append(xxh3_64_intdigest(tokens[at : at + block_tokens].tobytes(), seed))
+    for name_blocks in (index.name_blocks, index_twin.name_blocks):
+        assert list(name_blocks(tokens, block_tokens, root)) == expected
+
+
+@pytest.mark.parametrize("make", makers(), ids=lambda make: make.__module__)
+def test_tokens_are_asked_for_by_their_names(make: Callable[[int], Index]) -> None:
+    made, tokens = make(BYTES_MAX), array("I", range(100))
+    made.store(made.open(4), 0, index.name_blocks(tokens, 16, root=9)[:5])
+    assert made.match_tokens(tokens, 16, root=9).as_dict() == {(4, 0): 5}
+    assert len(made.match_tokens(tokens, 16)) == 0
+    with pytest.raises(BadInput, match="bad_prefix"):
+        made.match_tokens(tokens, 0)
+    with pytest.raises(BadInput, match="bad_prefix"):
+        made.match_tokens(array("Q", [1]), 16)
 
 
 @needs_native
