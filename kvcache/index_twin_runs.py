@@ -182,11 +182,13 @@ class Runs:
         tail = None if parent is None else self._places.get(parent)
         at = 0
         while at < len(blocks):
-            if self.bytes + STORE_BYTES_MAX > self.bytes_max:
+            room = (self.bytes_max - self.bytes - STORE_BYTES_MAX) // BLOCK_BYTES
+            if room < 1:
                 return len(blocks) - at
             place = self._places.get(blocks[at])
             if place is None:
-                tail, run = self._append(tail, blocks[at], holder, linked), 1
+                number, run = self._append(tail, blocks, at, room, holder, linked)
+                tail = number << _OFFSET_BITS | len(self._chains[number].hashes) - 1
             else:
                 there, offset = place >> _OFFSET_BITS, place & _CHAIN_BLOCKS_MAX
                 run = self._chains[there].equal_run(offset, blocks, at, exact=True)
@@ -196,30 +198,40 @@ class Runs:
         return 0
 
     def remove(self, holder: int, blocks: Sequence[int]) -> int:
-        removed = 0
-        for block in blocks:
-            place = self._places.get(block)
-            if place is not None:
-                at, offset = place >> _OFFSET_BITS, place & _CHAIN_BLOCKS_MAX
-                removed += self._change(at, offset, offset + 1, holder, held=False)
-                self._settle(at)
+        removed = at = 0
+        while at < len(blocks):
+            place = self._places.get(blocks[at])
+            if place is None:
+                at += 1
+                continue
+            number, offset = place >> _OFFSET_BITS, place & _CHAIN_BLOCKS_MAX
+            run = self._chains[number].equal_run(offset, blocks, at, exact=True)
+            removed += self._change(number, offset, offset + run, holder, held=False)
+            self._settle(number)
+            at += run
         return removed
 
-    def _append(self, tail: int | None, block: int, holder: int, linked: bool) -> int:
-        """Puts a new block behind ``tail`` if a chain ends there and takes more, else into a chain of its
-        own. Returns its place."""
+    def _append(
+        self, tail: int | None, blocks: Sequence[int], at: int, room: int, holder: int, linked: bool
+    ) -> tuple[int, int]:
+        """Puts new blocks behind ``tail`` if a chain ends there and takes more, else into a chain of their
+        own. Returns the chain's number and how many: all up to one that is known, or as many as fit."""
         number = tail >> _OFFSET_BITS if tail is not None else 0
         chain = self._chains.get(number)
         longest = _CHAIN_BLOCKS_MAX if linked else _LOOSE_BLOCKS_MAX
         ends = chain is not None and tail is not None and len(chain.hashes) - 1 == tail & _CHAIN_BLOCKS_MAX
         if chain is None or not ends or chain.linked != linked or len(chain.hashes) >= longest:
             number, chain = self._new_chain(linked)
-        place = self._places[block] = number << _OFFSET_BITS | len(chain.hashes)
-        chain.hashes.append(block)
+        start = len(chain.hashes)
+        for block in blocks[at : at + min(room, longest - start)]:
+            if block in self._places:
+                break
+            self._places[block] = number << _OFFSET_BITS | len(chain.hashes)
+            chain.hashes.append(block)
         spans = list(zip(chain.ends, chain.sets, strict=True))
         self._set_spans(chain, [*spans, (len(chain.hashes), frozenset({holder}))])
-        self._own(number, holder, [block], 1)
-        return place
+        self._own(number, holder, chain.hashes[start:], 1)
+        return number, len(chain.hashes) - start
 
     def _new_chain(self, linked: bool) -> tuple[int, _Chain]:
         number = self._next_chain

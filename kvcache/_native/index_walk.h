@@ -49,6 +49,7 @@ private:
     u32 place_ = 0;
     u32 set_ = 0;
     u32 live_rows_ = 0;
+    u32 first_rows_ = 0;  // How many held the first block.
     u64 mask_ = 0;
     std::vector<Live> live_;
     std::vector<u32> ends_;    // By row of `live_`, once it has ended.
@@ -63,7 +64,7 @@ inline u64 rows_of(u64 bits) { return (bits | bits >> 1 | bits >> 2 | bits >> 3)
 inline void Walk::start(const u64* query, u32 count, u32 tiers) {
     query_ = query;
     count_ = count;
-    place_ = set_ = live_rows_ = 0;
+    place_ = set_ = live_rows_ = first_rows_ = 0;
     mask_ = row_bits * (tiers & 0xF);
     live_.clear();
     if (count > 0) __builtin_prefetch(query + count - 1);  // The first that is compared, as a rule.
@@ -106,6 +107,7 @@ inline void Walk::begin(const Runs& runs, u32 set) {
         live_.push_back({word->at, rows_of(bits), rows_of(bits), bits});
         live_rows_ += static_cast<u32>(__builtin_popcountll(rows_of(bits)));
     }
+    first_rows_ = live_rows_;
     ends_.resize(live_.size() * word_rows);
     counts_.assign(live_.size() * 64, 0);
 }
@@ -135,13 +137,15 @@ inline bool Walk::change(const Sets& sets, u32 set, u32 place) {
 }
 
 inline void Walk::answer(const Runs& runs, std::vector<Answer>& answers) const {
+    std::size_t made_count = answers.size();
+    answers.resize(made_count + first_rows_);
     for (std::size_t i = 0; i < live_.size(); ++i) {
         const Live& live = live_[i];
         for (u64 rows = live.first; rows != 0; rows &= rows - 1) {
             const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
             const Name& name = runs.names()[live.at * word_rows + bit / tier_count];
             const bool whole = (live.rows >> bit & 1) != 0;
-            Answer& made = answers.emplace_back();
+            Answer& made = answers[made_count++];
             made.worker = name.worker;
             made.rank = name.rank;
             made.blocks = whole ? place_ : ends_[i * word_rows + bit / tier_count];
