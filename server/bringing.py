@@ -77,6 +77,10 @@ class Bringing:
             at += step
         return at
 
+    def awaits(self, key: StorageKey) -> bool:
+        """May it come from a peer that has only been named for it?"""
+        return self.receiver is not None and self.receiver.awaits(key)
+
     async def wait(self, keys: Sequence[StorageKey], asked: Asked, wait_ns: int, *, from_peers: bool) -> None:
         """Until none of these is on its way, or the time is over. What there was no room to bring at first
         starts coming meanwhile."""

@@ -106,6 +106,8 @@ class _Flight:
         self.until_ns = until_ns
         """Not waited for the peer to begin any longer than that."""
         self.after = after
+        self.has_begun = False
+        """The peer holds, or writes, some of it."""
         self.is_over = False
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -156,8 +158,16 @@ class Receiver:
         return at + len(mine)
 
     def coming(self, keys: Sequence[StorageKey]) -> int:
-        """How many of these, leading, are on their way."""
-        return next((at for at, key in enumerate(keys) if key not in self._coming), len(keys))
+        """How many of these, leading, are on their way: of what the peer has begun to write."""
+        for at, key in enumerate(keys):
+            flight = self._coming.get(key)
+            if flight is None or not flight.has_begun:
+                return at
+        return len(keys)
+
+    def awaits(self, key: StorageKey) -> bool:
+        """Is it followed, be it that the peer has begun or not?"""
+        return key in self._coming
 
     async def wait(self, keys: Sequence[StorageKey], wait_ns: int) -> None:
         """Until none of these is on its way any more, or the time is over."""
@@ -226,6 +236,7 @@ class Receiver:
             if at == len(flight.keys):
                 return
             followed = await stream.follow(flight.keys[at:], 0, wait_ns)
+            flight.has_begun = flight.has_begun or followed.state != "none"
             if followed.state == "held":
                 if not await self._fetch(flight.keys[: at + followed.count], at, flight.asked):
                     raise StreamFailed("fetch", "what the peer holds could not be fetched")
