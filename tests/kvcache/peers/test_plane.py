@@ -241,6 +241,13 @@ class TestEndpoints:
             assert len(reading.endpoints) == 1
 
     @on_a_loop
+    async def test_what_no_host_is_called_is_refused(self) -> None:
+        """A peer tells the address: it must not end this node."""
+        async with started(TCP) as plane:
+            with pytest.raises(BadInput, match="no address"):
+                await plane.endpoint("tcp://node..a:1#" + "00" * 32, later())
+
+    @on_a_loop
     async def test_a_number_waits_for_no_look_up(self) -> None:
         """Of a name, which takes a thread of the few that the loop has, for as long as it may."""
         over = threading.Event()
