@@ -220,23 +220,27 @@ def _greeting(
     answer. And the process ends without waiting for a look-up of a host's name, which has no deadline."""
     greeting: asyncio.Future[BlockingChannel] = loop.create_future()
 
-    def tell(greeted: BlockingChannel | Exception) -> None:
+    def tell(greeted: BlockingChannel | BaseException) -> None:
         if isinstance(greeted, BlockingChannel):
             greeting.set_result(greeted)
         else:
             greeting.set_exception(greeted)
 
-    def work() -> None:
-        greeted: BlockingChannel | Exception
-        try:
-            greeted = connect()
-        except Exception as error:
-            greeted = error
+    def say(greeted: BlockingChannel | BaseException) -> None:
         try:
             loop.call_soon_threadsafe(tell, greeted)
         except RuntimeError:  # The loop is closed: nobody wants it any more.
             if isinstance(greeted, BlockingChannel):
                 greeted.close()
+
+    def work() -> None:
+        try:
+            say(connect())
+        except KVCacheError as error:
+            say(error)
+        except BaseException as error:  # Our own code is wrong; but nobody must wait for ever.
+            say(error)
+            raise
 
     threading.Thread(target=work, name="kvcache-connect", daemon=True).start()
     return greeting
