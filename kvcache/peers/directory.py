@@ -87,7 +87,7 @@ class Directory:
         self.index = LocalityIndex(INDEX_ENTRIES_MAX)
         self.peers = [Peer(address, here, plane, self.index, sums, clock) for address in addresses]
         self._clock = clock
-        self._blamed: dict[tuple[str, StorageKey], int] = {}
+        self._blamed: dict[StorageKey, dict[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -115,6 +115,7 @@ class Directory:
         hashes = [BlockHash(key[HASH_BYTES:]) for key in keys]
         located = {each.source: each for each in self.index.locate(hashes, (namespace,))}
         current = {state.source for state in self.index.sources() if state.synced}
+        blamed, now_ns = self._blamed_at(keys), self._clock.now_ns()
         found: list[Candidate] = []
         for peer in self.peers:
             if peer.is_self or not peer.may_be_asked:
@@ -124,8 +125,11 @@ class Directory:
             if source and peer.name == source:
                 in_memory += len(keys) - blocks
                 blocks = len(keys)
-            blocks = self._unblamed(peer, keys, blocks)
-            if blocks:
+            on_disk = in_memory < blocks
+            first = next((at for at, until in blamed if until.get(peer.address, 0) > now_ns), blocks)
+            blocks = min(first, blocks)
+            if blocks:  # Which of them are on disk is not known.
+                in_memory = min(in_memory, blocks - on_disk)
                 found.append(Candidate(peer, blocks, in_memory, peer.name in current))
         return found
 
@@ -149,8 +153,9 @@ class Directory:
         """Do not ask this peer for these blocks for so long."""
         until_ns = self._clock.now_ns() + rest_ns
         for key in keys:
-            self._blamed.pop((peer.address, key), None)
-            self._blamed[peer.address, key] = until_ns
+            until = self._blamed.pop(key, {})
+            until[peer.address] = until_ns
+            self._blamed[key] = until
         while len(self._blamed) > BLAMED_MAX:
             del self._blamed[next(iter(self._blamed))]
 
@@ -183,15 +188,11 @@ class Directory:
             "peer_read_bytes_per_second": sum(peer.load.rate.value() or 0.0 for peer in others),
         }
 
-    def _unblamed(self, peer: Peer, keys: Sequence[StorageKey], blocks: int) -> int:
+    def _blamed_at(self, keys: Sequence[StorageKey]) -> list[tuple[int, dict[str, int]]]:
+        """Where among these are blocks for which somebody was blamed, and until when each is not asked."""
         if not self._blamed:
-            return blocks
-        now_ns = self._clock.now_ns()
-        blamed = self._blamed
-        return next(
-            (at for at in range(blocks) if blamed.get((peer.address, keys[at]), 0) > now_ns),
-            blocks,
-        )
+            return []
+        return [(at, self._blamed[key]) for at, key in enumerate(keys) if key in self._blamed]
 
 
 def _ended(task: asyncio.Task[None]) -> None:
