@@ -171,6 +171,13 @@ class Directory:
 
     def troubles(self) -> list[str]:
         found = [peer.trouble for peer in self.peers if peer.trouble]
+        several = {(peer.name, peer.incarnation) for peer in self.peers if peer.is_up}
+        names = Counter(name for name, _ in several)
+        found += [
+            f"{count} peers are called {name}: one of them is not known; give each a name of its own"
+            for name, count in names.items()
+            if count > 1
+        ]
         if any(state.partial for state in self.index.sources()):
             found.append(
                 f"the peers hold more than {INDEX_ENTRIES_MAX} blocks: some of them are not known here, "

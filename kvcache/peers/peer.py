@@ -70,7 +70,7 @@ class Here:
 
 
 class Peer:
-    """One owner, the event loop's thread. ``run`` follows it until cancelled."""
+    """One owner, the event loop's thread. ``run`` follows it until cancelled; never itself."""
 
     def __init__(
         self, address: str, here: Here, plane: Plane, index: LocalityIndex, sums: Sums, clock: Clock
@@ -99,6 +99,11 @@ class Peer:
     def name(self) -> str:
         """What it calls itself; empty before it was reached once."""
         return self._following.node
+
+    @property
+    def incarnation(self) -> int:
+        """Larger each time that it has started."""
+        return self._following.incarnation
 
     @property
     def is_self(self) -> bool:
@@ -141,6 +146,7 @@ class Peer:
         here = self._here
         self._is_self = (welcome.node, welcome.incarnation) == (here.name, here.incarnation)
         if self._is_self:
+            self._following.stop()
             raise Unavailable("unavailable", f"{self.address} is this node itself", "it needs no peer")
         if welcome.node == here.name:
             raise NotAllowed(

@@ -203,3 +203,15 @@ def test_close_ends_what_start_began() -> None:
         await world.directory.close()
 
     asyncio.run(work())
+
+
+def test_two_peers_of_one_name_are_told_of() -> None:
+    async def made() -> list[str]:
+        world = World("a", "a", "b")
+        troubles = world.directory.troubles()
+        assert troubles == [], "it is one node, at two addresses"
+        world.directory.peers[0]._following.incarnation = 1
+        return world.directory.troubles()
+
+    [trouble] = asyncio.run(made())
+    assert "2 peers are called a" in trouble
