@@ -98,6 +98,8 @@ class Following:
             except KVCacheError as error:
                 reason, self.trouble = "connection", str(error)
             self._part(reason)
+            if self._stopped:
+                return
             pause_s = PAUSE_S_MIN if self._steady else min(pause_s * 2, PAUSE_S_MAX)
             if self.trouble != self._said:
                 log.warning("following %s ended (%s): %s", self._name, reason, self.trouble)
@@ -153,6 +155,7 @@ class Following:
             await self._pause(POLL_S)
             self._steady = True
             if self._said:
+                log.info("following %s again", self._name)
                 self._said = ""
 
 

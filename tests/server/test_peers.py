@@ -259,6 +259,7 @@ def test_a_node_that_finds_itself_among_its_peers_leaves_itself_out(start: Start
     assert a.troubles() == []
     assert a.load(HASHES[:4]) == 2
     assert [a.stat(f"peers:{state}") for state in ("ok", "loading", "lost")] == [0, 0, 0]
+    a.until(lambda: all(task.done() for task in directory._tasks), "it is not tried again and again")
 
 
 class TestTenants:
