@@ -54,6 +54,8 @@ FLIGHTS_MAX = 256
 REST_NS = NS_PER_S
 """What did not come is not waited for again so soon: the engine is computing it."""
 RESTING_MAX = 4_096
+TRIES_MAX = 3
+"""So often is a run asked for that is another one each time."""
 MILD = frozenset({"none", "gone", "full", "busy", "parent", "fetch", "stalled"})
 """Failures after which the connection is as good as before."""
 
@@ -227,11 +229,11 @@ class Receiver:
         return failed
 
     async def _go_through(self, flight: _Flight, stream: Stream) -> None:
-        at = wait_ns = 0
+        at = wait_ns = tries = 0
         while True:
             if held := self._around.ledger.match(flight.keys[at:]):
                 at += held
-                wait_ns = 0
+                wait_ns = tries = 0
                 self._came(flight, at)
             if at == len(flight.keys):
                 return
@@ -241,6 +243,9 @@ class Receiver:
                 if not await self._fetch(flight.keys[: at + followed.count], at, flight.asked):
                     raise StreamFailed("fetch", "what the peer holds could not be fetched")
             elif followed.state == "writing":
+                tries += 1
+                if tries > TRIES_MAX:
+                    raise StreamFailed("gone", "what the peer writes is something else each time")
                 await self._receive(flight, stream, at, followed)
             elif wait_ns or not await self._fetch(flight.keys, at, replace(flight.asked, source="")):
                 wait_ns = flight.until_ns - self._around.clock.now_ns()
