@@ -90,6 +90,11 @@ class Following:
         """This node is never to be followed: ``run`` returns once its connections have ended."""
         self._stopped = True
 
+    def forget(self) -> None:
+        """What this node was, and all that it told: another has its name now. REQUIRES: ``calls`` is None."""
+        self._index.forget(self.node)
+        self.node, self.incarnation = "", 0
+
     async def run(self) -> None:
         pause_s = PAUSE_S_MIN
         while True:

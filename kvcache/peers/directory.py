@@ -9,7 +9,7 @@ behind: a block that it names and the peer has not is a miss, a block that it do
 but at the peer that a request names as its source.
 
 Invariants: the index holds ``INDEX_ENTRIES_MAX`` blocks at most, the blamed are ``BLAMED_MAX``; a peer that
-is away, or this node itself, is no candidate.
+is away, or this node itself, is no candidate; of those with one name one is followed.
 
 The sum: 0.2 us a leading block and peer; 100 bytes of memory a block that a peer holds.
 """
@@ -24,11 +24,13 @@ from typing import Protocol
 
 from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey
 from kvcache.clock import Clock
+from kvcache.errors import NotAllowed
 from kvcache.locality import TIERS, LocalityIndex
 from kvcache.peers.load import Load
 from kvcache.peers.peer import Arrived, Here, Peer, Plane, Sums, Wanted
 from kvcache.peers.replicate import Lack
 from kvcache.transport.base import Priority
+from kvcache.wire import Welcome
 
 INDEX_ENTRIES_MAX = 1 << 20
 BLAMED_MAX = 4_096
@@ -85,7 +87,9 @@ class Directory:
     def __init__(self, addresses: Sequence[str], here: Here, plane: Plane, sums: Sums, clock: Clock) -> None:
         """RAISES BadInput when one of ``addresses`` is none of a control connection."""
         self.index = LocalityIndex(INDEX_ENTRIES_MAX)
-        self.peers = [Peer(address, here, plane, self.index, sums, clock) for address in addresses]
+        self.peers = [
+            Peer(address, here, plane, self.index, sums, clock, self._admit) for address in addresses
+        ]
         self._clock = clock
         self._blamed: dict[StorageKey, dict[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -171,13 +175,6 @@ class Directory:
 
     def troubles(self) -> list[str]:
         found = [peer.trouble for peer in self.peers if peer.trouble]
-        several = {(peer.name, peer.incarnation) for peer in self.peers if peer.is_up}
-        names = Counter(name for name, _ in several)
-        found += [
-            f"{count} peers are called {name}: one of them is not known; give each a name of its own"
-            for name, count in names.items()
-            if count > 1
-        ]
         if any(state.partial for state in self.index.sources()):
             found.append(
                 f"the peers hold more than {INDEX_ENTRIES_MAX} blocks: some of them are not known here, "
@@ -195,11 +192,37 @@ class Directory:
             "peer_read_bytes_per_second": sum(peer.load.rate.value() or 0.0 for peer in others),
         }
 
+    def _admit(self, peer: Peer, welcome: Welcome) -> None:
+        """Two of one name would be one in the index, now this and now that. RAISES NotAllowed while another
+        of that name is followed."""
+        others = [each for each in self.peers if each is not peer and each.name == welcome.node]
+        for other in others:
+            if other.is_up:
+                raise _namesakes(other, peer.address, welcome)
+            other.forget()
+
     def _blamed_at(self, keys: Sequence[StorageKey]) -> list[tuple[int, dict[str, int]]]:
         """Where among these are blocks for which somebody was blamed, and until when each is not asked."""
         if not self._blamed:
             return []
         return [(at, self._blamed[key]) for at, key in enumerate(keys) if key in self._blamed]
+
+
+def _namesakes(followed: Peer, address: str, welcome: Welcome) -> NotAllowed:
+    where, name = f"{followed.address} and {address}", welcome.node
+    if followed.incarnation == welcome.incarnation:
+        return NotAllowed(
+            "bad_config",
+            f"{where} lead to one node, {name}",
+            "it is followed at the first of them",
+            "name it once in peers",
+        )
+    return NotAllowed(
+        "bad_config",
+        f"the nodes at {where} are both called {name}",
+        "peers are told apart by their names, so only the first of them is followed",
+        "give each node a name of its own",
+    )
 
 
 def _ended(task: asyncio.Task[None]) -> None:

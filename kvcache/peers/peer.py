@@ -73,9 +73,17 @@ class Peer:
     """One owner, the event loop's thread. ``run`` follows it until cancelled; never itself."""
 
     def __init__(
-        self, address: str, here: Here, plane: Plane, index: LocalityIndex, sums: Sums, clock: Clock
+        self,
+        address: str,
+        here: Here,
+        plane: Plane,
+        index: LocalityIndex,
+        sums: Sums,
+        clock: Clock,
+        admit: Callable[[Peer, Welcome], None],
     ) -> None:
-        """RAISES BadInput when ``address`` is none of a control connection."""
+        """``admit`` RAISES NotAllowed when what answers here is not to be followed. RAISES BadInput when
+        ``address`` is none of a control connection."""
         where = parse(address)
         self.address = address
         self.load = Load()
@@ -86,6 +94,7 @@ class Peer:
         self._plane = plane
         self._sums = sums
         self._clock = clock
+        self._admit = admit
         self._following = Following(address, self._connect, index, self, clock)
         self._lines: dict[str, Lines] = {}
         self._streams: dict[str, Lines] = {}
@@ -127,10 +136,14 @@ class Peer:
         if self.is_up:
             return self._no_data
         why = self._following.trouble
-        return f"the peer {self.name or '(unnamed)'} cannot be reached at {self.address}: {why}"
+        return f"the peer {self.name or '(unnamed)'} at {self.address} is not followed: {why}"
 
     async def run(self) -> None:
         await self._following.run()
+
+    def forget(self) -> None:
+        """Another has its name now. REQUIRES: it is not up."""
+        self._following.forget()
 
     async def close(self) -> None:
         """REQUIRES: nobody fetches any more. May be called twice."""
@@ -155,6 +168,7 @@ class Peer:
                 "peers are told apart by their names",
                 "give each node a name of its own",
             )
+        self._admit(self, welcome)
         try:
             self.data_address(welcome)
             self._no_data = ""

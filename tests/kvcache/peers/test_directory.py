@@ -58,7 +58,7 @@ class World:
     def meet(self, peer: Peer, name: str, incarnation: int = 1, data: str = "tcp://127.0.0.1:9") -> None:
         welcome = Welcome(1, name, incarnation, "t", [], KEY, 0, [data] if data else [])
         peer.met(welcome)
-        peer._following.node = name
+        peer._following.node, peer._following.incarnation = name, incarnation
         peer._following.calls = object()  # type: ignore[assignment]
 
     def tells(self, name: str, count: int, tier: str = TIER_HOST) -> None:
@@ -205,13 +205,28 @@ def test_close_ends_what_start_began() -> None:
     asyncio.run(work())
 
 
-def test_two_peers_of_one_name_are_told_of() -> None:
-    async def made() -> list[str]:
-        world = World("a", "a", "b")
-        troubles = world.directory.troubles()
-        assert troubles == [], "it is one node, at two addresses"
-        world.directory.peers[0]._following.incarnation = 1
-        return world.directory.troubles()
+def test_of_two_peers_with_one_name_the_first_is_followed_and_the_second_told_of() -> None:
+    world = World("a", "b")
+    world.tells("a", 8)
+    a, b = world.directory.peers
+    with pytest.raises(NotAllowed, match=r":1 and tcp://127.0.0.1:2 are both called a .* name of its own"):
+        world.meet(b, "a", incarnation=2)
+    with pytest.raises(NotAllowed, match=r":1 and tcp://127.0.0.1:2 lead to one node, a .* name it once"):
+        world.meet(b, "a", incarnation=1)
+    assert world.found() == [("a", 8)]
+    world.meet(a, "a", incarnation=5)  # It has started again: no other has its name.
 
-    [trouble] = asyncio.run(made())
-    assert "2 peers are called a" in trouble
+
+def test_a_name_goes_over_to_another_when_its_node_is_away() -> None:
+    world = World("a", "b")
+    world.tells("a", 8)
+    a, b = world.directory.peers
+    a._following.calls = None
+    b._following.calls = None
+    world.meet(b, "a", incarnation=0)
+    assert world.directory.named("a") is b
+    assert [each.source for each in world.directory.index.sources()] == ["b"], (
+        "what the other told is not its word"
+    )
+    with pytest.raises(NotAllowed):
+        world.meet(a, "a")
