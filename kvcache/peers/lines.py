@@ -44,6 +44,11 @@ class Lines:
         self._delay_ns = BACKOFF_NS_MIN
         self._why = ""
 
+    @property
+    def is_full(self) -> bool:
+        """Would who asks now have to wait for a turn?"""
+        return self._turns.locked()
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[AsyncChannel]:
         """A connection on which nobody's question waits. What ends inside with anything but a refusal closes

@@ -204,6 +204,8 @@ class Receiver:
         try:
             if flight.after is not None:
                 await flight.after.ended()
+            if flight.peer.streams(flight.asked.tenant).is_full and await self._fetched(flight):
+                return
             mild = await self._on_a_connection(flight)
             if mild is not None:
                 raise mild
@@ -211,6 +213,13 @@ class Receiver:
             self._around.counters[f"receive_failures:{error.reason}"] += 1
             self._rest(flight)
             log.info("blocks did not come from %s (%s): %s", flight.peer.name, error.reason, error)
+
+    async def _fetched(self, flight: _Flight) -> bool:
+        """All connections are with those who wait for something to be written: what the peer holds needs
+        none of them. Is it all here now?"""
+        held = await self._fetch(flight.keys, 0, flight.asked)
+        self._came(flight, held)
+        return held == len(flight.keys)
 
     async def _on_a_connection(self, flight: _Flight) -> StreamFailed | None:
         """Other failures than those returned close it, and so end what the peer holds for it."""
