@@ -8,8 +8,8 @@
 A node answers one connection's questions in turn, and a lease may wait for a disk: who asks on a connection
 where somebody waits, waits too. What need not be answered at once (a Release) may go between.
 
-Invariants: at most ``most`` connections; a peer that cannot be reached is not tried again before its
-time, and whoever asks meanwhile hears so at once.
+Invariants: at most ``most`` connections, ``IDLE_MAX`` that nobody uses; a peer that cannot be reached is not
+tried again before its time, and whoever asks meanwhile hears so at once.
 
 The sum: a turn costs 2 us, a connection three round trips and a thread for as long.
 """
@@ -25,6 +25,8 @@ from kvcache.clock import NS_PER_MS, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
 
 LINES_MAX = 4
+IDLE_MAX = LINES_MAX
+"""More are closed: a node takes so many connections in all, and each tenant of each peer has some."""
 BACKOFF_NS_MIN = 50 * NS_PER_MS
 BACKOFF_NS_MAX = 2_000 * NS_PER_MS
 
@@ -93,7 +95,8 @@ class Lines:
         return channel
 
     def _give_back(self, channel: AsyncChannel) -> None:
-        if channel in self._open and not channel.ended_by:
+        if channel in self._open and not channel.ended_by and len(self._idle) < IDLE_MAX:
             self._idle.append(channel)
-        else:
-            self._open.discard(channel)
+            return
+        self._open.discard(channel)
+        channel.close()

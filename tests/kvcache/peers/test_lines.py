@@ -59,6 +59,29 @@ def test_one_question_after_another_goes_over_one_connection() -> None:
     run(work)
 
 
+def test_after_many_at_once_few_are_kept() -> None:
+    async def work(world: World) -> None:
+        many = Lines(world._connect, world.clock, 3 * lines.IDLE_MAX)
+        gate = asyncio.Event()
+
+        async def ask() -> None:
+            async with many.turn():
+                await gate.wait()
+
+        asking = [asyncio.ensure_future(ask()) for _ in range(3 * lines.IDLE_MAX)]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*asking)
+        assert len(world.made) == 3 * lines.IDLE_MAX
+        assert sum(not made.ended_by for made in world.made) == lines.IDLE_MAX
+        async with many.turn() as channel:
+            assert not channel.ended_by
+        assert world.tries == 3 * lines.IDLE_MAX
+
+    run(work)
+
+
 def test_questions_at_the_same_time_have_connections_of_their_own_up_to_the_limit() -> None:
     async def work(world: World) -> None:
         gate, inside = asyncio.Event(), 0
