@@ -101,6 +101,7 @@ class Peer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_self = False
         self._no_data = ""
+        self._data: list[str] = []
 
     # --- what is known of it --------------------------------------------------------------------
 
@@ -197,7 +198,8 @@ class Peer:
 
     def data_address(self, welcome: Welcome) -> str:
         """Where its bytes are had. RAISES BadInput when it has no such address that leads there from here."""
-        address = self._plane.usable([with_host(each, self._host) for each in welcome.data])
+        self._data = [with_host(each, self._host) for each in welcome.data]
+        address = self._plane.usable(self._data)
         if not address:
             raise BadInput(
                 "bad_config",
@@ -208,8 +210,13 @@ class Peer:
         return address
 
     async def endpoint(self, address: str, deadline_ns: int) -> Endpoint:
-        """To a data address that the peer told. RAISES PeerLost, TransferLate, BadInput."""
-        return await self._plane.endpoint(with_host(address, self._host), deadline_ns)
+        """To where a ticket is good that the peer gave with this data address: at any of its addresses of
+        that scheme, the one that does not fail. RAISES PeerLost, TransferLate, BadInput."""
+        told = with_host(address, self._host)
+        if told in self._data:  # Else they are those of the node before this one.
+            alike = [each for each in self._data if scheme_of(each) == scheme_of(told)]
+            told = self._plane.usable(alike) or told
+        return await self._plane.endpoint(told, deadline_ns)
 
     async def _connect(self, tenant: str = "") -> AsyncChannel:
         here = self._here

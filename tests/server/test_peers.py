@@ -238,6 +238,16 @@ def test_two_nodes_that_name_each_other_do_not_ask_for_ever(start: Start, tmp_pa
     b.until(lambda: b.load(HASHES[:4]) == 4, "what was not there a moment ago is had")
 
 
+def test_another_data_address_is_taken_when_one_leads_nowhere(start: Start) -> None:
+    a = start("a", data="tcp://127.0.0.2:0,tcp://127.0.0.1:0")
+    a.save(HASHES[:8])
+    a.embedded.run(a.node.core.plane._ways["tcp"].listeners[0].close())
+    b = start("b", a)
+    b.until_known(8)
+    b.until(lambda: b.load(HASHES[:8], wait_ms=100) == 8, "they come by the other")
+    assert b.stat("peer_failed_fetches:lost") == 1
+
+
 def test_a_fetch_that_takes_longer_than_computing_is_not_begun(start: Start, a: Here, b: Here) -> None:
     directory = b.node.core.bringing.directory
     assert directory is not None
