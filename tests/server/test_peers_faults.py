@@ -159,7 +159,7 @@ def test_a_peer_that_has_gone_is_a_miss_and_is_told_of(a: Here, b: Here) -> None
     a.close()
     b.until(lambda: b.stat("peers:lost") == 1, "it is noticed")
     assert b.load(HASHES[:8]) == 0
-    assert any("cannot be reached" in text and "the peer a " in text for text in b.troubles())
+    assert any("is not followed" in text and "the peer a " in text for text in b.troubles())
     quiet(b)
 
 
