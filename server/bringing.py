@@ -102,6 +102,8 @@ class Bringing:
 
     def tick(self) -> None:
         """Called by the node's timer."""
+        if self.directory is not None:
+            self.directory.tick()
         if self.replicator is not None:
             self.replicator.tick()
 

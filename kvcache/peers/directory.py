@@ -100,6 +100,11 @@ class Directory:
             self._tasks.add(task)
             task.add_done_callback(_ended)
 
+    def tick(self) -> None:
+        """Called by the node's timer."""
+        for peer in self.peers:
+            peer.tick()
+
     async def close(self) -> None:
         """REQUIRES: nobody fetches any more. May be called twice."""
         for task in self._tasks:

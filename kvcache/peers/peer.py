@@ -45,7 +45,9 @@ GROUPS_MAX = 4
 STREAMS_MAX = 32
 CONNECT_NS = 2 * NS_PER_S
 PROBE_NS = 2 * NS_PER_S
-RELEASE_NS = 2 * NS_PER_S
+RELEASE_NS = 2 * 86_400 * NS_PER_S
+"""Longer than any lease is waited for: a Release that is late ends its connection, and with it the leases of
+others, one of which it may be waiting behind. Where nobody answers, they end it, or it is idle (``Lines``)."""
 
 Sums = Callable[[Sequence[memoryview], int], Awaitable[bytes]]
 """The chunk sums of these views, computed where the event loop does not wait for them."""
@@ -145,6 +147,11 @@ class Peer:
     def forget(self) -> None:
         """Another has its name now. REQUIRES: it is not up."""
         self._following.forget()
+
+    def tick(self) -> None:
+        """Called by the node's timer."""
+        for lines in (*self._lines.values(), *self._streams.values()):
+            lines.tick()
 
     async def close(self) -> None:
         """REQUIRES: nobody fetches any more. May be called twice."""
@@ -285,7 +292,7 @@ class Peer:
         self, wanted: Wanted, into: Sequence[memoryview], deadline_ns: int, priority: Priority
     ) -> Arrived:
         wrong: list[int] = []
-        async with self.lines(wanted.tenant).turn() as channel:
+        async with self.lines(wanted.tenant).turn(deadline_ns) as channel:
             via = scheme_of(self.data_address(channel.welcome))
             leased = await take_lease(channel, wanted, self._clock.now_ns(), deadline_ns)
             try:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
-from kvcache.clock import NS_PER_MS
+from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
-from kvcache.peers import fetch
+from kvcache.peers import fetch, lines
 from kvcache.wire import BATCH_BLOCKS_MAX
 from tests.server.peer_world import Here, Start
 from tests.server.talk import HASHES, SIZE, SPEC, deadline, held, refused
@@ -246,6 +246,16 @@ def test_another_data_address_is_taken_when_one_leads_nowhere(start: Start) -> N
     b.until_known(8)
     b.until(lambda: b.load(HASHES[:8], wait_ms=100) == 8, "they come by the other")
     assert b.stat("peer_failed_fetches:lost") == 1
+
+
+def test_connections_that_nobody_uses_are_closed(a: Here, b: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert b.load(HASHES[:8]) == 8
+    assert len(a.node._sessions) > 3
+    monkeypatch.setattr(lines, "IDLE_NS", -3_600 * NS_PER_S)  # So long the clock has gone on, as it were.
+    a.until(lambda: len(a.node._sessions) == 3, "its own, and two on which it is followed")
+    a.save(HASHES[8:12])
+    b.until_known(12)
+    assert b.load(HASHES[:12]) == 12
 
 
 def test_a_fetch_that_takes_longer_than_computing_is_not_begun(start: Start, a: Here, b: Here) -> None:

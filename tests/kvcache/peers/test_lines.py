@@ -82,6 +82,32 @@ def test_after_many_at_once_few_are_kept() -> None:
     run(work)
 
 
+def test_one_that_nobody_needs_for_long_is_closed() -> None:
+    async def work(world: World) -> None:
+        idle_ms = lines.IDLE_NS // NS_PER_MS
+        async with world.lines.turn(world.clock.now_ns() + 10_000 * NS_PER_MS):
+            async with world.lines.turn():
+                pass
+            world.clock.advance_ms(idle_ms - 1)
+            world.lines.tick()
+            assert [channel.ended_by for channel in world.made] == ["", ""]
+            world.clock.advance_ms(1)
+            world.lines.tick()
+            assert [channel.ended_by for channel in world.made] == ["", "closed"], "the other is in use"
+        async with world.lines.turn(world.clock.now_ns() + 5_000 * NS_PER_MS) as channel:
+            assert cast(FakeChannel, channel) is world.made[0]
+        world.clock.advance_ms(idle_ms)
+        world.lines.tick()
+        assert world.made[0].ended_by == "", "what was given on it is needed a while longer"
+        world.clock.advance_ms(5_000)
+        world.lines.tick()
+        assert world.made[0].ended_by == "closed"
+        async with world.lines.turn():
+            assert len(world.made) == 3
+
+    run(work)
+
+
 def test_questions_at_the_same_time_have_connections_of_their_own_up_to_the_limit() -> None:
     async def work(world: World) -> None:
         gate, inside = asyncio.Event(), 0

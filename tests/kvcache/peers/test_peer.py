@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
+from kvcache.channel import AsyncChannel
+from kvcache.clock import NS_PER_S
 from kvcache.locality import LocalityIndex
 from kvcache.peers.peer import Here, Peer
 from kvcache.testing.clock import FakeClock
 from kvcache.transport.base import Endpoint, PeerLost
-from kvcache.wire import Welcome
+from kvcache.wire import Leased, Release, Released, Reply, Request, Welcome
 
 DATA = ["tcp://0.0.0.0:1", "ucx://10.0.0.1:2", "tcp://10.0.0.1:3"]
 
@@ -71,3 +74,29 @@ def test_a_ticket_is_used_at_the_address_of_its_scheme_that_does_not_fail() -> N
 
 def test_an_address_that_was_not_told_before_or_of_another_scheme_is_taken_as_it_is() -> None:
     assert asked(["tcp://10.0.0.1:4", DATA[1]]) == ["tcp://10.0.0.1:4", DATA[1]]
+
+
+class Channel:
+    """It notes until when an answer is waited for."""
+
+    def __init__(self) -> None:
+        self.deadlines: list[int] = []
+
+    async def call(self, request: Request, deadline_ns: int) -> Reply:
+        assert isinstance(request, Release)
+        self.deadlines.append(deadline_ns)
+        return Released(True)
+
+
+def test_a_release_is_waited_for_longer_than_any_lease_that_it_may_be_behind() -> None:
+    """A call that is late ends its connection, and the leases of others with it; who waits for a lease, does
+    so for as long as ``peer_wait_ms`` says, a day at most."""
+    channel = Channel()
+
+    async def work() -> None:
+        peer = peer_over(Plane())
+        peer._release(cast(AsyncChannel, channel), Leased(7, 1, [], [0], b"", 0, 0), [])
+        await asyncio.gather(*peer._tasks)
+
+    asyncio.run(work())
+    assert channel.deadlines[0] > FakeClock().now_ns() + 86_400 * NS_PER_S
