@@ -47,7 +47,7 @@ CONNECT_NS = 2 * NS_PER_S
 PROBE_NS = 2 * NS_PER_S
 RELEASE_NS = 2 * 86_400 * NS_PER_S
 """Longer than any lease is waited for: a Release that is late ends its connection, and with it the leases of
-others, one of which it may be waiting behind. Where nobody answers, they end it, or it is idle (``Lines``)."""
+others, one of which it may be waiting behind. Where nobody answers, they end it, or ``Lines`` when idle."""
 
 Sums = Callable[[Sequence[memoryview], int], Awaitable[bytes]]
 """The chunk sums of these views, computed where the event loop does not wait for them."""
