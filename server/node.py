@@ -78,9 +78,9 @@ class Node:
         refuse_unsafe_bind(self._http, self.credentials, "http")
         refuse_unsafe_data(config.data_addresses, self.credentials, config.trust_network)
         self._clock = clock or SystemClock()
+        token = peer_token(config.peer_token_file) if config.peer_addresses else ""
         self.core = _build_core(config, self._clock, self.name, self.incarnation)
         if config.peer_addresses:
-            token = peer_token(config.peer_token_file)
             join(self.core, Here(self.name, self.incarnation, token, self.credentials.tenant_key))
         self.tcp_address = ""
         self.http_address = ""

@@ -38,6 +38,7 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Ledger, Reservation
 from kvcache.peers.directory import Candidate, Giver
 from kvcache.peers.peer import Arrived, FetchFailed, Wanted
+from kvcache.peers.seldom import Seldom
 from kvcache.policy import RequestContext
 from kvcache.sums import SUM_BYTES
 from kvcache.tiers.host import HostTier
@@ -152,6 +153,7 @@ class Fetcher:
         self._untold: list[tuple[StorageKey, ...]] = []
         self._bytes_max = memory.capacity_bytes // IN_FLIGHT_PARTS
         self._is_closed = False
+        self._seldom = Seldom()
 
     def ask(self, keys: Sequence[StorageKey], first: int, asked: Asked) -> int:
         """How many leading blocks are in host memory, or will be if all goes well, given that the leading
@@ -282,7 +284,8 @@ class Fetcher:
             arrived = await peer.fetch(wanted, views, deadline_ns, asked.priority)
         except FetchFailed as error:
             self._counters[f"peer_failed_fetches:{error.reason}"] += 1
-            log.info("blocks did not come from the peer %s (%s): %s", peer.name, error.reason, error)
+            if self._seldom.may_say(self._clock.now_ns(), peer.name, error.reason):
+                log.info("blocks did not come from the peer %s (%s): %s", peer.name, error.reason, error)
             if error.reason in _RESTS_NS:
                 self._directory.blame(peer, rest[:1], _RESTS_NS[error.reason])
             return

@@ -304,8 +304,11 @@ class TestTenants:
         b.until(lambda: any("another key" in text for text in b.troubles()), "it says so")
         assert b.stat("peers:lost") == 1
 
-    def test_a_token_file_that_holds_none_is_refused(self, start: Start, tmp_path: Path) -> None:
+    def test_a_token_file_that_holds_none_is_refused(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         settings = credentials(tmp_path, "12" * 32)
+        monkeypatch.delattr("kvcache.server.node._build_core")  # No memory is taken before.
         file = Path(str(settings["peer_token_file"]))
         for content in (b"", b"two words", b"\xff"):
             file.write_bytes(content)

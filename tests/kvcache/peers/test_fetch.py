@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
@@ -127,6 +128,27 @@ async def test_no_more_is_looked_for_than_can_be_on_its_way() -> None:
     assert rig.ask(KEYS) == IN_FLIGHT_MAX
     assert rig.looked == [IN_FLIGHT_MAX]
     await rig.fetcher.close()
+
+
+@plays
+async def test_one_line_tells_of_many_groups_that_did_not_come() -> None:
+    peer = FakePeer("a", len(KEYS))
+    peer.lost.update(KEYS)
+    rig = Rig(peer)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    fetch.log.addHandler(handler)
+    fetch.log.setLevel(logging.INFO)
+    try:
+        rig.ask(KEYS[:8])
+        await rig.ended(KEYS[:8])
+    finally:
+        fetch.log.removeHandler(handler)
+        fetch.log.setLevel(logging.NOTSET)
+    assert rig.counters["peer_failed_fetches:gone"] == 4
+    [line] = said
+    assert "the peer a (gone)" in line
 
 
 @plays
