@@ -1,4 +1,8 @@
-"""What is tried over tcp:// is tried over ucx:// as well, in fewer rounds: a peer takes a second to start."""
+"""What is tried over tcp:// is tried over ucx:// as well, in fewer rounds: a peer takes a second to start.
+
+UCX looks once a process at which network devices there are. So these tests have a process of their own,
+whose first look is from within the namespace (``make test-ucx``).
+"""
 
 from __future__ import annotations
 
