@@ -45,6 +45,7 @@ test-engines: .venv-engines/.installed .venv-ucx/.installed  ## the tests that r
 
 test-ucx: .venv-ucx/.installed  ## the contract of transports over ucxx (270 MB), on TCP
 	$(RUN_UCX)/pytest -m ucx --junit-xml=.reports/test-ucx.xml tests/transport
+	$(RUN_UCX)/pytest -m ucx --junit-xml=.reports/test-ucx-network.xml tests/netfaults
 
 test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 MB), on one host
 	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport

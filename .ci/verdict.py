@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 EXCUSE = "not on this machine:"
-NO_EXCUSE = ("test-engines.xml", "test-ucx.xml", "test-nixl.xml")
+NO_EXCUSE = ("test-engines.xml", "test-ucx.xml", "test-ucx-network.xml", "test-nixl.xml")
 
 
 @dataclass(slots=True)

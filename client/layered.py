@@ -5,8 +5,9 @@
          |                    +--> abort: the slots are given back     |
          +-- no room, no map, connection lost: nothing is copied ------+--> an ordinary save of all
 
-Telling publishes nothing: it lets a peer read ahead, plane after plane, what only ``finish`` publishes. So
-whatever goes wrong before ``finish`` costs the head start and no block. The bytes stay in the caller's
+Telling publishes nothing at this node: it lets a peer read ahead, plane after plane, what only ``finish``
+publishes here. A peer that has every plane publishes its copy by itself: so tell of what is final. Whatever
+goes wrong before ``finish`` costs the head start and no block. The bytes stay in the caller's
 memory until ``finish``, which can therefore always fall back to an ordinary save; so it does over the
 wire, where blocks go whole.
 

@@ -132,4 +132,15 @@ def _tcp(text: str, rest: str) -> TcpAddress:
     host = host.removeprefix("[").removesuffix("]")
     if not found or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise BadInput("bad_config", f"{text!r} is no address", "a tcp address is a host and a port", _TODO)
+    if not _can_be_looked_up(host):
+        raise BadInput("bad_config", f"{text!r} is no address", "no host has such a name", _TODO)
     return TcpAddress(host, int(port))
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whatever the system then says. What cannot even be asked would be no OSError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return host.isprintable() and " " not in host

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self, cast
 
 from kvcache.blocking_channel import SYSTEM_CLOCK, BlockingChannel, gone
@@ -55,9 +56,9 @@ class AsyncChannel(asyncio.BufferedProtocol):
     async def connect(
         cls, address: str, hello: Hello, deadline_ns: int, clock: Clock = SYSTEM_CLOCK
     ) -> AsyncChannel:
-        """As ``BlockingChannel.connect``, which does it in a thread."""
+        """As ``BlockingChannel.connect``, which does it in a thread of its own."""
         loop = asyncio.get_running_loop()
-        greeting = loop.run_in_executor(None, BlockingChannel.connect, address, hello, deadline_ns, clock)
+        greeting = _greeting(loop, lambda: BlockingChannel.connect(address, hello, deadline_ns, clock))
         try:
             greeted = await asyncio.shield(greeting)
         except asyncio.CancelledError:
@@ -210,6 +211,39 @@ class AsyncChannel(asyncio.BufferedProtocol):
         answer = self._waiting.pop(arrival.call, None)
         if answer is not None and not answer.done():
             answer.set_result(arrival)
+
+
+def _greeting(
+    loop: asyncio.AbstractEventLoop, connect: Callable[[], BlockingChannel]
+) -> asyncio.Future[BlockingChannel]:
+    """Those of the loop's pool are few, and everything that waits for one would wait for nodes that do not
+    answer. And the process ends without waiting for a look-up of a host's name, which has no deadline."""
+    greeting: asyncio.Future[BlockingChannel] = loop.create_future()
+
+    def tell(greeted: BlockingChannel | BaseException) -> None:
+        if isinstance(greeted, BlockingChannel):
+            greeting.set_result(greeted)
+        else:
+            greeting.set_exception(greeted)
+
+    def say(greeted: BlockingChannel | BaseException) -> None:
+        try:
+            loop.call_soon_threadsafe(tell, greeted)
+        except RuntimeError:  # The loop is closed: nobody wants it any more.
+            if isinstance(greeted, BlockingChannel):
+                greeted.close()
+
+    def work() -> None:
+        try:
+            say(connect())
+        except KVCacheError as error:
+            say(error)
+        except BaseException as error:  # Our own code is wrong; but nobody must wait for ever.
+            say(error)
+            raise
+
+    threading.Thread(target=work, name="kvcache-connect", daemon=True).start()
+    return greeting
 
 
 def _close_unwanted(greeting: asyncio.Future[BlockingChannel]) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from kvcache.address import parse
 from kvcache.errors import BadInput
 
 ENVIRONMENT_PREFIX = "KVCACHE_"
@@ -91,7 +92,14 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def peer_addresses(self) -> list[str]:
         """The control addresses of the peers. RAISES BadInput for what is none."""
-        return [] if self.peers == "none" else _parse_addresses(self.peers, "peers")
+        found = [] if self.peers == "none" else _parse_addresses(self.peers, "peers")
+        for address in found:
+            try:
+                parse(address)
+            except BadInput as error:
+                why = f"{error.what}: {error.why}".removesuffix(": ")
+                raise BadInput(error.code, f"peers is {self.peers!r}", why, error.todo) from error
+        return found
 
     @property
     def replicate_bytes_s(self) -> int:

@@ -1,7 +1,8 @@
 """Following a node: its events into an index, for as long as somebody wants it.
 
     apart ──connected──► loading ──snapshot taken──► following
-      ▲                     │                            │
+      ▲   │                 │                            │
+      │   └─ stop ──► over  │                            │
       └──── pause, doubling ┴──── lost, late, garbage ───┘
 
 Two connections: one only for events, so that a reader that lags never holds up a reply. What the index
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from kvcache.clock import Clock
-from kvcache.errors import KVCacheError, Unavailable
+from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.locality import LOST, LocalityIndex
 from kvcache.wire import EventBatch, Reply, Request, Welcome
 
@@ -58,7 +59,7 @@ class Watched(Protocol):
 
 
 class Following:
-    """``run`` follows until it is cancelled. Everything else may be asked at any time."""
+    """``run`` follows until it is cancelled, or stopped. Everything else may be asked at any time."""
 
     def __init__(
         self,
@@ -75,7 +76,6 @@ class Following:
         self.calls: Channel | None = None
         """While there is a connection."""
         self.trouble = "no connection was made yet"
-        self.sources: set[str] = set()
         self._name = name
         self._connect = connect
         self._index = index
@@ -83,19 +83,32 @@ class Following:
         self._clock = clock
         self._pause = pause
         self._steady = False
+        self._stopped = False
+        self._said = ""
+
+    def stop(self) -> None:
+        """This node is never to be followed: ``run`` returns once its connections have ended."""
+        self._stopped = True
+
+    def forget(self) -> None:
+        """What this node was, and all that it told: another has its name now. REQUIRES: ``calls`` is None."""
+        self._index.forget(self.node)
+        self.node, self.incarnation = "", 0
 
     async def run(self) -> None:
-        pause_s, said = PAUSE_S_MIN, ""
+        pause_s = PAUSE_S_MIN
         while True:
             try:
                 reason = await self._follow()
             except KVCacheError as error:
                 reason, self.trouble = "connection", str(error)
             self._part(reason)
+            if self._stopped:
+                return
             pause_s = PAUSE_S_MIN if self._steady else min(pause_s * 2, PAUSE_S_MAX)
-            if self.trouble != said:
+            if self.trouble != self._said:
                 log.warning("following %s ended (%s): %s", self._name, reason, self.trouble)
-                said = self.trouble
+                self._said = self.trouble
             await self._pause(pause_s)
 
     async def _follow(self) -> str:
@@ -112,7 +125,10 @@ class Following:
             poll = asyncio.get_running_loop().create_task(self._poll(events, calls))
             stack.push_async_callback(_ended, poll)
             async for batch in events.events():
-                self.sources.add(batch.source)
+                if batch.source != self.node:
+                    raise BadInput(
+                        "bad_message", f"events of {batch.source!r:.60}", f"{self.node} tells of itself only"
+                    )
                 applied = self._index.apply(batch, self._clock.now_ns())
                 if applied in LOST:
                     self.trouble = f"events of {batch.source} were lost"
@@ -120,18 +136,15 @@ class Following:
         raise Unavailable("unavailable", "the node ended the stream of events")
 
     def _meet(self, welcome: Welcome) -> None:
-        if (welcome.node, welcome.incarnation) != (self.node, self.incarnation):
-            for source in self.sources - {welcome.node}:
-                self._index.forget(source)
-            self.sources = set()
+        if welcome.node != self.node or welcome.incarnation < self.incarnation:
+            self._index.forget(self.node)  # Also when its clock went back: what it tells would be old.
         self.node, self.incarnation = welcome.node, welcome.incarnation
 
     def _part(self, reason: str) -> None:
         """The connections are closed: what the index holds is no longer known to be so."""
         self.calls = None
         self._watched.parted(reason)
-        for source in self.sources:
-            self._index.suspect(source)
+        self._index.suspect(self.node)
 
     async def _poll(self, events: Channel, calls: Channel) -> None:
         """Prove that the node lives; without an answer, end the stream of events as well."""
@@ -143,10 +156,12 @@ class Following:
                 self.trouble = "it does not answer"
                 events.close()
                 return
-            for source in self.sources:
-                self._index.heard(source, asked_ns)
+            self._index.heard(self.node, asked_ns)
             await self._pause(POLL_S)
             self._steady = True
+            if self._said:
+                log.info("following %s again", self._name)
+                self._said = ""
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -77,6 +77,10 @@ class Bringing:
             at += step
         return at
 
+    def awaits(self, key: StorageKey) -> bool:
+        """May it come from a peer that has only been named for it?"""
+        return self.receiver is not None and self.receiver.awaits(key)
+
     async def wait(self, keys: Sequence[StorageKey], asked: Asked, wait_ns: int, *, from_peers: bool) -> None:
         """Until none of these is on its way, or the time is over. What there was no room to bring at first
         starts coming meanwhile."""
@@ -98,6 +102,8 @@ class Bringing:
 
     def tick(self) -> None:
         """Called by the node's timer."""
+        if self.directory is not None:
+            self.directory.tick()
         if self.replicator is not None:
             self.replicator.tick()
 

@@ -40,7 +40,7 @@ SETTINGS: dict[str, str] = {
     "data": "where transports listen for peers: tcp://HOST:PORT,..., auto (as tcp), or none",
     "peers": "control addresses of other nodes, with commas (tcp://HOST:PORT or unix:///PATH), or none",
     "peer_token_file": "file with the token that this node shows its peers",
-    "peer_keep": "keep (blocks from peers are like any other) or pass (not on NVMe, and the first to go)",
+    "peer_keep": "keep (blocks from peers are like any other) or pass (in memory only, and worth little)",
     "peer_wait_ms": "how long one try to get blocks from a peer may take",
     "replicate_rate": "bytes a second at most to copy hot prefixes to peers, for instance 50MB (0: off)",
     "replicate_hits": "uses within a minute that make a prefix hot",

@@ -22,7 +22,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 from kvcache import wire
-from kvcache.address import default_address
+from kvcache.address import TcpAddress, default_address
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock, SystemClock
 from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
@@ -78,9 +78,9 @@ class Node:
         refuse_unsafe_bind(self._http, self.credentials, "http")
         refuse_unsafe_data(config.data_addresses, self.credentials, config.trust_network)
         self._clock = clock or SystemClock()
+        token = peer_token(config.peer_token_file) if config.peer_addresses else ""
         self.core = _build_core(config, self._clock, self.name, self.incarnation)
         if config.peer_addresses:
-            token = peer_token(config.peer_token_file)
             join(self.core, Here(self.name, self.incarnation, token, self.credentials.tenant_key))
         self.tcp_address = ""
         self.http_address = ""
@@ -171,7 +171,7 @@ class Node:
         if self._tcp is not None:
             listener = listen_tcp(*self._tcp)
             self._sockets.append(listener)
-            self.tcp_address = f"tcp://{self._tcp[0]}:{listener.getsockname()[1]}"
+            self.tcp_address = str(TcpAddress(self._tcp[0], listener.getsockname()[1]))
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

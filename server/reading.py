@@ -90,10 +90,9 @@ class Reading:
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
-        coming = core.bringing.coming(
-            keys[len(lease.keys) :], with_pushes=request.pushed or bool(request.source)
-        )
-        if not coming:  # Else it is asked again.
+        rest = keys[len(lease.keys) :]
+        coming = core.bringing.coming(rest, with_pushes=request.pushed or bool(request.source))
+        if not coming and not (rest and core.bringing.awaits(rest[0])):  # Else it is asked again.
             core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
                 core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)

@@ -6,13 +6,14 @@
 
 The slots of a writer that is gone are free when both have ended: his own copies, and what used his slots.
 
-Invariants: a reservation whose uses are being stopped gets no new one; ``freed`` is called once an owner.
+Invariants: a reservation whose uses are being stopped gets no new one; ``freed`` is called once an owner,
+and never for one of whose uses it is not known that they have stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
 from kvcache.leases import Owner
@@ -65,7 +66,7 @@ class Uses:
     async def stop(self, reservation_id: int) -> None:
         """When it returns, nobody but its writer touches the slots. REQUIRES: meanwhile none is added."""
         _, uses = self._of.get(reservation_id, (None, set[Use]()))
-        await asyncio.gather(*(use.stop() for use in uses))
+        await _all(use.stop() for use in uses)
         self._of.pop(reservation_id, None)
 
     def leave(self, owner: Owner) -> bool:
@@ -74,7 +75,8 @@ class Uses:
         mine = [number for number, (of, _) in self._of.items() if of == owner]
         if not mine:
             return False
-        self._leaving[owner] = asyncio.get_running_loop().create_task(self._stop_all(owner, mine))
+        task = self._leaving[owner] = asyncio.get_running_loop().create_task(self._stop_all(owner, mine))
+        task.add_done_callback(_ended)
         return True
 
     def writes_ended(self, owner: Owner) -> None:
@@ -85,12 +87,25 @@ class Uses:
             self._freed(owner)
 
     async def close(self) -> None:
-        """Wait for those that are being stopped. May be called twice."""
-        await asyncio.gather(*self._leaving.values())
+        """Wait for those that are being stopped, however that ends. May be called twice."""
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
 
     async def _stop_all(self, owner: Owner, reservation_ids: list[int]) -> None:
-        await asyncio.gather(*(self.stop(number) for number in reservation_ids))
+        await _all(self.stop(number) for number in reservation_ids)
         del self._leaving[owner]
         if owner in self._written:
             self._written.discard(owner)
             self._freed(owner)
+
+
+async def _all(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Also when one of them fails, the others have ended before that is raised."""
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # Our own code is wrong: as with any task of the node, the command ends the process.
+        task.get_loop().call_exception_handler({"message": "the uses of a reservation", "exception": error})

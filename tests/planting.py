@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kvcache", "server", "client", "eviction", "tests", "pyproject.toml")
 RUN_S = 110
+TEST_S = 40  # Who hangs for a bug is caught by it, as who fails.
 FAILED = 1  # pytest's status for "tests ran, and some failed"; an import error is 2
 
 
@@ -116,6 +117,7 @@ def _planted(root: Path, plant: Plant | None) -> Iterator[None]:
 
 
 def _run(root: Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"--timeout={TEST_S}", *tests]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=RUN_S)

@@ -9,7 +9,7 @@ behind: a block that it names and the peer has not is a miss, a block that it do
 but at the peer that a request names as its source.
 
 Invariants: the index holds ``INDEX_ENTRIES_MAX`` blocks at most, the blamed are ``BLAMED_MAX``; a peer that
-is away, or this node itself, is no candidate.
+is away, or this node itself, is no candidate; of those with one name one is followed.
 
 The sum: 0.2 us a leading block and peer; 100 bytes of memory a block that a peer holds.
 """
@@ -24,11 +24,13 @@ from typing import Protocol
 
 from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey
 from kvcache.clock import Clock
+from kvcache.errors import NotAllowed
 from kvcache.locality import TIERS, LocalityIndex
 from kvcache.peers.load import Load
 from kvcache.peers.peer import Arrived, Here, Peer, Plane, Sums, Wanted
 from kvcache.peers.replicate import Lack
 from kvcache.transport.base import Priority
+from kvcache.wire import Welcome
 
 INDEX_ENTRIES_MAX = 1 << 20
 BLAMED_MAX = 4_096
@@ -85,9 +87,11 @@ class Directory:
     def __init__(self, addresses: Sequence[str], here: Here, plane: Plane, sums: Sums, clock: Clock) -> None:
         """RAISES BadInput when one of ``addresses`` is none of a control connection."""
         self.index = LocalityIndex(INDEX_ENTRIES_MAX)
-        self.peers = [Peer(address, here, plane, self.index, sums, clock) for address in addresses]
+        self.peers = [
+            Peer(address, here, plane, self.index, sums, clock, self._admit) for address in addresses
+        ]
         self._clock = clock
-        self._blamed: dict[tuple[str, StorageKey], int] = {}
+        self._blamed: dict[StorageKey, dict[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -95,6 +99,11 @@ class Directory:
             task = asyncio.get_running_loop().create_task(peer.run())
             self._tasks.add(task)
             task.add_done_callback(_ended)
+
+    def tick(self) -> None:
+        """Called by the node's timer."""
+        for peer in self.peers:
+            peer.tick()
 
     async def close(self) -> None:
         """REQUIRES: nobody fetches any more. May be called twice."""
@@ -115,6 +124,7 @@ class Directory:
         hashes = [BlockHash(key[HASH_BYTES:]) for key in keys]
         located = {each.source: each for each in self.index.locate(hashes, (namespace,))}
         current = {state.source for state in self.index.sources() if state.synced}
+        blamed, now_ns = self._blamed_at(keys), self._clock.now_ns()
         found: list[Candidate] = []
         for peer in self.peers:
             if peer.is_self or not peer.may_be_asked:
@@ -124,8 +134,11 @@ class Directory:
             if source and peer.name == source:
                 in_memory += len(keys) - blocks
                 blocks = len(keys)
-            blocks = self._unblamed(peer, keys, blocks)
-            if blocks:
+            on_disk = in_memory < blocks
+            first = next((at for at, until in blamed if until.get(peer.address, 0) > now_ns), blocks)
+            blocks = min(first, blocks)
+            if blocks:  # Which of them are on disk is not known.
+                in_memory = min(in_memory, blocks - on_disk)
                 found.append(Candidate(peer, blocks, in_memory, peer.name in current))
         return found
 
@@ -149,8 +162,9 @@ class Directory:
         """Do not ask this peer for these blocks for so long."""
         until_ns = self._clock.now_ns() + rest_ns
         for key in keys:
-            self._blamed.pop((peer.address, key), None)
-            self._blamed[peer.address, key] = until_ns
+            until = self._blamed.pop(key, {})
+            until[peer.address] = until_ns
+            self._blamed[key] = until
         while len(self._blamed) > BLAMED_MAX:
             del self._blamed[next(iter(self._blamed))]
 
@@ -183,15 +197,37 @@ class Directory:
             "peer_read_bytes_per_second": sum(peer.load.rate.value() or 0.0 for peer in others),
         }
 
-    def _unblamed(self, peer: Peer, keys: Sequence[StorageKey], blocks: int) -> int:
+    def _admit(self, peer: Peer, welcome: Welcome) -> None:
+        """Two of one name would be one in the index, now this and now that. RAISES NotAllowed while another
+        of that name is followed."""
+        others = [each for each in self.peers if each is not peer and each.name == welcome.node]
+        for other in others:
+            if other.is_up:
+                raise _namesakes(other, peer.address, welcome)
+            other.forget()
+
+    def _blamed_at(self, keys: Sequence[StorageKey]) -> list[tuple[int, dict[str, int]]]:
+        """Where among these are blocks for which somebody was blamed, and until when each is not asked."""
         if not self._blamed:
-            return blocks
-        now_ns = self._clock.now_ns()
-        blamed = self._blamed
-        return next(
-            (at for at in range(blocks) if blamed.get((peer.address, keys[at]), 0) > now_ns),
-            blocks,
+            return []
+        return [(at, self._blamed[key]) for at, key in enumerate(keys) if key in self._blamed]
+
+
+def _namesakes(followed: Peer, address: str, welcome: Welcome) -> NotAllowed:
+    where, name = f"{followed.address} and {address}", welcome.node
+    if followed.incarnation == welcome.incarnation:
+        return NotAllowed(
+            "bad_config",
+            f"{where} lead to one node, {name}",
+            "it is followed at the first of them",
+            "name it once in peers",
         )
+    return NotAllowed(
+        "bad_config",
+        f"the nodes at {where} are both called {name}",
+        "peers are told apart by their names, so only the first of them is followed",
+        "give each node a name of its own",
+    )
 
 
 def _ended(task: asyncio.Task[None]) -> None:

@@ -38,6 +38,7 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Ledger, Reservation
 from kvcache.peers.directory import Candidate, Giver
 from kvcache.peers.peer import Arrived, FetchFailed, Wanted
+from kvcache.peers.seldom import Seldom
 from kvcache.policy import RequestContext
 from kvcache.sums import SUM_BYTES
 from kvcache.tiers.host import HostTier
@@ -53,6 +54,11 @@ WRONG_REST_NS = 60 * NS_PER_S
 GONE_REST_NS = 50 * NS_PER_MS
 """The same for a block that it should have had: it may be computing it, or its events are on their way."""
 REFUSED_REST_NS = NS_PER_S
+
+LOOK_BLOCKS_MAX = 16_384
+"""So far is looked at once: ten peers that hold all of it take 20 ms of the event loop."""
+UNTOLD_MAX = 256
+"""Paths that were published and cannot be found, as the block before them did not come."""
 
 BEHIND_MAX = BATCH_BLOCKS_MAX - GROUP_BLOCKS_MAX
 SUMS_BYTES_MAX = BODY_BYTES_MAX // 2
@@ -147,6 +153,7 @@ class Fetcher:
         self._untold: list[tuple[StorageKey, ...]] = []
         self._bytes_max = memory.capacity_bytes // IN_FLIGHT_PARTS
         self._is_closed = False
+        self._seldom = Seldom()
 
     def ask(self, keys: Sequence[StorageKey], first: int, asked: Asked) -> int:
         """How many leading blocks are in host memory, or will be if all goes well, given that the leading
@@ -155,7 +162,8 @@ class Fetcher:
         at = self._past_coming(keys, first)
         if at == len(keys) or self._is_closed:
             return at
-        found = self._directory.find(keys[at:], asked.source)
+        most = min(LOOK_BLOCKS_MAX, max(1, self._bytes_max // asked.spec.block_bytes))
+        found = self._directory.find(keys[at : at + most], asked.source)
         reach = max((each.blocks for each in found), default=0)
         if not reach:
             return at
@@ -263,6 +271,9 @@ class Fetcher:
             self._counters["peer_failed_fetches:lost"] += 1
             return
         left_ns = group.deadline_ns - now_ns
+        if left_ns <= 0:  # It went by while others had their turns there.
+            self._counters["peer_failed_fetches:late"] += 1
+            return
         deadline_ns = now_ns + (left_ns // 2 if self._next(group) is not None else left_ns)
         asked, rest = group.asked, group.rest
         behind = (*group.behind, *group.reservation.keys[: len(group.good)]) if best.on_disk else ()
@@ -273,7 +284,8 @@ class Fetcher:
             arrived = await peer.fetch(wanted, views, deadline_ns, asked.priority)
         except FetchFailed as error:
             self._counters[f"peer_failed_fetches:{error.reason}"] += 1
-            log.info("blocks did not come from the peer %s (%s): %s", peer.name, error.reason, error)
+            if self._seldom.may_say(self._clock.now_ns(), peer.name, error.reason):
+                log.info("blocks did not come from the peer %s (%s): %s", peer.name, error.reason, error)
             if error.reason in _RESTS_NS:
                 self._directory.blame(peer, rest[:1], _RESTS_NS[error.reason])
             return
@@ -329,3 +341,4 @@ class Fetcher:
                 self._committed(path)
             elif self._groups:
                 self._untold.append(path)
+        del self._untold[:-UNTOLD_MAX]

@@ -45,7 +45,9 @@ GROUPS_MAX = 4
 STREAMS_MAX = 32
 CONNECT_NS = 2 * NS_PER_S
 PROBE_NS = 2 * NS_PER_S
-RELEASE_NS = 2 * NS_PER_S
+RELEASE_NS = 2 * 86_400 * NS_PER_S
+"""Longer than any lease is waited for: a Release that is late ends its connection, and with it the leases of
+others, one of which it may be waiting behind. Where nobody answers, they end it, or ``Lines`` when idle."""
 
 Sums = Callable[[Sequence[memoryview], int], Awaitable[bytes]]
 """The chunk sums of these views, computed where the event loop does not wait for them."""
@@ -70,12 +72,20 @@ class Here:
 
 
 class Peer:
-    """One owner, the event loop's thread. ``run`` follows it until cancelled."""
+    """One owner, the event loop's thread. ``run`` follows it until cancelled; never itself."""
 
     def __init__(
-        self, address: str, here: Here, plane: Plane, index: LocalityIndex, sums: Sums, clock: Clock
+        self,
+        address: str,
+        here: Here,
+        plane: Plane,
+        index: LocalityIndex,
+        sums: Sums,
+        clock: Clock,
+        admit: Callable[[Peer, Welcome], None],
     ) -> None:
-        """RAISES BadInput when ``address`` is none of a control connection."""
+        """``admit`` RAISES NotAllowed when what answers here is not to be followed. RAISES BadInput when
+        ``address`` is none of a control connection."""
         where = parse(address)
         self.address = address
         self.load = Load()
@@ -86,12 +96,14 @@ class Peer:
         self._plane = plane
         self._sums = sums
         self._clock = clock
+        self._admit = admit
         self._following = Following(address, self._connect, index, self, clock)
         self._lines: dict[str, Lines] = {}
         self._streams: dict[str, Lines] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_self = False
         self._no_data = ""
+        self._data: list[str] = []
 
     # --- what is known of it --------------------------------------------------------------------
 
@@ -99,6 +111,11 @@ class Peer:
     def name(self) -> str:
         """What it calls itself; empty before it was reached once."""
         return self._following.node
+
+    @property
+    def incarnation(self) -> int:
+        """Larger each time that it has started."""
+        return self._following.incarnation
 
     @property
     def is_self(self) -> bool:
@@ -122,10 +139,19 @@ class Peer:
         if self.is_up:
             return self._no_data
         why = self._following.trouble
-        return f"the peer {self.name or '(unnamed)'} cannot be reached at {self.address}: {why}"
+        return f"the peer {self.name or '(unnamed)'} at {self.address} is not followed: {why}"
 
     async def run(self) -> None:
         await self._following.run()
+
+    def forget(self) -> None:
+        """Another has its name now. REQUIRES: it is not up."""
+        self._following.forget()
+
+    def tick(self) -> None:
+        """Called by the node's timer."""
+        for lines in (*self._lines.values(), *self._streams.values()):
+            lines.tick()
 
     async def close(self) -> None:
         """REQUIRES: nobody fetches any more. May be called twice."""
@@ -141,6 +167,7 @@ class Peer:
         here = self._here
         self._is_self = (welcome.node, welcome.incarnation) == (here.name, here.incarnation)
         if self._is_self:
+            self._following.stop()
             raise Unavailable("unavailable", f"{self.address} is this node itself", "it needs no peer")
         if welcome.node == here.name:
             raise NotAllowed(
@@ -149,6 +176,7 @@ class Peer:
                 "peers are told apart by their names",
                 "give each node a name of its own",
             )
+        self._admit(self, welcome)
         try:
             self.data_address(welcome)
             self._no_data = ""
@@ -177,7 +205,8 @@ class Peer:
 
     def data_address(self, welcome: Welcome) -> str:
         """Where its bytes are had. RAISES BadInput when it has no such address that leads there from here."""
-        address = self._plane.usable([with_host(each, self._host) for each in welcome.data])
+        self._data = [with_host(each, self._host) for each in welcome.data]
+        address = self._plane.usable(self._data)
         if not address:
             raise BadInput(
                 "bad_config",
@@ -188,8 +217,13 @@ class Peer:
         return address
 
     async def endpoint(self, address: str, deadline_ns: int) -> Endpoint:
-        """To a data address that the peer told. RAISES PeerLost, TransferLate, BadInput."""
-        return await self._plane.endpoint(with_host(address, self._host), deadline_ns)
+        """To where a ticket is good that the peer gave with this data address: at any of its addresses of
+        that scheme, the one that does not fail. RAISES PeerLost, TransferLate, BadInput."""
+        told = with_host(address, self._host)
+        if told in self._data:  # Else they are those of the node before this one.
+            alike = [each for each in self._data if scheme_of(each) == scheme_of(told)]
+            told = self._plane.usable(alike) or told
+        return await self._plane.endpoint(told, deadline_ns)
 
     async def _connect(self, tenant: str = "") -> AsyncChannel:
         here = self._here
@@ -258,7 +292,7 @@ class Peer:
         self, wanted: Wanted, into: Sequence[memoryview], deadline_ns: int, priority: Priority
     ) -> Arrived:
         wrong: list[int] = []
-        async with self.lines(wanted.tenant).turn() as channel:
+        async with self.lines(wanted.tenant).turn(deadline_ns) as channel:
             via = scheme_of(self.data_address(channel.welcome))
             leased = await take_lease(channel, wanted, self._clock.now_ns(), deadline_ns)
             try:

@@ -54,6 +54,8 @@ FLIGHTS_MAX = 256
 REST_NS = NS_PER_S
 """What did not come is not waited for again so soon: the engine is computing it."""
 RESTING_MAX = 4_096
+TRIES_MAX = 3
+"""So often is a run asked for that is another one each time."""
 MILD = frozenset({"none", "gone", "full", "busy", "parent", "fetch", "stalled"})
 """Failures after which the connection is as good as before."""
 
@@ -106,6 +108,8 @@ class _Flight:
         self.until_ns = until_ns
         """Not waited for the peer to begin any longer than that."""
         self.after = after
+        self.has_begun = False
+        """The peer holds, or writes, some of it."""
         self.is_over = False
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -156,8 +160,16 @@ class Receiver:
         return at + len(mine)
 
     def coming(self, keys: Sequence[StorageKey]) -> int:
-        """How many of these, leading, are on their way."""
-        return next((at for at, key in enumerate(keys) if key not in self._coming), len(keys))
+        """How many of these, leading, are on their way: of what the peer has begun to write."""
+        for at, key in enumerate(keys):
+            flight = self._coming.get(key)
+            if flight is None or not flight.has_begun:
+                return at
+        return len(keys)
+
+    def awaits(self, key: StorageKey) -> bool:
+        """Is it followed, be it that the peer has begun or not?"""
+        return key in self._coming
 
     async def wait(self, keys: Sequence[StorageKey], wait_ns: int) -> None:
         """Until none of these is on its way any more, or the time is over."""
@@ -192,6 +204,8 @@ class Receiver:
         try:
             if flight.after is not None:
                 await flight.after.ended()
+            if flight.peer.streams(flight.asked.tenant).is_full and await self._fetched(flight):
+                return
             mild = await self._on_a_connection(flight)
             if mild is not None:
                 raise mild
@@ -199,6 +213,13 @@ class Receiver:
             self._around.counters[f"receive_failures:{error.reason}"] += 1
             self._rest(flight)
             log.info("blocks did not come from %s (%s): %s", flight.peer.name, error.reason, error)
+
+    async def _fetched(self, flight: _Flight) -> bool:
+        """All connections are with those who wait for something to be written: what the peer holds needs
+        none of them. Is it all here now?"""
+        held = await self._fetch(flight.keys, 0, flight.asked)
+        self._came(flight, held)
+        return held == len(flight.keys)
 
     async def _on_a_connection(self, flight: _Flight) -> StreamFailed | None:
         """Other failures than those returned close it, and so end what the peer holds for it."""
@@ -217,19 +238,23 @@ class Receiver:
         return failed
 
     async def _go_through(self, flight: _Flight, stream: Stream) -> None:
-        at = wait_ns = 0
+        at = wait_ns = tries = 0
         while True:
             if held := self._around.ledger.match(flight.keys[at:]):
                 at += held
-                wait_ns = 0
+                wait_ns = tries = 0
                 self._came(flight, at)
             if at == len(flight.keys):
                 return
             followed = await stream.follow(flight.keys[at:], 0, wait_ns)
+            flight.has_begun = flight.has_begun or followed.state != "none"
             if followed.state == "held":
                 if not await self._fetch(flight.keys[: at + followed.count], at, flight.asked):
                     raise StreamFailed("fetch", "what the peer holds could not be fetched")
             elif followed.state == "writing":
+                tries += 1
+                if tries > TRIES_MAX:
+                    raise StreamFailed("gone", "what the peer writes is something else each time")
                 await self._receive(flight, stream, at, followed)
             elif wait_ns or not await self._fetch(flight.keys, at, replace(flight.asked, source="")):
                 wait_ns = flight.until_ns - self._around.clock.now_ns()

@@ -19,6 +19,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kvcache.block import StorageKey
 from kvcache.clock import NS_PER_S, Clock
@@ -26,6 +27,8 @@ from kvcache.peers.heat import Heat
 
 WANTED_MAX = 1_024
 COPY_BLOCKS_MAX = 256
+LOOKS_MAX = 4
+"""So many paths are looked up at once: one of 8,000 blocks takes some ms among five peers."""
 REST_NS = 10 * NS_PER_S
 
 Copy = Callable[[str, Sequence[StorageKey], int], Awaitable[int]]
@@ -106,7 +109,7 @@ class Replicator:
             return
         now_ns = self._clock.now_ns()
         left = self._budget.left(now_ns)
-        for tip, path in list(self._wanted.items()):
+        for tip, path in list(islice(self._wanted.items(), LOOKS_MAX)):
             here, block_bytes = self._size_of(path)
             lack = self._who_lacks(tip, path[:here], now_ns)
             if lack is None:

@@ -168,7 +168,12 @@ def _listening(where: TcpAddress) -> socket.socket:
 async def _connected(where: TcpAddress) -> socket.socket:
     """RAISES OSError."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+    try:  # What is a number is not looked up, and waits for nobody's look-up.
+        found = socket.getaddrinfo(
+            where.host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    except socket.gaierror:
+        found = await loop.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
     failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     for family, _, _, _, target in found:
         sock = socket.socket(family, socket.SOCK_STREAM)

@@ -24,6 +24,7 @@ from kvcache.clock import Clock
 from kvcache.transport.base import Ticket, TransferRefused
 
 TOKEN_BYTES = 16
+_SPARE_ENTRIES = 1_024
 
 
 class Use:
@@ -129,6 +130,9 @@ class Book:
         ticket = secrets.token_bytes(TOKEN_BYTES)
         self._offers[ticket] = until_ns, use
         heapq.heappush(self._ends, (until_ns, ticket))
+        if len(self._ends) > 2 * len(self._offers) + _SPARE_ENTRIES:
+            self._ends = [(until_ns, offered) for offered, (until_ns, _) in self._offers.items()]
+            heapq.heapify(self._ends)
         return Ticket(ticket)
 
     def _take(self, ticket: bytes, sizes: Sequence[int], *, is_post: bool) -> Use:

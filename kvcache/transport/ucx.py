@@ -39,7 +39,7 @@ from kvcache.errors import BadInput  # noqa: E402
 from kvcache.transport.base import Endpoint, Limits, Note, PeerLost, Ticket  # noqa: E402
 from kvcache.transport.flow import until  # noqa: E402
 from kvcache.transport.ucx_endpoint import Shared, UcxEndpoint  # noqa: E402
-from kvcache.transport.ucx_frames import Hello, new_tag_base, pack_hello, parse_hello  # noqa: E402
+from kvcache.transport.ucx_frames import HELLO_BYTES, Hello, new_tag_base, pack_hello, parse_hello  # noqa: E402
 
 SCHEME = "ucx"
 SETTINGS = {"TCP_TX_SEG_SIZE": "512k", "TCP_RX_SEG_SIZE": "512k"}
@@ -59,6 +59,8 @@ class Worker:
         settings = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
         self.context = libucxx.UCXContext(settings)
         self.ucx = libucxx.UCXWorker(self.context, enable_delayed_submission=True, enable_python_future=True)
+        self.hearing: set[asyncio.Task[None]] = set()
+        """What holds the memory of receives that may never end."""
         self._is_ending = False
         self._message_count = 0
         self._notifier = threading.Thread(target=self._notify, name="ucx-notifier", daemon=True)
@@ -71,6 +73,12 @@ class Worker:
             self.loop.call_soon_threadsafe(work)
         except RuntimeError:
             self._is_ending = True
+
+    def heard(self, hearing: asyncio.Task[None]) -> None:
+        """One of ``hearing`` has ended."""
+        self.hearing.discard(hearing)
+        if not hearing.cancelled():
+            hearing.exception()  # Seen: who began it may have given up.
 
     def count_message(self) -> None:
         """One more message begins."""
@@ -123,17 +131,28 @@ class UcxWire:
 
     async def say(self, message: bytes) -> None:
         """Before there are tags. RAISES PeerLost. REQUIRES: connected; to send sooner can hang UCX."""
-        await asyncio.shield(self._follow("am_send", memoryview(message)))
+        await asyncio.shield(self._follow("stream_send", memoryview(message)))
 
     async def hear(self) -> bytes:
         """What the peer says. RAISES PeerLost.
 
-        An active message: a stream's receive, begun when the connection has failed already, never ends."""
+        By the connection's stream, and not by an active message: ucxx knows receives of those by their
+        connection's place in memory, and one that was given up takes the message of the next connection
+        there. A stream's receive, begun when the connection has failed already, never ends: it is not waited
+        for, and keeps its few bytes."""
         if self._ucx is None:
             raise PeerLost("the connection is cut")
-        request = self._ucx.am_recv()
-        await asyncio.shield(self._keep(_ended(request, None)))
-        return bytes(memoryview(request.recv_buffer))
+        message = memoryview(bytearray(HELLO_BYTES))
+        array = Array(message)
+        try:
+            self._ucx.raise_on_error()
+            hearing = asyncio.ensure_future(_ended(self._ucx.stream_recv(array), array))
+        except UCXError as error:
+            raise PeerLost(f"the connection broke: {error}") from error
+        self._worker.hearing.add(hearing)
+        hearing.add_done_callback(self._worker.heard)
+        await asyncio.shield(hearing)
+        return bytes(message)
 
     async def cut(self) -> None:
         if self._cutting is None:

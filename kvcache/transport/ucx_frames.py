@@ -30,6 +30,7 @@ WHY_BYTES_MAX = 1_000
 
 _HEAD = struct.Struct("<B3xIIIQ")
 _HELLO = struct.Struct("<8sHHIQ16s")
+HELLO_BYTES = _HELLO.size
 _MAGIC = b"kvcache\x01"
 _TRANSFER_BITS = 24
 

@@ -39,6 +39,11 @@ def test_an_address_is_read_and_written_back(text: str, address: UnixAddress | T
         "tcp://host:",
         "tcp://host:99999",
         "tcp://host:\u0663",
+        "tcp://host..domain:80",
+        "tcp://" + "a" * 70 + ":80",
+        "tcp://\ud800:80",
+        "tcp://a b:80",
+        "tcp://a\0b:80",
         "http://host:80",
     ],
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kvcache.channel import AsyncChannel, BlockingChannel
-from kvcache.clock import NS_PER_S
+from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.errors import BadInput, NotAllowed, Unavailable
 from kvcache.wire import (
     HEADER,
@@ -170,6 +172,26 @@ def test_nobody_there(tmp_path: Path) -> None:
         BlockingChannel.connect(address, HELLO, soon())
     with pytest.raises(Unavailable):
         asyncio.run(AsyncChannel.connect(address, HELLO, soon()))
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_nodes_that_do_not_answer() -> None:
+    """However few threads the loop has for everybody's work."""
+
+    async def work(address: str) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        asked = [loop.create_task(AsyncChannel.connect(address, HELLO, soon(300))) for _ in range(8)]
+        await asyncio.sleep(0)
+        before = CLOCK.now_ns()
+        await loop.run_in_executor(None, os.getpid)
+        assert CLOCK.now_ns() - before < 200 * NS_PER_MS
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(each, Unavailable) for each in ended)
+        assert CLOCK.now_ns() - before < 2 * NS_PER_S, "not one after the other"
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(work(f"tcp://127.0.0.1:{silent.getsockname()[1]}"))
 
 
 def test_a_node_that_never_welcomes(bench: Bench) -> None:

@@ -134,6 +134,12 @@ def test_a_size_is_exact_and_never_too_long_to_be_one() -> None:
         ({"nvme": "/a:1GiB,"}, ["nvme is '/a:1GiB,'", "before or after a comma"]),
         ({"nvme": "/a:1GiB /b:1GiB"}, ["kept apart by commas"]),
         ({"nvme": "/a:1GiB;/b:1GiB"}, ["kept apart by commas"]),
+        (
+            {"peers": "tcp://a"},
+            ["peers is 'tcp://a'", "a tcp address is a host and a port", "tcp://host:port"],
+        ),
+        ({"peers": "ucx://a:1"}, ["peers is 'ucx://a:1'", "it has no scheme known here"]),
+        ({"peers": "unix://a"}, ["peers is 'unix://a'", "'a' is not absolute"]),
         ({"nvme": "/a"}, ["that is no PATH:SIZE", "/mnt/nvme0/kvcache:200GiB"]),
         ({"nvme": "/a:1GB2"}, ["the size in nvme is '1GB2'"]),
     ],

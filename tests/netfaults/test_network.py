@@ -80,6 +80,7 @@ class NetworkFaults:
             silence_ns = self.limits().silence_ns
             await pause(2 * silence_ns + LATE_NS)  # Who is not heard may be told so, a silence later.
             assert not any(line.is_up for line in traffic.lines)
+            await pause(PATIENCE_NS)
             since = [call for call in traffic.calls.all if call.began_ns > cut_ns]
             assert since
             assert not any(call.is_done for call in since if call.what != "notify")

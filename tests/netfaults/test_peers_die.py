@@ -21,7 +21,6 @@ import pytest
 from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.testing.netns import TwoHosts
 from kvcache.testing.transport_pair import CLOCK, LATE_NS
-from kvcache.testing.transport_peer import digest, peer_bytes
 from kvcache.transport.base import Transport
 from kvcache.transport.table import open_transport
 from tests.netfaults.peers import Peer, Peers
@@ -81,12 +80,11 @@ class Rounds:
         return raised is None
 
     async def _he_moves(self, move: str, fate: str) -> bool:
-        pieces, expected = rooms(COUNT, SIZE), peer_bytes(COUNT, SIZE)
+        pieces, (expected, right) = rooms(COUNT, SIZE), self.calls.expected(COUNT, SIZE)
         filled: list[list[bytes]] = []
         if move == "he reads":
             for piece, data in zip(pieces, expected, strict=True):
                 piece[:] = data
-            right = digest(pieces)
             ticket = self._transport.export(pieces, CLOCK.now_ns() + HEALED_NS)
         else:
             ticket = self._transport.post(

@@ -242,9 +242,10 @@ class Flipper(Meddler):
 class Sleeper(Meddler):
     """Nothing arrives, until the caller gives up; and then it is noted whether he did."""
 
-    def __init__(self, inner: Endpoint, ended: list[str]) -> None:
+    def __init__(self, inner: Endpoint, ended: list[str], begun: list[str] | None = None) -> None:
         super().__init__(inner)
         self._ended = ended
+        self._begun = begun if begun is not None else []
 
     async def read(
         self,
@@ -253,6 +254,7 @@ class Sleeper(Meddler):
         deadline_ns: int,
         priority: Priority = Priority.DECODE,
     ) -> None:
+        self._begun.append(self.peer)
         try:
             await asyncio.Event().wait()
         finally:

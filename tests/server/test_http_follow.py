@@ -251,3 +251,37 @@ async def test_events_that_make_no_sense_end_the_connection_not_the_process() ->
         await here.until(lambda: len(here.pauses.taken) == 1)
         here.pauses.go.release()
         await here.synced()
+
+
+@in_loop
+async def test_a_node_tells_of_itself_only() -> None:
+    """Or one peer could say what another holds."""
+    node = Node()
+    node.publisher.announce(SPACE)
+    async with running(node) as here:
+        await here.synced()
+        node.tell([EventBatch("node-b", 9, 1, True, [])])
+        await here.until(lambda: here.paused(1))
+        assert [each.source for each in here.index.sources()] == ["node-a"]
+        here.pauses.go.release()
+        await here.synced()
+
+
+@in_loop
+async def test_a_node_whose_clock_went_back_is_followed() -> None:
+    """It starts again with a smaller incarnation."""
+    node = Node(incarnation=9)
+    node.publisher.announce(SPACE)
+    node.stored(SPACE, 4)
+    async with running(node) as here:
+        await here.synced()
+        node.die()
+        await here.until(lambda: here.paused(1))
+        again = Node(incarnation=3)
+        again.publisher.announce(SPACE)
+        again.stored(SPACE, 2)
+        here.connect = again.connect
+        here.pauses.go.release()
+        await here.synced()
+        [source] = here.index.sources()
+        assert (source.incarnation, here.index.entries) == (3, 2)

@@ -389,3 +389,7 @@ def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(serve: Serve, 
     assert values["refusals:bad_lease"] == 1
     counted = {stat.name for stat in STATS if stat.kind == "gauge" and not stat.label}
     assert counted <= set(values), "a gauge that nobody fills would always be 0"
+
+
+def test_an_address_of_ipv6_is_told_as_others_write_it(serve: Serve) -> None:
+    assert serve(tcp="[::1]:0").node.tcp_address.startswith("tcp://[::1]:")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
-from kvcache.clock import NS_PER_MS
+from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
-from kvcache.peers import fetch
+from kvcache.peers import fetch, lines
 from kvcache.wire import BATCH_BLOCKS_MAX
 from tests.server.peer_world import Here, Start
 from tests.server.talk import HASHES, SIZE, SPEC, deadline, held, refused
@@ -238,6 +238,26 @@ def test_two_nodes_that_name_each_other_do_not_ask_for_ever(start: Start, tmp_pa
     b.until(lambda: b.load(HASHES[:4]) == 4, "what was not there a moment ago is had")
 
 
+def test_another_data_address_is_taken_when_one_leads_nowhere(start: Start) -> None:
+    a = start("a", data="tcp://127.0.0.2:0,tcp://127.0.0.1:0")
+    a.save(HASHES[:8])
+    a.embedded.run(a.node.core.plane._ways["tcp"].listeners[0].close())
+    b = start("b", a)
+    b.until_known(8)
+    b.until(lambda: b.load(HASHES[:8], wait_ms=100) == 8, "they come by the other")
+    assert b.stat("peer_failed_fetches:lost") == 1
+
+
+def test_connections_that_nobody_uses_are_closed(a: Here, b: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert b.load(HASHES[:8]) == 8
+    assert len(a.node._sessions) > 3
+    monkeypatch.setattr(lines, "IDLE_NS", -3_600 * NS_PER_S)  # So long the clock has gone on, as it were.
+    a.until(lambda: len(a.node._sessions) == 3, "its own, and two on which it is followed")
+    a.save(HASHES[8:12])
+    b.until_known(12)
+    assert b.load(HASHES[:12]) == 12
+
+
 def test_a_fetch_that_takes_longer_than_computing_is_not_begun(start: Start, a: Here, b: Here) -> None:
     directory = b.node.core.bringing.directory
     assert directory is not None
@@ -259,6 +279,7 @@ def test_a_node_that_finds_itself_among_its_peers_leaves_itself_out(start: Start
     assert a.troubles() == []
     assert a.load(HASHES[:4]) == 2
     assert [a.stat(f"peers:{state}") for state in ("ok", "loading", "lost")] == [0, 0, 0]
+    a.until(lambda: all(task.done() for task in directory._tasks), "it is not tried again and again")
 
 
 class TestTenants:
@@ -283,8 +304,11 @@ class TestTenants:
         b.until(lambda: any("another key" in text for text in b.troubles()), "it says so")
         assert b.stat("peers:lost") == 1
 
-    def test_a_token_file_that_holds_none_is_refused(self, start: Start, tmp_path: Path) -> None:
+    def test_a_token_file_that_holds_none_is_refused(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         settings = credentials(tmp_path, "12" * 32)
+        monkeypatch.delattr("kvcache.server.node._build_core")  # No memory is taken before.
         file = Path(str(settings["peer_token_file"]))
         for content in (b"", b"two words", b"\xff"):
             file.write_bytes(content)

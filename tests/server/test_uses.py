@@ -105,3 +105,30 @@ def test_what_is_kept_is_no_use_of_the_reservation_any_more() -> None:
         assert not place.uses.leave(1)
 
     asyncio.run(play())
+
+
+class Broken(Gated):
+    async def stop(self) -> None:
+        raise ValueError("our own code is wrong")
+
+
+def test_one_that_cannot_be_stopped_is_told_of_and_does_not_keep_the_rest_from_closing() -> None:
+    async def play() -> None:
+        place, told = Place(), list[dict[str, object]]()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        place.uses.add(7, 1, Broken())
+        slow = place.add(1, 8)
+        assert place.uses.leave(1)
+        place.uses.writes_ended(1)
+        await turns()
+        assert told == [], "others are being stopped still"
+        closing = asyncio.ensure_future(place.uses.close())
+        await turns()
+        assert not closing.done()
+        slow.gate.set()
+        await closing
+        await place.uses.close()
+        assert [type(context["exception"]) for context in told] == [ValueError]
+        assert place.freed == [], "its slots may be touched still"
+
+    asyncio.run(play())

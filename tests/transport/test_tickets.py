@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
 import pytest
 from hypothesis import settings
@@ -63,6 +64,27 @@ def test_other_sizes_are_refused_and_spend_it(fixture: Fixture, sizes: list[int]
     for asked in (sizes, SIZES):
         with pytest.raises(TransferRefused):
             fixture.book.take_export(ticket, asked)
+
+
+def test_what_was_withdrawn_takes_no_memory_until_its_time_is_over(fixture: Fixture) -> None:
+    """That of a ticket to write is the longest lease: as much as a day."""
+
+    async def work() -> int:
+        kept = fixture.book.export(pieces(), fixture.until(10))
+        tracemalloc.start()
+        for _ in range(5_000):
+            await fixture.book.withdraw(fixture.book.export(pieces(), fixture.until(86_400_000)))
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(fixture.book) == 1, "the one that is out still is"
+        fixture.clock.advance_ms(10)
+        fixture.book.export(pieces(), fixture.until())
+        assert len(fixture.book) == 1, "and ends in time"
+        with pytest.raises(TransferRefused):
+            fixture.book.take_export(kept, SIZES)
+        return size
+
+    assert asyncio.run(work()) < 500_000
 
 
 def test_the_other_direction_is_refused(fixture: Fixture) -> None:

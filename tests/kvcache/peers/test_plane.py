@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import wraps
 
@@ -237,6 +239,27 @@ class TestEndpoints:
             reading = reader.transport("inproc")
             assert isinstance(reading, InprocTransport)
             assert len(reading.endpoints) == 1
+
+    @on_a_loop
+    async def test_what_no_host_is_called_is_refused(self) -> None:
+        """A peer tells the address: it must not end this node."""
+        async with started(TCP) as plane:
+            with pytest.raises(BadInput, match="no address"):
+                await plane.endpoint("tcp://node..a:1#" + "00" * 32, later())
+
+    @on_a_loop
+    async def test_a_number_waits_for_no_look_up(self) -> None:
+        """Of a name, which takes a thread of the few that the loop has, for as long as it may."""
+        over = threading.Event()
+        async with started(TCP) as owner, started() as reader:
+            loop = asyncio.get_running_loop()
+            loop.set_default_executor(ThreadPoolExecutor(1))
+            looking = loop.run_in_executor(None, over.wait)
+            try:
+                assert await reader.endpoint(owner.addresses[0], later(1))
+            finally:
+                over.set()
+                await looking
 
     @on_a_loop
     async def test_one_that_is_lost_is_replaced(self) -> None:

@@ -11,7 +11,7 @@ from kvcache.metrics import STREAM_FAILURES
 from kvcache.peers.stream import FAILURES
 from tests.kvcache.peers.stream_world import PLANES, World, worlds
 from tests.server.peer_world import Flipper
-from tests.server.talk import HASHES, SIZE
+from tests.server.talk import HASHES, SIZE, SPEC
 
 FOUR = HASHES[:4]
 
@@ -174,13 +174,20 @@ class TestItIsShared:
         two.until_quiet()
 
     def test_who_does_not_wait_is_told_that_it_is_coming(self, two: World) -> None:
+        """Once the peer has begun; and it is one look-up."""
         leased = two.b.lease(FOUR, wait_ms=0, source="a")
-        assert (leased.count, leased.coming) == (0, 4)
+        assert (leased.count, leased.coming) == (0, 0)
         two.until_follows()
         engine = two.engine()
         engine.reserve(FOUR)
-        engine.advance(PLANES)
+        engine.advance()
+        two.until_came(4)
+        leased = two.b.lease(FOUR, wait_ms=0, source="a")
+        assert (leased.count, leased.coming) == (0, 4)
+        assert two.b.stat("lookup_tokens") == 0
+        engine.advance(PLANES - 1)
         assert two.want(FOUR).result() == 4
+        assert two.b.stat("lookup_tokens") == 4 * SPEC.block_tokens
 
 
 class TestItFails:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from kvcache.block import StorageKey
 from kvcache.clock import NS_PER_MS
 from kvcache.peers.heat import Heat
-from kvcache.peers.replicate import REST_NS, Budget, Lack, Replicator
+from kvcache.peers.replicate import LOOKS_MAX, REST_NS, Budget, Lack, Replicator
 from kvcache.testing.clock import FakeClock
 
 BLOCK = 1_000
@@ -143,6 +143,20 @@ async def test_one_copy_at_a_time() -> None:
     for _ in range(8):
         await world.tick()
     assert len(world.copies) == 4
+
+
+@played
+async def test_few_paths_are_looked_up_at_once() -> None:
+    """Many became hot that nobody lacks."""
+    world = World(100 * BLOCK)
+    for number in range(2 * LOOKS_MAX):
+        known = path(f"p{number}", 3)
+        world.held["b"].update(known)
+        world.heat(known)
+    for left in (LOOKS_MAX, 0):
+        await world.tick()
+        assert len(world.replicator._wanted) == left
+    assert world.copies == []
 
 
 @played
