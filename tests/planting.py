@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kvcache", "server", "client", "eviction", "tests", "pyproject.toml")
 RUN_S = 110
 TEST_S = 40  # Who hangs for a bug is caught by it, as who fails.
+WAITS_S = 4  # Ten times what such a test takes without its bug.
+END_AT_ONCE = ("-p", "tests.planting")
+PATIENT = (f"--timeout={TEST_S}",)
+WAITING = (f"--timeout={WAITS_S}", *END_AT_ONCE)
 FAILED = 1  # pytest's status for "tests ran, and some failed"; an import error is 2
 # A signal that ends a test which hangs can leave a frame without a line number, on which pytest itself fails:
 # so the process of such a test ends at once, with FAILED.
@@ -31,13 +37,27 @@ TIMEOUT_METHOD = "thread"
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """``good`` occurs once in ``file`` and is replaced by ``bad``; ``caught_by`` must then fail."""
+    """``good`` occurs once in ``file`` and is replaced by ``bad``; ``caught_by`` must then fail.
+
+    A test that ``waits`` finds the bug because something never comes, or its fixtures wait for that once it
+    has failed. Their own patience is made for a busy machine and long; here the test has WAITS_S, and its
+    process ends with the first failure. REQUIRES: nothing that it leaves behind needs its fixtures' end.
+    """
 
     name: str
     file: str
     good: str
     bad: str
     caught_by: str
+    waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of it: pytest's status, and what it printed."""
+
+    status: int
+    said: str
 
 
 def copy_tree(root: Path) -> Path:
@@ -64,29 +84,30 @@ class Garden:
             self._copies.put(copy_tree(home / str(number)))
         self._pool = ThreadPoolExecutor(width)
         tests = sorted({plant.caught_by for plant in plants})
-        self._control = self._pool.submit(self._run, None, *tests)
-        self._runs: dict[Plant, Future[subprocess.CompletedProcess[str]]] = {
-            plant: self._pool.submit(self._run, plant, plant.caught_by) for plant in plants
-        }
+        self._control = self._pool.submit(self._run, None, *PATIENT, *END_AT_ONCE, *tests)
+        self._runs: dict[Plant, Future[Run]] = {}
+        for plant in plants:
+            how = WAITING if plant.waits else PATIENT
+            self._runs[plant] = self._pool.submit(self._run, plant, *how, plant.caught_by)
 
     def check_control(self) -> None:
         """The tests pass in a copy as it is."""
         done = self._control.result()
-        assert done.returncode == 0, done.stdout[-3000:]
+        assert done.status == 0, done.said[-3000:]
 
     def check_caught(self, plant: Plant) -> None:
         done = self._runs[plant].result()
-        assert done.returncode == FAILED, f"not caught:\n{done.stdout[-3000:]}"
+        assert done.status == FAILED, f"not caught:\n{done.said[-3000:]}"
 
     def close(self) -> None:
         """What has not begun does not."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _run(self, plant: Plant | None, *tests: str) -> subprocess.CompletedProcess[str]:
+    def _run(self, plant: Plant | None, *arguments: str) -> Run:
         root = self._copies.get()
         try:
             with _planted(root, plant):
-                return _run(root, *tests)
+                return _run(root, *arguments)
         finally:
             self._copies.put(root)
 
@@ -104,6 +125,13 @@ def garden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     grown.close()
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the process of a test that ``waits``, where this module is a plugin."""
+    if report.failed:
+        print(report.longreprtext, flush=True)
+        os._exit(FAILED)
+
+
 @contextmanager
 def _planted(root: Path, plant: Plant | None) -> Iterator[None]:
     if plant is None:
@@ -119,8 +147,17 @@ def _planted(root: Path, plant: Plant | None) -> Iterator[None]:
         path.write_text(healthy)
 
 
-def _run(root: Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [f"--timeout={TEST_S}", f"--timeout-method={TIMEOUT_METHOD}", *tests]
+def _run(root: Path, *arguments: str) -> Run:
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"--timeout-method={TIMEOUT_METHOD}", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=RUN_S)
+    with tempfile.TemporaryFile("w+") as said:
+        run = subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=said, process_group=0)
+        try:
+            status = run.wait(RUN_S)
+        finally:  # What a test that hung has started must neither be waited for nor go on.
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        said.seek(0)
+        return Run(status, said.read())

@@ -228,6 +228,7 @@ PLANTS = (
         "        if not is_proof(await receive(sock, PROOF_BYTES), self._key, CONNECTS, said):\n",
         "        if not await receive(sock, PROOF_BYTES):\n",
         f"{KEY}::test_a_proof_is_good_for_its_own_connection_only",
+        waits=True,
     ),
     Plant(
         "who listens proves nothing",

@@ -50,6 +50,7 @@ PLANTS = (
         "                if computed:\n",
         "                if True:\n",
         f"{STREAM}::test_a_step_that_fails_publishes_nothing",
+        waits=True,
     ),
     Plant(
         "slots of a save that ended are kept",
@@ -57,6 +58,7 @@ PLANTS = (
         "            if job.streams:\n                self._dropped.append(job)\n",
         "",
         f"{STREAM}::test_a_step_that_fails_publishes_nothing",
+        waits=True,
     ),
     Plant(
         "pages are given away while a layer of them is copied",
@@ -73,6 +75,7 @@ PLANTS = (
         "            while not (self._loads or self._dropped or self._closing):\n"
         "                if (streaming := self._due()) or self._saves:\n",
         f"{STREAM}::test_saves_of_earlier_steps_go_first",
+        waits=True,
     ),
     Plant(
         "a part is taken while the rest is coming",

@@ -95,6 +95,7 @@ PLANTS = (
         "            cancelled = error\n",
         "            raise error\n",
         f"{CUTS}::test_a_copy_ends_before_its_cancellation_is_heard",
+        waits=True,
     ),
     Plant(
         "what came from a peer is not compared with the sums that were told",

@@ -83,6 +83,7 @@ PLANTS = (
         "        self._core.tickets.leave(self._identity.owner)\n",
         "",
         f"{EXPORTS}::TestExport::test_a_connection_that_ends_ends_its_tickets",
+        waits=True,
     ),
     Plant(
         "tickets outlive their time",
@@ -90,6 +91,7 @@ PLANTS = (
         "        for issued in [each for each in self._out if each.until_ns <= now_ns",
         "        for issued in [each for each in self._out if each.until_ns < 0",
         f"{POSTS}::TestPost::test_a_ticket_has_its_time",
+        waits=True,
     ),
     Plant(
         "a block written anew is given out for the one that was leased",

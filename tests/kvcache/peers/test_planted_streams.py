@@ -20,6 +20,7 @@ PLANTS = (
         "        await self._core.uses.stop(reservation_id)\n        return self._abort(",
         "        return self._abort(",
         f"{HELD}::TestHeldForTheFollower::test_an_abort_ends_it_first",
+        waits=True,
     ),
     Plant(
         "what a follower reads is not held after the commit",
@@ -41,6 +42,7 @@ PLANTS = (
         "        return before is not None and not",
         "        return False and not",
         f"{HELD}::TestHeldForTheFollower::test_a_parent_that_was_lost",
+        waits=True,
     ),
     Plant(
         "another block of the same name goes on with a run",
@@ -104,6 +106,7 @@ PLANTS = (
         "            if not done:\n",
         "            if False:\n",
         f"{RECEIVE}::TestItFails::test_the_writer_aborts",
+        waits=True,
     ),
     Plant(
         "each who asks has a stream of his own",
@@ -111,6 +114,7 @@ PLANTS = (
         "        self._coming.update(dict.fromkeys(mine, flight))\n",
         "        self._coming.update({mine[-1]: flight})\n",
         f"{RECEIVE}::TestItIsShared::test_ten_who_ask_cause_one_stream",
+        waits=True,
     ),
     Plant(
         "who waits for part waits for all",
@@ -118,6 +122,7 @@ PLANTS = (
         "                del self._coming[key]\n        flight.tell()\n\n",
         "                pass\n\n",
         f"{RECEIVE}::TestItIsShared::test_who_wants_less_goes_when_that_is_here",
+        waits=True,
     ),
     Plant(
         "the last ticket is kept when all has come",
@@ -125,6 +130,7 @@ PLANTS = (
         "            await stream.end()\n",
         "",
         f"{RECEIVE}::TestItComes::test_it_is_had_here_when_the_last_plane_is",
+        waits=True,
     ),
     Plant(
         "an abort does not wait for a push",
@@ -139,6 +145,7 @@ PLANTS = (
         "        self._lease_id = lease.lease_id\n",
         "        here.ledger.release(lease.lease_id, OWNER, 0)\n",
         f"{SLOTS}::TestTheWriterHere::test_a_commit_does_not_wait",
+        waits=True,
     ),
     Plant(
         "a push is published before its writer has committed",
@@ -155,6 +162,7 @@ PLANTS = (
         '            if error.reason != "parent" or not path:\n',
         "            if True:\n",
         f"{PUSH}::TestItComes::test_what_comes_before_it_is_copied_first",
+        waits=True,
     ),
     Plant(
         "a push that ended is waited for",
@@ -162,6 +170,7 @@ PLANTS = (
         "        self._keys.difference_update(keys)\n",
         "",
         f"{PUSH}::TestWhoWaits::test_an_abort_wakes_them",
+        waits=True,
     ),
 )
 
