@@ -129,14 +129,14 @@ def test_a_stopped_node_costs_one_deadline_then_nothing_and_is_found_again(
         node.pause()
         began_ns = SystemClock().now_ns()
         assert store.match(handle, prefix) == 0
-        assert 300 <= took_ms(began_ns) < 2_000
+        assert 300 <= took_ms(began_ns) < 4_000
         assert store.counters["ended:deadline"] == 1
         began_ns = SystemClock().now_ns()
         for _ in range(100):
             assert store.match(handle, prefix) == 0
             assert store.lease(handle, prefix).count == 0
             assert len(store.load(lease, whole(room(4)))) == 4
-        assert took_ms(began_ns) < 1_000, "most miss at once, a few look whether it is back"
+        assert took_ms(began_ns) < 10_000, "most miss at once, a few look whether it is back"
         node.wake()
         eventually(lambda: loaded(store, handle, prefix) == 4)
         assert store.counters["connects"] == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.channel import AsyncChannel, BlockingChannel
-from kvcache.clock import NS_PER_MS, NS_PER_S
+from kvcache.clock import NS_PER_S
 from kvcache.errors import BadInput, NotAllowed, Unavailable
 from kvcache.wire import (
     HEADER,
@@ -181,14 +181,14 @@ def test_nobody_waits_for_nodes_that_do_not_answer() -> None:
     async def work(address: str) -> None:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1))
-        asked = [loop.create_task(AsyncChannel.connect(address, HELLO, soon(300))) for _ in range(8)]
+        asked = [loop.create_task(AsyncChannel.connect(address, HELLO, soon(400))) for _ in range(16)]
         await asyncio.sleep(0)
         before = CLOCK.now_ns()
         await loop.run_in_executor(None, os.getpid)
-        assert CLOCK.now_ns() - before < 200 * NS_PER_MS
+        assert CLOCK.now_ns() - before < NS_PER_S
         ended = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(each, Unavailable) for each in ended)
-        assert CLOCK.now_ns() - before < 2 * NS_PER_S, "not one after the other"
+        assert CLOCK.now_ns() - before < 4 * NS_PER_S, "not one after the other"
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         asyncio.run(work(f"tcp://127.0.0.1:{silent.getsockname()[1]}"))

@@ -10,12 +10,13 @@ from pathlib import Path
 from kvcache import wire
 from kvcache.block import BlockHash, NamespaceId, StorageKey, storage_key
 from kvcache.channel import BlockingChannel
+from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.config import NodeConfig
 from kvcache.transport.base import Endpoint, Priority, Ticket
 from tests.server.conftest import EmbeddedNode
 from tests.server.talk import SIZE, connected, content, deadline, opened, save, stats
 
-TRIES = 20_000
+PATIENCE_S = 20
 QUIET = ("reservations", "leases", "limbo_blocks", "tickets", "peer_coming_bytes")
 """What must come back to nothing when nobody asks for anything."""
 
@@ -116,11 +117,10 @@ class Here:
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Ask again and again: each question lets the loops go on."""
-        for _ in range(TRIES):
-            if condition():
-                return
+        end_ns = SystemClock().now_ns() + PATIENCE_S * NS_PER_S
+        while not condition():
+            assert SystemClock().now_ns() < end_ns, f"never: {what}"
             self.stats()
-        raise AssertionError(f"never: {what}")
 
     def until_known(self, blocks: int) -> None:
         """The index knows so many blocks of the peers."""

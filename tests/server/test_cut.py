@@ -12,6 +12,7 @@ import pytest
 from kvcache.block import storage_key
 from kvcache.client import connect_blocking
 from kvcache.client.store import BlockingStore, Handle
+from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.config import NodeConfig
 from kvcache.namespace import Namespace
 from kvcache.peers import cut
@@ -20,7 +21,7 @@ from kvcache.testing.slices import prefix_of
 from tests.server.conftest import EmbeddedNode
 
 COUNT = 6
-TRIES = 20_000
+PATIENCE_S = 20
 MODELS = {
     "a plane is one chunk": ShardedModel(3, 8, 64),
     "slices are whole chunks": ShardedModel(2, 4, 32_768),
@@ -79,10 +80,9 @@ class Place:
 
     def until_known(self, blocks: int) -> None:
         """The index knows so many blocks of the peers."""
-        for _ in range(TRIES):
-            if self.stats()["peer_known_blocks"] == blocks:
-                return
-        raise AssertionError(f"never: {blocks} blocks are known")
+        end_ns = SystemClock().now_ns() + PATIENCE_S * NS_PER_S
+        while self.stats()["peer_known_blocks"] != blocks:
+            assert SystemClock().now_ns() < end_ns, f"never: {blocks} blocks are known"
 
     def change(self, handle: Handle, position: int, at: int) -> None:
         """A byte of a block where it lies."""

@@ -12,6 +12,7 @@ import pytest
 
 from kvcache import wire
 from kvcache.channel import BlockingChannel
+from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.errors import BadInput
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, _json_guard
@@ -22,6 +23,7 @@ from tests.server.talk import HASHES, SIZE, connected, content, deadline, held, 
 pytestmark = pytest.mark.slow
 
 HOST_BLOCKS = 32
+PATIENCE_S = 20
 
 
 class Here:
@@ -98,10 +100,9 @@ class Here:
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Ask the node again and again: each question lets its loop go on."""
-        for _ in range(20_000):
-            if condition():
-                return
-        raise AssertionError(f"never: {what}")
+        end_ns = SystemClock().now_ns() + PATIENCE_S * NS_PER_S
+        while not condition():
+            assert SystemClock().now_ns() < end_ns, f"never: {what}"
 
     def until_healed(self) -> None:
         self.until(lambda: self.troubles() == [], "the device works again")

@@ -214,7 +214,7 @@ def test_a_transfer_that_takes_too_long_is_given_up_in_its_time(a: Here, hasty: 
     hasty.on_the_way(lambda endpoint: Sleeper(endpoint, ended))
     began_ns = CLOCK.now_ns()
     assert hasty.load(HASHES[:2]) == 0
-    assert CLOCK.now_ns() - began_ns < 2 * NS_PER_S
+    assert CLOCK.now_ns() - began_ns < 4 * NS_PER_S
     assert len(ended) == 1
     assert hasty.stat("peer_failed_fetches:late") == 1
     quiet(a, hasty)
@@ -232,7 +232,7 @@ def test_a_peer_that_answers_nothing_any_more_is_given_up_in_its_time(
     monkeypatch.setattr(exports.Exports, "export", nothing)
     began_ns = CLOCK.now_ns()
     assert hasty.load(HASHES[:2]) == 0
-    assert CLOCK.now_ns() - began_ns < 2 * NS_PER_S
+    assert CLOCK.now_ns() - began_ns < 4 * NS_PER_S
     assert hasty.stat("peer_failed_fetches:late") == 1
     quiet(a, hasty)
 

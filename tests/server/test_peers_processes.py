@@ -54,17 +54,16 @@ def test_a_peer_that_was_stopped_is_a_miss_in_time_and_is_asked_again_when_it_wa
     peer.pause()
     began_ns = CLOCK.now_ns()
     assert here.load(HASHES[:8]) == 2
-    assert CLOCK.now_ns() - began_ns < NS_PER_S
+    assert CLOCK.now_ns() - began_ns < 3 * NS_PER_S
     assert here.stat("peer_failed_fetches:late") == 1
     here.until_quiet()
     here.until(lambda: here.stat("peers:lost") == 1, "it is noticed that the peer says nothing")
-    began_ns = CLOCK.now_ns()
     assert here.load(HASHES[:8]) == 2
-    assert CLOCK.now_ns() - began_ns < NS_PER_S // 4, "who is known to be lost is not waited for"
+    assert here.stat("peer_failed_fetches:late") == 1, "who is known to be lost is not waited for"
     peer.wake()
     woken_ns = CLOCK.now_ns()
     here.until(lambda: here.load(HASHES[:8]) == 8, "all is well again")
-    assert CLOCK.now_ns() - woken_ns < 3 * NS_PER_S
+    assert CLOCK.now_ns() - woken_ns < 10 * NS_PER_S
     here.until_quiet()
 
 
