@@ -7,7 +7,9 @@ SHELL := bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 FAULT_FACTOR ?= 20
+WORKERS ?= 2
 
+ORDINARY := not engine and not ucx and not nixl
 RUN := .venv/bin
 RUN_ENGINES := .venv-engines/bin
 RUN_UCX := .venv-ucx/bin
@@ -25,7 +27,8 @@ demo: .venv/.installed  ## two nodes, a trace, a kill and a restart; a minute, n
 	$(RUN)/kvcache demo
 
 test: .venv/.dev  ## all tests but those of real engines, ucxx and NIXL
-	$(RUN)/pytest -m "not engine and not ucx and not nixl" --ignore=tests/engines --junit-xml=.reports/test.xml
+	$(RUN)/pytest -n $(WORKERS) --dist loadfile -m "not timed and $(ORDINARY)" --ignore=tests/engines --junit-xml=.reports/test.xml
+	$(RUN)/pytest -m "timed and $(ORDINARY)" --ignore=tests/engines --junit-xml=.reports/test-timed.xml
 
 lint: .venv/.dev  ## format, lint, types
 	$(RUN)/ruff format --check .
@@ -33,7 +36,7 @@ lint: .venv/.dev  ## format, lint, types
 	$(RUN)/mypy
 
 check: lint  ## the inner gate: format, lint, types, tidy, fast tests
-	$(RUN)/pytest -q -m "not slow and not engine and not ucx and not nixl" --ignore=tests/engines
+	$(RUN)/pytest -q -m "not slow and $(ORDINARY)" --ignore=tests/engines
 
 format: .venv/.dev  ## what check would complain of, mended where a tool can
 	$(RUN)/ruff format .
@@ -51,7 +54,7 @@ test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 M
 	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport
 
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
-	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and not engine and not ucx and not nixl" --ignore=tests/engines --timeout=3600
+	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and $(ORDINARY)" --ignore=tests/engines --timeout=3600
 
 bench: .venv/.dev  ## every script in benchmarks/, the short form
 	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "make bench: no script in benchmarks/" >&2; exit 1; }

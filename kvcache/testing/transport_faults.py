@@ -67,6 +67,7 @@ class FaultContract(TransportHouse):
 
         self.play(scenario)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     def test_a_call_ends_by_its_deadline_and_writes_nothing_after(self) -> None:
         async def visit(guest: Guest) -> None:
@@ -93,6 +94,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     def test_a_peer_that_stands_still_in_the_middle(self) -> None:
         async def visit(guest: Guest) -> None:
@@ -118,6 +120,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     def test_a_silent_peer_is_lost(self) -> None:
         async def visit(guest: Guest) -> None:
@@ -136,6 +139,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit, WARY)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     def test_a_silent_peer_is_lost_when_nobody_asks_him(self) -> None:
         async def visit(guest: Guest) -> None:
@@ -144,6 +148,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit, WARY)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     def test_an_idle_peer_that_lives_is_not_lost(self) -> None:
         async def visit(guest: Guest) -> None:
@@ -156,6 +161,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit, WARY)
 
+    @pytest.mark.timed
     @pytest.mark.slow
     @pytest.mark.parametrize("size", [1000, BIG])
     def test_a_peer_that_is_gone_is_lost(self, size: int) -> None:
@@ -190,6 +196,7 @@ class FaultContract(TransportHouse):
 
         self.visit(visit)
 
+    @pytest.mark.timed
     def test_nobody_there_is_a_peer_lost(self) -> None:
         async def scenario(pair: Pair) -> None:
             started_ns = CLOCK.now_ns()

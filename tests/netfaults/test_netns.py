@@ -12,6 +12,8 @@ from kvcache.errors import Unavailable
 from kvcache.testing import netns
 from kvcache.testing.netns import Host, TwoHosts
 
+pytestmark = pytest.mark.timed
+
 PACKETS = 400
 CLOCK = SystemClock()
 

@@ -21,6 +21,8 @@ from kvcache.transport.table import open_transport
 from tests.netfaults.peers import Peer, Peers
 from tests.netfaults.traffic import Line, Traffic, fence, wary
 
+pytestmark = pytest.mark.timed
+
 HEALED_NS = 3 * NS_PER_S
 PATIENCE_NS = 500 * NS_PER_MS
 SIZES = (1_000, 65_536, 1 << 20)

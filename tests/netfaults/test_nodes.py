@@ -29,7 +29,7 @@ from kvcache.testing.transport_pair import LATE_NS
 from tests.netfaults.nodes import CLOCK, LOOKER, PROMPT_BLOCKS, PROMPTS, Loaded, Node, TwoNodes, prompt
 from tests.netfaults.test_network import CUTS, HEALED_NS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 WAIT_MS = 600
 MIDDLE_S = 0.08

@@ -26,6 +26,8 @@ from kvcache.transport.table import open_transport
 from tests.netfaults.peers import Peer, Peers
 from tests.netfaults.traffic import FAILURES, Calls, Line, fence, rooms, wary
 
+pytestmark = pytest.mark.timed
+
 ROUNDS = 100
 LIMITS = wary(300)
 COUNT = 12

@@ -7,6 +7,8 @@ import pytest
 from tests.planting import Garden, Plant
 from tests.planting import garden as garden
 
+pytestmark = pytest.mark.timed
+
 PARTITION = "tests/netfaults/test_network.py::TestTcp::test_a_partition[both ways]"
 SLOW = "tests/netfaults/test_network.py::TestTcp::test_a_slow_wire"
 GIVER = "tests/netfaults/test_nodes.py::test_the_giver_dies"

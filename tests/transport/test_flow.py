@@ -140,6 +140,7 @@ def test_what_is_larger_than_the_bounds_goes_alone() -> None:
     play(scenario)
 
 
+@pytest.mark.timed
 def test_who_waits_leaves_at_the_deadline_and_lets_others_pass() -> None:
     async def scenario() -> None:
         whole = flow()

@@ -104,6 +104,7 @@ def test_nothing_is_heard_before_the_proof() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_who_does_not_answer_the_challenge_is_sent_away_in_time() -> None:
     async def scenario(found: Place) -> None:
         (reader, writer), said = await found.challenged()

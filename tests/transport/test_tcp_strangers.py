@@ -52,6 +52,7 @@ def test_who_does_not_say_hello_is_sent_away(said: bytes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("said", [b"", HELLO_ALONE.pack()[:-1], HELLO_ALONE.pack()])
 def test_who_does_not_finish_his_hello_is_sent_away_in_time(said: bytes) -> None:
     async def scenario(found: Place) -> None:
@@ -200,6 +201,7 @@ def test_who_asks_and_never_takes_the_answers_is_lost() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_one_who_goes_on_slowly_is_not_lost_and_a_call_of_his_ends_in_time() -> None:
     async def scenario(found: Place) -> None:
         reader, writer, end = await found.guest()
