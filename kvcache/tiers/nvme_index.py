@@ -145,6 +145,9 @@ class Index:
             status = self._give_up(kill=False)
             number, text = errno.EUCLEAN if -status in _DAMAGE else errno.EIO, _ended(status)
             raise self._failure(number, text) from error
+        except OSError:  # Its answer may still come, and would be taken for that to the next request.
+            self._give_up(kill=True)
+            raise
         if number:
             self._give_up(kill=False)
             raise self._failure(number, text)
@@ -169,7 +172,7 @@ def read_index(
     """All entries, by offset; None when the index is missing or damaged: slot headers know what is stored.
 
     Entries whose guard does not fit are left out. What is wrong is added to ``findings``, in plain words.
-    Writes nothing. RAISES OSError when no process can be started.
+    Writes nothing. RAISES OSError when no process can be started or heard.
     """
     found = findings if findings is not None else []
     if not (directory / _DATA).exists():
@@ -183,6 +186,9 @@ def read_index(
         process.kill()
         found.append(f"{directory}: the index cannot be read: {error}")
         return None
+    except OSError:
+        process.kill()
+        raise
     status = process.end()
     if status:
         found.append(f"{directory}: the index cannot be read: {_ended(status)}")

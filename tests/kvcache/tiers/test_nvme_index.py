@@ -192,6 +192,25 @@ def test_a_process_that_hangs_is_given_up(folder: Path, index: Index) -> None:
     assert read_index(folder) == [entry_of(2)]
 
 
+def test_an_answer_that_was_not_heard_is_not_taken_for_the_next(
+    folder: Path, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = index._process
+    assert process is not None
+
+    def deaf(size: int) -> bytes:
+        raise OSError(errno.ENOBUFS, "")
+
+    monkeypatch.setattr(process, "receive", deaf)
+    with pytest.raises(OSError, match=str(errno.ENOBUFS)):
+        index.commit([entry_of(1)], [], durable=False)
+    assert process._child.poll() is not None
+    monkeypatch.undo()
+    index.commit([entry_of(2)], [entry_of(1).offset], durable=False)
+    index.close()
+    assert read_index(folder) == [entry_of(2)]
+
+
 def test_signals_to_the_nodes_group_do_not_end_the_process(folder: Path, index: Index) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(child_of(index), number)
