@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvcache.block import BlockHash, BlockSpec, storage_key
+from kvcache.channel import BlockingChannel
 from kvcache.client import connect_blocking
 from kvcache.client.store import BlockingStore, Handle
+from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.errors import KVCacheError
 from kvcache.namespace import Namespace, shape_of
 from kvcache.testing.pattern import Pattern
+from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply
 
 SPECS = (BlockSpec(4, 2, 2, 4_096), BlockSpec(4, 2, 2, 5_000))
 """16 KiB, and no whole number of pages."""
@@ -26,6 +29,10 @@ PROMPT_BLOCKS = 12
 TIMEOUT_MS = 20_000
 WAIT_MS = 10_000
 TRIES = 5
+PATIENCE_NS = 60 * NS_PER_S
+AGAIN_S = 0.01
+LATE_MS = "10000"
+"""Of a device that a busy machine must not make look slow."""
 
 Prompt = tuple[int, int]
 """Which of ``SPECS``, and a number."""
@@ -138,8 +145,33 @@ class Client:
         return handle, handle.hashes([prompt[1], *range(1, count * handle.spec.block_tokens)])
 
 
+def until_open(socket: str) -> None:
+    """No device of the node is being read any more: a node does not wait for a slow one for ever."""
+    end_ns = SystemClock().now_ns() + PATIENCE_NS
+    channel = BlockingChannel.connect(socket, Hello(PROTOCOL_VERSION), end_ns)
+    try:
+        while True:
+            reply = channel.call(Stats(), end_ns)
+            assert isinstance(reply, StatsReply)
+            if not reply.values["nvme_devices:loading"]:
+                return
+            threading.Event().wait(AGAIN_S)
+    finally:
+        channel.close()
+
+
+def until_persisted(book: Book, count: int) -> None:
+    """Clients at work have persisted so many blocks in all: how soon depends on the machine."""
+    end_ns = SystemClock().now_ns() + PATIENCE_NS
+    while book.persisted <= count:
+        assert SystemClock().now_ns() < end_ns, f"{book.persisted} blocks, not {count}"
+        threading.Event().wait(AGAIN_S)
+
+
 @contextlib.contextmanager
 def client(socket: str, book: Book) -> Iterator[Client]:
+    """Of a node whose devices are open."""
+    until_open(socket)
     made = Client(socket, book, mapped=True)
     try:
         yield made

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.testing.processes import NodeProcess
-from tests.faults.clients import Book, client, load_on
+from tests.faults.clients import LATE_MS, Book, client, load_on, until_persisted
 
 ROUNDS = 30
 LOAD_S = 0.2
@@ -33,6 +33,7 @@ def settings(folder: Path, way: random.Random, size: str) -> dict[str, str]:
         "nvme_segment": "1MiB",
         "nvme_write": way.choice(("through", "back", "evict")),
         "nvme_back_ms": "20",
+        "nvme_late_ms": LATE_MS,
         "nvme_direct": way.choice(("auto", "off")),
         "nvme_scrub_share": way.choice(("0", "0.5")),
     }
@@ -52,6 +53,7 @@ def test_killed_under_load(scratch: Path, factor: int, size: str) -> None:
                 served += book.loaded - before
             assert size == "3MiB" or not missing, f"round {seed}: {missing}"
             with load_on(node.socket, book, seed):
+                until_persisted(book, seed)
                 never.wait(way.uniform(0.02, LOAD_S))
                 node.kill()
         assert not book.wrong, f"round {seed}: {book.wrong}"

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.testing.processes import NodeProcess
-from tests.faults.clients import Book, client, load_on
+from tests.faults.clients import LATE_MS, Book, client, load_on, until_persisted
 from tests.faults.disk import Disk, mounted
 from tests.faults.nursery import Child, Nursery, children_of, wait_until_stopped
 from tests.faults.test_kill import look, wait_for_work
@@ -33,6 +33,8 @@ CUTS = 50
 CUTS_OF_A_TRIAL = 10
 WORK_S = (0.02, 0.15)
 NODE_CUTS = 12
+PERSISTED = 10
+"""Blocks a cut, on the average."""
 NODE_IMAGE_BYTES = 48 << 20
 """Its devices have room for all, so nothing is evicted."""
 NODE_WORK_S = (0.05, 0.3)
@@ -122,13 +124,15 @@ def test_what_a_node_said_was_durable_is_served(scratch: Path, factor: int) -> N
                 "nvme_segment": "1MiB",
                 "nvme_write": way.choice(("through", "back", "evict")),
                 "nvme_back_ms": "20",
+                "nvme_late_ms": LATE_MS,
                 "nvme_direct": way.choice(("on", "off")),
             }
             with NodeProcess(settings, log) as node:
                 with client(node.socket, book) as looking:
                     missing = looking.look()
-                assert not missing, f"cut {seed}: {missing}"
+                assert not missing, f"cut {seed}: {missing}\n{log.read_text()[-3_000:]}"
                 with load_on(node.socket, book, seed):
+                    until_persisted(book, PERSISTED * (seed + 1))
                     never.wait(way.uniform(*NODE_WORK_S))
                     node.pause()
                     children = children_of(node.pid)
@@ -144,7 +148,7 @@ def test_what_a_node_said_was_durable_is_served(scratch: Path, factor: int) -> N
             book.durable = durable
             disk.lose_power()
     assert not book.wrong
-    assert book.persisted > 10 * NODE_CUTS
+    assert book.persisted > PERSISTED * NODE_CUTS
     assert "Traceback" not in log.read_text()
 
 

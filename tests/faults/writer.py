@@ -35,7 +35,9 @@ SMALL_PIECE_BYTES = 24 << 10
 """So that a block of 64 KiB goes in pieces, as one of 6 MiB does in life."""
 OPENINGS_MAX = 5
 OPENING_S = 0.05
-"""A process that was killed while it started another leaves its lock to that one, until it runs."""
+LOCKED_MAX = 200
+"""A process that was killed while it started another leaves its lock to that one, until it runs: on a busy
+machine that takes a second."""
 
 
 def run(job: Job) -> None:
@@ -78,14 +80,18 @@ class Writer:
 
     def _open(self) -> Device | None:
         """None: it could not be opened so often that there is no use in trying again."""
-        for _ in range(OPENINGS_MAX):
+        failed = locked = 0
+        while failed < OPENINGS_MAX and locked < LOCKED_MAX:
             try:
                 device = Device.open(
                     Path(self._job.directory), CAPACITY_BYTES, SEGMENT_BYTES, direct=self._job.direct
                 )
             except DeviceFault as fault:
+                failed += 1
                 self._tell("f", fault.errno, fault.what)
             except BadInput as error:
+                is_locked = error.code == "address_in_use"
+                failed, locked = failed + (not is_locked), locked + is_locked
                 self._tell("o", str(error).replace("\n", " "))
             else:
                 self._look(device)
