@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 EXAMPLES = 100
+GARDEN_S = 300
 
 _factor = int(os.environ.get("KVCACHE_FAULT_FACTOR", "0"))
 
@@ -23,3 +25,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who waits for the runs of planted bugs waits for several at once."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "garden" in item.fixturenames:
+            item.add_marker(pytest.mark.timeout(GARDEN_S))

@@ -26,7 +26,7 @@ from tests.faults import writer
 from tests.faults.work import Job
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-END_S = 20.0
+END_S = 90.0  # A job takes a second, traced and on a busy machine twenty.
 
 
 class Child:
