@@ -10,8 +10,8 @@ what was published, so it can never say anything else than the batches did.
 
 Invariants (``check``): the digests are those of what is held; every batch fits in one frame.
 
-The sum: 1 to 2 us a block published, 100 bytes kept a block; a snapshot is 16 bytes a block and
-100 a run, so a million blocks are 16 MB in 16 batches.
+The sum: 1 to 2 us a block published, 100 bytes kept a block; a snapshot is 8 bytes a block and
+100 a run, so a million blocks are 8 MB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey, split_hashes
+from kvcache.block import HASH_BYTES, HINT_BYTES, NamespaceId, StorageKey, split_hints
 from kvcache.ledger import Change
 from kvcache.namespace import Namespace
 from kvcache.wire import BODY_BYTES_MAX, BlockEvent, EventBatch
@@ -38,31 +38,34 @@ _NOTHING: Portion = ([], [])
 
 NamespaceMap = dict[str, str | int]
 Portion = tuple[list[NamespaceMap], list[BlockEvent]]
-Held = dict[str, dict[NamespaceId, dict[BlockHash, bytes]]]
+Held = dict[str, dict[NamespaceId, dict[bytes, bytes]]]
 
 
 class Digest:
-    """Count, xor and sum of a set of blocks, by the low 64 bits of their names. It finds what was lost
-    on the way, not what somebody forged."""
+    """Of a set of blocks: count, xor of ``hint ^ salt`` and sum of ``hint + salt``, the salt from the
+    namespace. So it is folded from the digests of the namespaces. It finds what was lost on the way, not
+    what somebody forged."""
 
     __slots__ = ("count", "sum", "xor")
 
     def __init__(self) -> None:
         self.count = self.xor = self.sum = 0
 
-    def add(self, namespace: NamespaceId, blocks: Iterable[BlockHash]) -> None:
-        """REQUIRES: none of them is in the set."""
-        for name in _names(namespace, blocks):
+    def add(self, namespace: NamespaceId, blocks: Iterable[bytes]) -> None:
+        """REQUIRES: none of these hints is in the set."""
+        salt = _number(namespace)
+        for name in map(_number, blocks):
             self.count += 1
-            self.xor ^= name
-            self.sum += name
+            self.xor ^= name ^ salt
+            self.sum += name + salt
 
-    def remove(self, namespace: NamespaceId, blocks: Iterable[BlockHash]) -> None:
-        """REQUIRES: all of them are in the set."""
-        for name in _names(namespace, blocks):
+    def remove(self, namespace: NamespaceId, blocks: Iterable[bytes]) -> None:
+        """REQUIRES: all of these hints are in the set."""
+        salt = _number(namespace)
+        for name in map(_number, blocks):
             self.count -= 1
-            self.xor ^= name
-            self.sum -= name
+            self.xor ^= name ^ salt
+            self.sum -= name + salt
 
     def pack(self) -> bytes:
         """As it travels in ``EventBatch.digests``."""
@@ -124,7 +127,7 @@ class Publisher:
 
     def _follow(self, event: BlockEvent) -> None:
         namespace = NamespaceId(event.namespace)
-        blocks = split_hashes(event.hashes)
+        blocks = split_hints(event.hashes)
         held = self._held.setdefault(event.tier, {}).setdefault(namespace, {})
         digest = self._digests.setdefault(event.tier, Digest())
         if event.kind == "stored":
@@ -149,15 +152,13 @@ class Publisher:
         return {tier: digest.pack() for tier, digest in self._digests.items()}
 
 
-def _names(namespace: NamespaceId, blocks: Iterable[BlockHash]) -> list[int]:
-    """64 bits a block. The namespace is in them: the same prefix of two ranks is two blocks."""
-    salt = int.from_bytes(namespace[:8], "little")
-    return [int.from_bytes(block[:8], "little") ^ salt for block in blocks]
+def _number(name: bytes) -> int:
+    return int.from_bytes(name[:HINT_BYTES], "little")
 
 
-def _runs(held: Mapping[BlockHash, bytes]) -> Iterator[list[BlockHash]]:
+def _runs(held: Mapping[bytes, bytes]) -> Iterator[list[bytes]]:
     """Paths that together are all of ``held``, as they lie in it: what was stored first comes first."""
-    run: list[BlockHash] = []
+    run: list[bytes] = []
     for block, parent in held.items():
         if run and (parent != run[-1] or len(run) == RUN_BLOCKS_MAX):
             yield run
@@ -169,7 +170,7 @@ def _runs(held: Mapping[BlockHash, bytes]) -> Iterator[list[BlockHash]]:
 
 def _events(changes: Iterable[Change], tier: str) -> Iterator[BlockEvent]:
     for change in changes:
-        before = change.parent[HASH_BYTES:] if change.parent is not None else b""
+        before = change.parent[HASH_BYTES:][:HINT_BYTES] if change.parent is not None else b""
         for namespace, blocks in _by_namespace(change.keys).items():
             for at in range(0, len(blocks), RUN_BLOCKS_MAX):
                 part = blocks[at : at + RUN_BLOCKS_MAX]
@@ -177,11 +178,11 @@ def _events(changes: Iterable[Change], tier: str) -> Iterator[BlockEvent]:
                 yield BlockEvent(change.kind, namespace, tier, parent, b"".join(part))
 
 
-def _by_namespace(keys: Iterable[StorageKey]) -> dict[NamespaceId, list[BlockHash]]:
+def _by_namespace(keys: Iterable[StorageKey]) -> dict[NamespaceId, list[bytes]]:
     """What is stored is one path in one namespace, but what goes at once may be of several."""
-    spaces: dict[NamespaceId, list[BlockHash]] = {}
+    spaces: dict[NamespaceId, list[bytes]] = {}
     for key in keys:
-        spaces.setdefault(NamespaceId(key[:HASH_BYTES]), []).append(BlockHash(key[HASH_BYTES:]))
+        spaces.setdefault(NamespaceId(key[:HASH_BYTES]), []).append(key[HASH_BYTES:][:HINT_BYTES])
     return spaces
 
 

@@ -30,7 +30,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, split_hashes
+from kvcache.block import HASH_BYTES, HINT_BYTES, BlockHash, NamespaceId, split_hints
 from kvcache.errors import BadInput
 from kvcache.events import EMPTY_DIGEST, Digest
 from kvcache.namespace import Namespace
@@ -188,7 +188,7 @@ class LocalityIndex:
             return Applied.GAP
         source.loading = loading
         loading.left = batch.left
-        coming = sum(len(event.hashes) for event in batch.events) // HASH_BYTES
+        coming = sum(len(event.hashes) for event in batch.events) // HINT_BYTES
         if self.entries + coming > self.entries_max:
             source.view = _View()  # No room for both: better nothing for a moment than a part for long.
             source.synced = source.known = False
@@ -217,7 +217,7 @@ class LocalityIndex:
 class _View:
     """One source's blocks: by shard, each with the set of its tiers as bits."""
 
-    shards: dict[NamespaceId, dict[BlockHash, int]] = field(default_factory=dict)
+    shards: dict[NamespaceId, dict[bytes, int]] = field(default_factory=dict)
     digests: dict[str, Digest] = field(default_factory=dict)
     entries: int = 0
     partial: bool = False
@@ -228,15 +228,15 @@ class _View:
         if event.kind == "stored":
             return self._store(self.shards.setdefault(namespace, {}), event, room)
         shard = self.shards.get(namespace, {})
-        blocks = list(shard) if event.kind == "cleared" else split_hashes(event.hashes)
+        blocks = list(shard) if event.kind == "cleared" else split_hints(event.hashes)
         self._remove(shard, event, blocks)
         return 0
 
-    def _store(self, shard: dict[BlockHash, int], event: BlockEvent, room: int) -> int:
+    def _store(self, shard: dict[bytes, int], event: BlockEvent, room: int) -> int:
         bit = _BITS[event.tier]
-        fresh: list[BlockHash] = []
+        fresh: list[bytes] = []
         refused = 0
-        for block in split_hashes(event.hashes):
+        for block in split_hints(event.hashes):
             mask = shard.get(block, 0)
             if not mask and room <= 0:
                 refused += 1
@@ -251,7 +251,7 @@ class _View:
         self.partial = self.partial or refused > 0
         return refused
 
-    def _remove(self, shard: dict[BlockHash, int], event: BlockEvent, blocks: Sequence[BlockHash]) -> None:
+    def _remove(self, shard: dict[bytes, int], event: BlockEvent, blocks: Sequence[bytes]) -> None:
         bit = _BITS[event.tier]
         gone = []
         for block in blocks:
@@ -328,12 +328,12 @@ class _Source:
         )
 
 
-def _leading(shard: Mapping[BlockHash, int], prefix: Sequence[BlockHash]) -> tuple[int, tuple[int, ...]]:
+def _leading(shard: Mapping[bytes, int], prefix: Sequence[BlockHash]) -> tuple[int, tuple[int, ...]]:
     """How many blocks to the first hole, and how many of these are in each tier."""
     counts = [0] * _MASK_COUNT  # By set of tiers.
     blocks = 0
     for block in prefix:
-        mask = shard.get(block)
+        mask = shard.get(block[:HINT_BYTES])
         if mask is None:
             break
         counts[mask] += 1
@@ -344,7 +344,7 @@ def _leading(shard: Mapping[BlockHash, int], prefix: Sequence[BlockHash]) -> tup
 
 def _check_meaning(batch: EventBatch) -> None:
     for event in batch.events:
-        sizes = (len(event.namespace), len(event.hashes) % HASH_BYTES)
+        sizes = (len(event.namespace), len(event.hashes) % HINT_BYTES)
         whole = event.tier in _BITS and sizes == (HASH_BYTES, 0)
         if not (whole and event.kind in ("stored", "removed", "cleared")):
             raise BadInput(

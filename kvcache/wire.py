@@ -34,6 +34,7 @@ from kvcache.wire_base import Message as Message
 from kvcache.wire_base import OrNone, Unsigned
 from kvcache.wire_events import BlockEvent as BlockEvent
 from kvcache.wire_events import EventBatch as EventBatch
+from kvcache.wire_events import Watch as Watch
 from kvcache.wire_peers import Advance as Advance
 from kvcache.wire_peers import Export as Export
 from kvcache.wire_peers import Exported as Exported
@@ -197,10 +198,6 @@ class Stats(Message, frozen=True, tag="stats"):
 
 class Scrub(Message, frozen=True, tag="scrub"):
     """Verify every block on NVMe, starting now (role operator). ``Stats`` tells how far it is."""
-
-
-class Watch(Message, frozen=True, tag="watch"):
-    """Send the current content as events, then every event as it happens (roles router, operator, peer)."""
 
 
 # --- replies ------------------------------------------------------------------------------------

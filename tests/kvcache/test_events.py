@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import events
-from kvcache.block import NamespaceId, StorageKey, split_hashes
+from kvcache.block import NamespaceId, StorageKey, split_hints
 from kvcache.events import EMPTY_DIGEST, Digest, Publisher
 from kvcache.ledger import Change
 from kvcache.namespace import Namespace
@@ -46,7 +46,7 @@ class Follower:
         self.names |= {Namespace.from_map(namespace).namespace_id() for namespace in batch.namespaces}
         for event in batch.events:
             parent = event.parent
-            for block in split_hashes(event.hashes):
+            for block in split_hints(event.hashes):
                 name = StorageKey(event.namespace + block)
                 if event.kind == "stored":
                     assert name not in self.held
@@ -58,7 +58,7 @@ class Follower:
     def digest(self) -> bytes:
         digest = Digest()
         for name in self.held:
-            digest.add(NamespaceId(name[:16]), split_hashes(name[16:]))
+            digest.add(NamespaceId(name[:16]), split_hints(name[16:24]))
         return digest.pack()
 
 
@@ -78,7 +78,7 @@ def test_a_stored_run_is_one_event_and_numbers_grow_by_one() -> None:
         (2, False, 0),
     ]
     assert [event.kind for event in second[0].events] == ["stored", "removed"]
-    assert first[0].events[0].parent == b"" and second[0].events[0].parent == key(2)[16:]
+    assert first[0].events[0].parent == b"" and second[0].events[0].parent == key(2)[16:24]
     assert (first[0].source, first[0].incarnation) == ("node", 7)
 
 
@@ -126,7 +126,7 @@ def test_a_large_tree_is_told_in_bounded_batches(monkeypatch: pytest.MonkeyPatch
     assert [batch.seq for batch in told] == list(range(1, len(told) + 1))
     assert [batch.left for batch in batches] == list(range(len(batches)))[::-1]
     assert follow(batches).held == follow(told).held
-    assert list(follow(told).held.values()) == [b"", *(name[16:] for name in path[:-1])]
+    assert list(follow(told).held.values()) == [b"", *(name[16:24] for name in path[:-1])]
     gone = publisher.publish([removed(path)])
     assert len(gone) > 3
     assert follow(told + gone).held == follow(publisher.snapshot()).held == {}
@@ -178,7 +178,7 @@ def test_batches_and_snapshots_say_what_is_held(steps: list[tuple[int, int, int]
         fresh = [name for name in keys if name not in truth]
         changes.append(stored(fresh))
         for before, name in zip([None, *fresh[:-1]], fresh, strict=True):
-            truth[name] = before[16:] if before else b""
+            truth[name] = before[16:24] if before else b""
         for batch in publisher.publish(changes):
             follower.apply(batch)
             assert batch.digests["host"] == follower.digest()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
+from kvcache.block import hints
 from kvcache.channel import BlockingChannel
 from kvcache.errors import BadInput
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
@@ -144,7 +145,7 @@ class TestWhatOutlivesTheNode:
         assert [namespace["model"] for namespace in names.namespaces] == ["m"]
         batches = started.node.call(lambda: list(started.node.node.core.watch(0, lambda batch: None)))
         told = [(event.tier, event.hashes) for batch in batches for event in batch.events]
-        assert told == [("nvme", b"".join(HASHES[:8]))]
+        assert told == [("nvme", hints(HASHES[:8]))]
 
     def test_another_node_on_the_same_directory_is_refused(self, started: Here, serve: Serve) -> None:
         with pytest.raises(BadInput, match="tier") as caught:
