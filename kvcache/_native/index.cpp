@@ -4,20 +4,16 @@
 // long goes on without the interpreter's lock, and a long write gives readers their turn every
 // `write_blocks`. Nobody waits for the interpreter's lock while holding the other: that would be a deadlock.
 
-#include <pthread.h>
-#include <pybind11/pybind11.h>
-
+#include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "index_lock.h"
+#include "index_python.h"
 #include "index_tokens.h"
-#include "index_walk.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -26,159 +22,6 @@ using namespace kvcache::index;
 constexpr u32 write_blocks = 256;       // Under one hold of the lock.
 constexpr u32 quick_blocks = 512;       // A write of more releases the interpreter's lock.
 constexpr u32 quick_chains = 128;       // A read of more does.
-constexpr std::size_t blocks_max = 1u << 30;
-constexpr u32 answer_columns = sizeof(Answer) / sizeof(u32);
-
-// Becomes BadInput.
-struct Refusal {
-    const char* code;
-    std::string what;
-};
-
-class Lock {
-public:
-    Lock() {
-        pthread_rwlockattr_t attributes;
-        pthread_rwlockattr_init(&attributes);
-#if defined(__GLIBC__)
-        pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-#endif
-        pthread_rwlock_init(&lock_, &attributes);
-        pthread_rwlockattr_destroy(&attributes);
-    }
-    ~Lock() { pthread_rwlock_destroy(&lock_); }
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-
-    void read() { pthread_rwlock_rdlock(&lock_); }
-    void write() { pthread_rwlock_wrlock(&lock_); }
-    void unlock() { pthread_rwlock_unlock(&lock_); }
-
-private:
-    pthread_rwlock_t lock_;
-};
-
-class Reading {
-public:
-    explicit Reading(Lock& lock) : lock_(lock) { lock_.read(); }
-    ~Reading() { lock_.unlock(); }
-    Reading(const Reading&) = delete;
-    Reading& operator=(const Reading&) = delete;
-
-private:
-    Lock& lock_;
-};
-
-class Writing {
-public:
-    explicit Writing(Lock& lock) : lock_(lock) { lock_.write(); }
-    ~Writing() { lock_.unlock(); }
-    Writing(const Writing&) = delete;
-    Writing& operator=(const Writing&) = delete;
-
-private:
-    Lock& lock_;
-};
-
-// Integers of `Item`'s size, or bytes that are whole ones; copied only where they are not aligned.
-template <typename Item>
-class Items {
-public:
-    explicit Items(py::handle owner) {
-        if (PyObject_GetBuffer(owner.ptr(), &buffer_, PyBUF_ND | PyBUF_FORMAT) != 0) {
-            if (PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
-            PyErr_Clear();
-            throw Refusal{"bad_prefix", "the buffer is not contiguous"};
-        }
-        const auto bytes = static_cast<std::size_t>(buffer_.len);
-        if (!fits() || bytes % sizeof(Item) != 0 || bytes / sizeof(Item) > blocks_max) {
-            PyBuffer_Release(&buffer_);
-            throw Refusal{"bad_prefix", "the buffer is not of " + std::to_string(8 * sizeof(Item)) +
-                                            "-bit integers"};
-        }
-        count_ = static_cast<u32>(bytes / sizeof(Item));
-        items_ = static_cast<const Item*>(buffer_.buf);
-        if (reinterpret_cast<std::uintptr_t>(items_) % alignof(Item) == 0) return;
-        copied_.resize(count_);
-        std::memcpy(copied_.data(), buffer_.buf, bytes);
-        items_ = copied_.data();
-    }
-    ~Items() { PyBuffer_Release(&buffer_); }
-    Items(const Items&) = delete;
-    Items& operator=(const Items&) = delete;
-
-    const Item* data() const { return items_; }
-    u32 count() const { return count_; }
-
-private:
-    bool fits() const {
-        const char* format = buffer_.format == nullptr ? "B" : buffer_.format;
-        if (*format == '<' || *format == '@' || *format == '=') ++format;
-        if (std::strlen(format) != 1) return false;
-        if (buffer_.itemsize == 1) return std::strchr("Bbc", *format) != nullptr;
-        return buffer_.itemsize == sizeof(Item) && std::strchr("QqLlIi", *format) != nullptr;
-    }
-
-    Py_buffer buffer_{};
-    std::vector<Item> copied_;
-    const Item* items_ = nullptr;
-    u32 count_ = 0;
-};
-
-class Match {
-public:
-    std::vector<Answer> answers;
-    std::vector<u32> ends;  // Of `match_many`: where the answers of each query end.
-};
-
-// All of it: `answer_columns` u32 an answer.
-int match_buffer(PyObject* self, Py_buffer* view, int flags) {
-    static Py_ssize_t strides[] = {sizeof(u32)};
-    if ((flags & PyBUF_WRITABLE) != 0) {
-        PyErr_SetString(PyExc_BufferError, "answers are read-only");
-        return -1;
-    }
-    auto& answers = py::handle(self).cast<Match&>().answers;
-    *view = Py_buffer{};
-    view->buf = answers.data();
-    view->len = static_cast<Py_ssize_t>(answers.size() * sizeof(Answer));
-    view->itemsize = sizeof(u32);
-    view->readonly = 1;
-    view->ndim = 1;
-    view->format = (flags & PyBUF_FORMAT) != 0 ? const_cast<char*>("I") : nullptr;
-    if ((flags & PyBUF_ND) != 0) {
-        view->shape = reinterpret_cast<Py_ssize_t*>(&view->internal);
-        view->internal = reinterpret_cast<void*>(view->len / static_cast<Py_ssize_t>(sizeof(u32)));
-    }
-    if ((flags & PyBUF_STRIDES) == PyBUF_STRIDES) view->strides = strides;
-    view->obj = self;
-    Py_INCREF(self);
-    return 0;
-}
-
-py::object view_of_match(py::handle self) {
-    auto whole = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(self.ptr()));
-    if (!whole) throw py::error_already_set();
-    return whole;
-}
-
-py::object column(py::handle self, u32 number) {
-    const py::object whole = view_of_match(self);
-    const py::slice every(static_cast<py::ssize_t>(number), std::nullopt, static_cast<py::ssize_t>(answer_columns));
-    return whole[every];
-}
-
-py::object view_of(const void* items, std::size_t bytes, const char* format) {
-    const py::bytes copied(static_cast<const char*>(items), bytes);
-    return py::memoryview(copied).attr("cast")(format);
-}
-
-py::dict as_dict(const Match& match) {
-    py::dict made;
-    for (const Answer& answer : match.answers)
-        made[py::make_tuple(answer.worker, answer.rank)] = answer.blocks;
-    return made;
-}
 
 std::vector<u64> names_of(const Items<u32>& tokens, u32 block_tokens, u64 root) {
     if (block_tokens == 0) throw Refusal{"bad_prefix", "a block of no tokens"};
@@ -193,8 +36,7 @@ std::vector<u64> names_of(const Items<u32>& tokens, u32 block_tokens, u64 root) 
 }
 
 py::object name_blocks(py::handle tokens, u32 block_tokens, u64 root) {
-    const auto names = names_of(Items<u32>(tokens), block_tokens, root);
-    return view_of(names.data(), names.size() * sizeof(u64), "Q");
+    return view_of(names_of(Items<u32>(tokens), block_tokens, root));
 }
 
 class Index {
@@ -232,6 +74,32 @@ public:
             const u64* known = from > 0 ? blocks.data() + from - 1 : has_parent ? &before : nullptr;
             return runs_.store(holder_of(holder, tier), blocks.data() + from, count, known, true);
         });
+    }
+
+    u32 store_runs(u64 holder, u32 tier, py::handle hashes, py::handle lengths) {
+        const Items<u64> blocks(hashes);
+        const Items<u16> runs(lengths);
+        const u64 sum = std::accumulate(runs.data(), runs.data() + runs.count(), u64{0});
+        if (sum != blocks.count()) throw Refusal{"bad_prefix", "the runs are not as long as the blocks"};
+        const py::gil_scoped_release released;
+        u32 at = 0;
+        u32 run = 0;
+        u32 end = 0;  // Of the run before `run`.
+        do {
+            const Writing writing(lock_);
+            const u32 number = holder_of(holder, tier);
+            for (u32 left = write_blocks; left > 0 && at < blocks.count();) {
+                const u32 start = at == end ? at : end - runs.data()[run - 1];
+                if (at == end) end += runs.data()[run++];
+                const u32 count = std::min(left, end - at);
+                const u64* before = at > start ? blocks.data() + at - 1 : nullptr;
+                const u32 refused = runs_.store(number, blocks.data() + at, count, before, true);
+                if (refused > 0) return blocks.count() - at - count + refused;
+                at += count;
+                left -= count;
+            }
+        } while (at < blocks.count());
+        return 0;
     }
 
     u32 store_loose(u64 holder, u32 tier, py::handle hashes) {
@@ -295,7 +163,7 @@ public:
             times.push_back(static_cast<u32>(spent));
             before = std::chrono::steady_clock::now();
         });
-        return view_of(times.data(), times.size() * sizeof(u32), "I");
+        return view_of(std::move(times));
     }
 
     py::tuple digest(u64 holder, u32 tier) {
@@ -311,7 +179,18 @@ public:
             const Reading reading(lock_);
             hashes = runs_.held(holder_of(holder, tier));
         }
-        return view_of(hashes.data(), hashes.size() * sizeof(u64), "Q");
+        return view_of(std::move(hashes));
+    }
+
+    py::tuple runs(u64 holder, u32 tier) {
+        std::vector<u64> hashes;
+        std::vector<u16> lengths;
+        {
+            const py::gil_scoped_release released;
+            const Reading reading(lock_);
+            runs_.runs(holder_of(holder, tier), hashes, lengths);
+        }
+        return py::make_tuple(view_of(std::move(hashes)), view_of(std::move(lengths)));
     }
 
     py::dict stats() {
@@ -477,6 +356,9 @@ PYBIND11_MODULE(index, module) {
             refuse(refusal);
         }
     });
+    define_column<u16>(module, "ColumnOf16", "H");
+    define_column<u32>(module, "ColumnOf32", "I");
+    define_column<u64>(module, "ColumnOf64", "Q");
     const auto with_buffer = py::custom_type_setup([](PyHeapTypeObject* type) {
         type->as_buffer.bf_getbuffer = match_buffer;
         type->ht_type.tp_as_buffer = &type->as_buffer;
@@ -492,7 +374,7 @@ PYBIND11_MODULE(index, module) {
             return column(self, 3 + tier);
         })
         .def_property_readonly("ends", [](const Match& match) {
-            return view_of(match.ends.data(), match.ends.size() * sizeof(u32), "I");
+            return view_of(std::vector<u32>(match.ends));
         })
         .def("as_dict", &as_dict);
     module.def("name_blocks", &name_blocks, py::arg("tokens"), py::arg("block_tokens"), py::arg("root") = 0);
@@ -504,6 +386,8 @@ PYBIND11_MODULE(index, module) {
         .def("close", &Index::close, py::arg("holder"))
         .def("store", &Index::store, py::arg("holder"), py::arg("tier"), py::arg("hashes"),
              py::arg("parent") = py::none())
+        .def("store_runs", &Index::store_runs, py::arg("holder"), py::arg("tier"), py::arg("hashes"),
+             py::arg("lengths"))
         .def("store_loose", &Index::store_loose, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("remove", &Index::remove, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("clear", &Index::clear, py::arg("holder"), py::arg("tier"))
@@ -514,6 +398,7 @@ PYBIND11_MODULE(index, module) {
         .def("match_times", &Index::match_times, py::arg("hashes"), py::arg("ends"))
         .def("digest", &Index::digest, py::arg("holder"), py::arg("tier"))
         .def("held", &Index::held, py::arg("holder"), py::arg("tier"))
+        .def("runs", &Index::runs, py::arg("holder"), py::arg("tier"))
         .def("stats", &Index::stats)
         .def_property_readonly("bytes", &Index::bytes)
         .def_property_readonly("bytes_max", &Index::bytes_max)

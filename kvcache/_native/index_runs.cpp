@@ -1,7 +1,8 @@
+// What changes the runs: rows that come and go, and blocks stored and removed.
+
 #include "index_runs.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace kvcache::index {
 namespace {
@@ -41,10 +42,6 @@ u32 backward_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     return run;
 }
 
-void require(bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(invariant);
-}
-
 }  // namespace
 
 u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
@@ -72,20 +69,6 @@ Runs::~Runs() {
         delete[] each.hashes;
         if (each.span_count > 1) delete[] each.spans.many;
     }
-}
-
-Counts Runs::counts() const {
-    Counts counts{};
-    counts.ghosts = ghosts_;
-    counts.blocks = table_.used() - ghosts_;
-    counts.chains = chains_made_ - 1 - free_chains_.size();
-    for (u32 number = 1; number < chains_made_; ++number) counts.spans += chain(number).span_count;
-    counts.sets = sets_.count();
-    for (const Row& row : rows_) {
-        if (row.state != State::free) ++counts.rows;
-        for (const Digest& digest : row.digests) counts.members += digest.count;
-    }
-    return counts;
 }
 
 u32 Runs::open(u32 worker, u32 rank) {
@@ -197,25 +180,6 @@ bool Runs::clear_some(u32 holder) {
     std::vector<u32>().swap(chains);
     row.tidy_at[tier] = 0;
     return false;
-}
-
-std::vector<u64> Runs::held(u32 holder) const {
-    const Row& row = rows_[holder / tier_count];
-    std::vector<u32> chains = row.chains[holder % tier_count];
-    std::sort(chains.begin(), chains.end());
-    chains.erase(std::unique(chains.begin(), chains.end()), chains.end());
-    std::vector<u64> hashes;
-    hashes.reserve(row.digests[holder % tier_count].count);
-    for (const u32 number : chains) {
-        const Chain& each = chain(number);
-        u32 start = 0;
-        for (const Span& span : each) {
-            if (sets_.contains(span.set, holder))
-                hashes.insert(hashes.end(), each.hashes + start, each.hashes + span.end);
-            start = span.end;
-        }
-    }
-    return hashes;
 }
 
 u32 Runs::new_chain(bool linked) {
@@ -437,60 +401,6 @@ void Runs::free_chain(u32 number) {
     target.ghosts = 0;
     target.linked = 0;
     free_chains_.push_back(number);
-}
-
-void Runs::check() const {
-    std::vector<u32> references(sets_.size(), 0);
-    std::unordered_map<u32, Digest> digests;
-    u64 blocks = 0;
-    u64 ghosts = 0;
-    for (u32 number = 1; number < chains_made_; ++number) {
-        const Chain& each = chain(number);
-        require((each.length == 0) == (each.span_count == 0), "a chain has spans exactly when it has blocks");
-        u32 start = 0;
-        u32 dead = 0;
-        u32 former = 0xFFFFFFFF;
-        for (const Span& span : each) {
-            require(span.end > start && span.set != former, "spans are maximal and in order");
-            if (span.set == 0) dead += span.end - start;
-            ++references[span.set];
-            for (const Word* word = sets_.begin(span.set); word != sets_.end(span.set); ++word)
-                for (u64 bits = word->bits; bits != 0; bits &= bits - 1) {
-                    Digest& digest = digests[word->at * 64 + static_cast<u32>(__builtin_ctzll(bits))];
-                    for (u32 at = start; at < span.end; ++at) {
-                        ++digest.count;
-                        digest.joined_xor ^= each.hashes[at];
-                        digest.sum += each.hashes[at];
-                    }
-                }
-            start = span.end;
-            former = span.set;
-        }
-        require(start == each.length && each.length <= each.room + (each.length == 0), "spans cover a chain");
-        require(dead == each.ghosts && dead <= each.length / 2, "ghosts are counted, and at most half");
-        require(each.length == 0 || each.end()[-1].set != 0, "a chain ends with a block that is held");
-        for (u32 at = 0; at < each.length; ++at) {
-            const Place found = find(each.hashes[at]);
-            require(found.chain == number && found.offset == at, "the table finds each block in its place");
-        }
-        blocks += each.length;
-        ghosts += dead;
-    }
-    require(blocks == table_.used() && ghosts == ghosts_, "blocks and ghosts are counted");
-    std::size_t live = 0;
-    for (u32 set = 1; set < references.size(); ++set) {
-        require(references[set] == sets_.references(set), "a set counts the spans that name it");
-        live += references[set] != 0;
-    }
-    require(live == sets_.count(), "a set that no span names is gone");
-    for (u32 number = 0; number < rows_.size(); ++number)
-        for (u32 tier = 0; tier < tier_count; ++tier) {
-            const Digest& told = rows_[number].digests[tier];
-            const Digest& found = digests[number * tier_count + tier];
-            require(told.count == found.count && told.joined_xor == found.joined_xor && told.sum == found.sum,
-                    "a digest is of what is held");
-            require(held(number * tier_count + tier).size() == told.count, "a holder finds all it holds");
-        }
 }
 
 }  // namespace kvcache::index

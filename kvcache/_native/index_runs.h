@@ -25,6 +25,8 @@
 
 namespace kvcache::index {
 
+constexpr u32 run_blocks_max = 16384;  // As `kvcache.index.RUN_BLOCKS_MAX`.
+
 struct Span {
     u32 end;
     u32 set;
@@ -106,6 +108,8 @@ public:
     bool clear_some(u32 holder);
     // The hashes it holds.
     std::vector<u64> held(u32 holder) const;
+    // The same as runs of blocks that follow one another, as long as can be but for `run_blocks_max`.
+    void runs(u32 holder, std::vector<u64>& hashes, std::vector<u16>& lengths) const;
 
     void prefetch(u64 hash) const { table_.prefetch(hash); }
     Place find(u64 hash) const {
@@ -124,6 +128,8 @@ public:
 private:
     static constexpr u32 page_chains = 1024;
 
+    template <typename Each>
+    void each_piece(u32 holder, Each each) const;
     Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
     bool has_room(u32 holder, u32 count) const;
     u32 new_chain(bool linked);

@@ -104,6 +104,11 @@ class IndexPair:
         assert self.index.store_loose(holder, tier, blocks(some)) == 0
         self.model.held[holder][tier].update(some)
 
+    def store_runs(self, holder: int, tier: int, runs: Sequence[Sequence[int]]) -> None:
+        joined = blocks(block for run in runs for block in run)
+        assert self.index.store_runs(holder, tier, joined, array("H", map(len, runs))) == 0
+        self.model.held[holder][tier].update(joined)
+
     def remove(self, holder: int, tier: int, some: Sequence[int]) -> None:
         held = self.model.held[holder][tier]
         assert self.index.remove(holder, tier, blocks(some)) == len(held & set(some))
@@ -120,6 +125,8 @@ class IndexPair:
         for holder, tiers in self.model.held.items():
             for tier, held in enumerate(tiers):
                 assert sorted(self.index.held(holder, tier)) == sorted(held)
+                hashes, lengths = self.index.runs(holder, tier)
+                assert sorted(hashes) == sorted(held) and sum(lengths) == len(held) and 0 not in lengths
                 joined = 0
                 for block in held:
                     joined ^= block
@@ -128,6 +135,17 @@ class IndexPair:
         stats = self.index.stats()
         assert stats["blocks"] == len(union) and stats["ghosts"] <= len(union)
         assert stats["members"] == sum(len(tier) for tiers in self.model.held.values() for tier in tiers)
+
+    def reload(self, into: Index) -> None:
+        """Everything into another index, as a snapshot does, and that one from now on."""
+        former, held, ranks = self.index, self.model.held, self.model.ranks
+        answering = set(self.model.answering.values())
+        self.index, self.model = into, IndexModel()
+        for holder in held:
+            loaded = self.open(*ranks[holder], shadow=holder not in answering)
+            for tier in range(TIER_COUNT):
+                assert into.store_runs(loaded, tier, *former.runs(holder, tier)) == 0
+                self.model.held[loaded][tier].update(held[holder][tier])
 
     def check(self) -> None:
         self.index.check()
@@ -161,6 +179,9 @@ def random_step(pair: IndexPair, generator: random.Random, depth: int) -> None:
     elif kind < 0.6:
         known = first > 0 and generator.random() < 0.8
         pair.store(generator.choice(holders), tier, run, prompt[first - 1] if known else None)
+    elif kind < 0.62:
+        middle = len(run) // 2
+        pair.store_runs(generator.choice(holders), tier, [run[middle:], [], run[:middle], run[:1]])
     elif kind < 0.65:
         pair.store_loose(generator.choice(holders), tier, generator.sample(run, len(run)))
     else:
