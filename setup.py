@@ -10,7 +10,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 native = Path("kvcache/_native")
-index_headers = [f"index_{name}.h" for name in ("lock", "python", "runs", "sets", "table", "tokens", "walk")]
+index_headers = [
+    f"index_{name}.h" for name in ("lock", "names", "python", "runs", "sets", "table", "tokens", "walk")
+]
 
 setup(
     ext_modules=[

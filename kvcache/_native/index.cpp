@@ -12,8 +12,7 @@
 #include <vector>
 
 #include "index_lock.h"
-#include "index_python.h"
-#include "index_tokens.h"
+#include "index_names.h"
 
 namespace {
 
@@ -22,22 +21,6 @@ using namespace kvcache::index;
 constexpr u32 write_blocks = 256;       // Under one hold of the lock.
 constexpr u32 quick_blocks = 512;       // A write of more releases the interpreter's lock.
 constexpr u32 quick_chains = 128;       // A read of more does.
-
-std::vector<u64> names_of(const Items<u32>& tokens, u32 block_tokens, u64 root) {
-    if (block_tokens == 0) throw Refusal{"bad_prefix", "a block of no tokens"};
-    std::vector<u64> names(tokens.count() / block_tokens);
-    const std::size_t step = block_tokens * sizeof(u32);
-    const u8* at = reinterpret_cast<const u8*>(tokens.data());
-    for (u64& name : names) {
-        name = root = seeded_sum(at, step, root);
-        at += step;
-    }
-    return names;
-}
-
-py::object name_blocks(py::handle tokens, u32 block_tokens, u64 root) {
-    return view_of(names_of(Items<u32>(tokens), block_tokens, root));
-}
 
 class Index {
 public:
@@ -378,6 +361,11 @@ PYBIND11_MODULE(index, module) {
         })
         .def("as_dict", &as_dict);
     module.def("name_blocks", &name_blocks, py::arg("tokens"), py::arg("block_tokens"), py::arg("root") = 0);
+    module.def("local_hashes", &local_hashes, py::arg("tokens"), py::arg("block_tokens"),
+               py::arg("extra") = py::tuple());
+    module.def("chain_locals", &chain_locals, py::arg("locals"), py::arg("parent") = py::none());
+    module.def("sequence_hashes", &sequence_hashes, py::arg("tokens"), py::arg("block_tokens"),
+               py::arg("extra") = py::tuple(), py::arg("parent") = py::none());
     py::class_<Index>(module, "PrefixIndex")
         .def(py::init<std::size_t>(), py::arg("bytes_max"))
         .def("open", &Index::open, py::arg("worker"), py::arg("dp_rank") = 0)

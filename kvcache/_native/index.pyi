@@ -1,9 +1,22 @@
+from collections.abc import Sequence
+
 from typing_extensions import Buffer
 
 from kvcache.index import Match
 
 def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
     """As ``kvcache.index.name_blocks``."""
+
+def local_hashes(tokens: Buffer, block_tokens: int, extra: Sequence[bytes] = ()) -> memoryview:
+    """As ``kvcache.sequence.local_hashes``."""
+
+def chain_locals(locals: Buffer, parent: int | None = None) -> memoryview:
+    """As ``kvcache.sequence.chain_locals``."""
+
+def sequence_hashes(
+    tokens: Buffer, block_tokens: int, extra: Sequence[bytes] = (), parent: int | None = None
+) -> memoryview:
+    """As ``kvcache.sequence.sequence_hashes``."""
 
 class PrefixIndex:
     """As ``kvcache.index.Index``."""
