@@ -99,14 +99,39 @@ class Index(Protocol):
     def clear(self, holder: int, tier: int) -> None:
         """It holds nothing any more in this tier."""
 
-    def match(self, hashes: Buffer, tiers: int = ALL_TIERS) -> Match:
-        """Who holds how many of the first blocks, in the tiers of the mask ``tiers`` (bit 0: tier 0)."""
+    def match(
+        self,
+        hashes: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        """Who holds how many of the first blocks, in the tiers of the mask ``tiers`` (bit 0: tier 0).
 
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
+        ``candidates`` (u32): only these workers, with all their ranks. ``limit``: if there are more answers,
+        only so many, best first: those with the most blocks, of equals the lowest worker and rank."""
+
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
         """``match`` of ``name_blocks``, for sources that name their blocks so."""
 
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
-        """Query i is ``hashes[ends[i - 1]:ends[i]]``. Others may write between two of them."""
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        """Query i is ``hashes[ends[i - 1]:ends[i]]``, ``limit`` is of each. Others may write between two of
+        them."""
 
     def digest(self, holder: int, tier: int) -> tuple[int, int, int]:
         """Of what it holds: count, xor of the hashes, and their sum modulo 2 ** 64."""

@@ -128,16 +128,38 @@ class PrefixIndex:
         with self._lock:
             self._runs.clear(self._holder_of(holder, tier))
 
-    def match(self, hashes: Buffer, tiers: int = ALL_TIERS) -> Match:
-        query = items(hashes, 8)
+    def match(
+        self,
+        hashes: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        query, chosen = items(hashes, 8), _chosen(candidates)
         with self._lock:
-            return Answers(self._runs.walk(query, tiers))
+            found = self._runs.walk(query, tiers, chosen)
+        return Answers(_best(found, limit))
 
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
-        return self.match(name_blocks(tokens, block_tokens, root), tiers)
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        return self.match(name_blocks(tokens, block_tokens, root), tiers, candidates, limit)
 
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
-        queries, limits = items(hashes, 8), items(ends, 8)
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        queries, limits, chosen = items(hashes, 8), items(ends, 8), _chosen(candidates)
         for number, (last, end) in enumerate(pairwise((0, *limits))):
             if not last <= end <= len(queries):
                 raise _refusal("bad_prefix", f"end {number} of a query is before the last, or too far")
@@ -145,7 +167,8 @@ class PrefixIndex:
         ended = []
         for last, end in pairwise((0, *limits)):
             with self._lock:
-                answers += self._runs.walk(queries[last:end], tiers)
+                found = self._runs.walk(queries[last:end], tiers, chosen)
+            answers += _best(found, limit)
             ended.append(len(answers))
         return Answers(answers, ended)
 
@@ -199,6 +222,16 @@ def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
     if block_tokens < 1:
         raise _refusal("bad_prefix", "a block of no tokens")
     return memoryview(array("Q", chain_sums(packed, 4 * block_tokens, root))).toreadonly()
+
+
+def _chosen(candidates: Buffer | None) -> frozenset[int] | None:
+    return None if candidates is None else frozenset(items(candidates, 4))
+
+
+def _best(found: list[tuple[int, ...]], limit: int | None) -> list[tuple[int, ...]]:
+    if limit is None or len(found) <= limit:
+        return found
+    return sorted(found, key=lambda answer: (-answer[2], answer[0], answer[1]))[:limit]
 
 
 def items(buffer: Buffer, size: int) -> memoryview:

@@ -303,7 +303,9 @@ class Runs:
         self._ghosts -= whole.ghosts
         self._set_spans(whole, [])
 
-    def walk(self, query: Sequence[int], tiers: int) -> list[tuple[int, ...]]:
+    def walk(
+        self, query: Sequence[int], tiers: int, workers: frozenset[int] | None = None
+    ) -> list[tuple[int, ...]]:
         """Chain by chain and span by span, as index_walk.h does."""
         live: dict[int, int] = {}  # By row: the tiers that have the block now.
         counts: dict[int, list[int]] = {}  # By row: blocks in all, and in each tier.
@@ -320,6 +322,8 @@ class Runs:
                 if not place or chain.sets[number] is not former:
                     former = chain.sets[number]
                     live = self._going_on(former, tiers, live if place else None)
+                    if workers is not None and not place:
+                        live = {row: mask for row, mask in live.items() if self.rows[row].worker in workers}
                 run = min(chain.ends[number], last) - offset
                 for row, mask in live.items():
                     of_row = counts.setdefault(row, [0] * (1 + TIER_COUNT))

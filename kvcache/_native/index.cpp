@@ -107,22 +107,24 @@ public:
         }
     }
 
-    Match match(py::handle hashes, u32 tiers) {
+    Match match(py::handle hashes, u32 tiers, py::handle candidates, std::optional<u32> limit) {
         const Items<u64> query(hashes);
-        return matched(query.data(), query.count(), tiers);
+        return matched(query.data(), query.count(), wanted(tiers, candidates, limit));
     }
 
-    Match match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers) {
+    Match match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers, py::handle candidates,
+                       std::optional<u32> limit) {
         const auto names = names_of(Items<u32>(tokens), block_tokens, root);
-        return matched(names.data(), static_cast<u32>(names.size()), tiers);
+        return matched(names.data(), static_cast<u32>(names.size()), wanted(tiers, candidates, limit));
     }
 
-    Match match_many(py::handle hashes, py::handle ends, u32 tiers) {
+    Match match_many(py::handle hashes, py::handle ends, u32 tiers, py::handle candidates,
+                     std::optional<u32> limit) {
         const Items<u64> queries(hashes);
         const Items<u64> limits(ends);
         check_ends(queries, limits);
         Match made;
-        each_query(queries, limits, tiers, [&](const Walk& walk) {
+        each_query(queries, limits, wanted(tiers, candidates, limit), [&](const Walk& walk) {
             walk.answer(runs_, made.answers);
             made.ends.push_back(static_cast<u32>(made.answers.size()));
         });
@@ -138,7 +140,7 @@ public:
         std::vector<Answer> answers;
         auto before = std::chrono::steady_clock::now();
         times.reserve(limits.count());
-        each_query(queries, limits, 0xF, [&](const Walk& walk) {
+        each_query(queries, limits, {0xF, nullptr, blocks_max}, [&](const Walk& walk) {
             answers.clear();
             walk.answer(runs_, answers);
             const auto now = std::chrono::steady_clock::now();
@@ -212,10 +214,19 @@ public:
     }
 
 private:
-    Match matched(const u64* query, u32 count, u32 tiers) {
+    static Wanted wanted(u32 tiers, py::handle candidates, std::optional<u32> limit) {
+        static thread_local Chosen chosen;
+        if (!candidates.is_none()) {
+            const Items<u32> workers(candidates);
+            chosen.assign(workers.data(), workers.count());
+        }
+        return {tiers, candidates.is_none() ? nullptr : &chosen, limit.value_or(0xFFFFFFFF)};
+    }
+
+    Match matched(const u64* query, u32 count, const Wanted& wanted) {
         Match made;
         Walk& walk = scratch();
-        walk.start(query, count, tiers);
+        walk.start(query, count, wanted);
         std::optional<py::gil_scoped_release> released;
         const Reading reading(lock_);  // Ends first, before the interpreter's lock is taken again.
         if (!walk.advance(runs_, quick_chains)) {
@@ -302,13 +313,13 @@ private:
     }
 
     template <typename Each>
-    void each_query(const Items<u64>& queries, const Items<u64>& limits, u32 tiers, Each each) {
+    void each_query(const Items<u64>& queries, const Items<u64>& limits, const Wanted& wanted, Each each) {
         const py::gil_scoped_release released;
         Walk& walk = scratch();
         u64 from = 0;
         for (u32 i = 0; i < limits.count(); ++i) {
             const u64 to = limits.data()[i];
-            walk.start(queries.data() + from, static_cast<u32>(to - from), tiers);
+            walk.start(queries.data() + from, static_cast<u32>(to - from), wanted);
             const Reading reading(lock_);
             while (!walk.advance(runs_, blocks_max)) {}
             each(walk);
@@ -379,10 +390,13 @@ PYBIND11_MODULE(index, module) {
         .def("store_loose", &Index::store_loose, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("remove", &Index::remove, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("clear", &Index::clear, py::arg("holder"), py::arg("tier"))
-        .def("match", &Index::match, py::arg("hashes"), py::arg("tiers") = 0xF)
+        .def("match", &Index::match, py::arg("hashes"), py::arg("tiers") = 0xF,
+             py::arg("candidates") = py::none(), py::arg("limit") = py::none())
         .def("match_tokens", &Index::match_tokens, py::arg("tokens"), py::arg("block_tokens"),
-             py::arg("root") = 0, py::arg("tiers") = 0xF)
-        .def("match_many", &Index::match_many, py::arg("hashes"), py::arg("ends"), py::arg("tiers") = 0xF)
+             py::arg("root") = 0, py::arg("tiers") = 0xF, py::arg("candidates") = py::none(),
+             py::arg("limit") = py::none())
+        .def("match_many", &Index::match_many, py::arg("hashes"), py::arg("ends"), py::arg("tiers") = 0xF,
+             py::arg("candidates") = py::none(), py::arg("limit") = py::none())
         .def("match_times", &Index::match_times, py::arg("hashes"), py::arg("ends"))
         .def("digest", &Index::digest, py::arg("holder"), py::arg("tier"))
         .def("held", &Index::held, py::arg("holder"), py::arg("tier"))

@@ -31,9 +31,26 @@ class PrefixIndex:
     def store_loose(self, holder: int, tier: int, hashes: Buffer) -> int: ...
     def remove(self, holder: int, tier: int, hashes: Buffer) -> int: ...
     def clear(self, holder: int, tier: int) -> None: ...
-    def match(self, hashes: Buffer, tiers: int = 15) -> Match: ...
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = 15) -> Match: ...
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = 15) -> Match: ...
+    def match(
+        self, hashes: Buffer, tiers: int = 15, candidates: Buffer | None = None, limit: int | None = None
+    ) -> Match: ...
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = 15,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match: ...
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = 15,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match: ...
     def match_times(self, hashes: Buffer, ends: Buffer) -> memoryview:
         """For measurements: the nanoseconds of each query, its answer made and thrown away."""
 

@@ -21,10 +21,41 @@ struct Answer {
     u32 tiers[tier_count];
 };
 
+// A set of workers, for as long as a call takes.
+class Chosen {
+public:
+    void assign(const u32* workers, u32 count) {
+        std::size_t room = 8;
+        while (room < 2 * static_cast<std::size_t>(count)) room *= 2;
+        slots_.assign(room, 0);
+        for (u32 i = 0; i < count; ++i) *slot_of(workers[i]) = workers[i] + 1ull;
+    }
+    bool contains(u32 worker) const { return *slot_of(worker) != 0; }
+
+private:
+    // Its own, or the empty one where it would be.
+    const u64* slot_of(u32 worker) const {
+        std::size_t at = worker * 0x9E3779B97F4A7C15 >> 32;
+        for (;; ++at) {
+            const u64& slot = slots_[at & (slots_.size() - 1)];
+            if (slot == 0 || slot == worker + 1ull) return &slot;
+        }
+    }
+    u64* slot_of(u32 worker) { return const_cast<u64*>(static_cast<const Chosen*>(this)->slot_of(worker)); }
+
+    std::vector<u64> slots_;  // A worker and one; 0 is empty.
+};
+
+// What a question wants beside its blocks.
+struct Wanted {
+    u32 tiers;                 // A mask of those that count.
+    const Chosen* candidates;  // Only these workers; null: all.
+    u32 limit;                 // At most so many answers.
+};
+
 class Walk {
 public:
-    // `tiers` is a mask of those that count.
-    void start(const u64* query, u32 count, u32 tiers);
+    void start(const u64* query, u32 count, const Wanted& wanted);
 
     // Goes on for at most `steps` chains; false when there is more to go. REQUIRES: nobody wrote since `start`.
     bool advance(const Runs& runs, u32 steps);
@@ -33,6 +64,8 @@ public:
     void answer(const Runs& runs, std::vector<Answer>& answers) const;
 
 private:
+    static u64 chosen(const Runs& runs, const Chosen& candidates, u32 at, u64 bits);
+    static bool better(const Answer& one, const Answer& other);
     struct Live {
         u32 at;     // Of the set's words.
         u64 first;  // The lowest bit of each row that held the first block.
@@ -51,6 +84,8 @@ private:
     u32 live_rows_ = 0;
     u32 first_rows_ = 0;  // How many held the first block.
     u64 mask_ = 0;
+    const Chosen* candidates_ = nullptr;
+    u32 limit_ = 0;
     std::vector<Live> live_;
     std::vector<u32> ends_;    // By row of `live_`, once it has ended.
     std::vector<u32> counts_;  // By holder of `live_`.
@@ -61,11 +96,13 @@ constexpr u64 row_bits = 0x1111111111111111;
 // The lowest bit of each row that has any.
 inline u64 rows_of(u64 bits) { return (bits | bits >> 1 | bits >> 2 | bits >> 3) & row_bits; }
 
-inline void Walk::start(const u64* query, u32 count, u32 tiers) {
+inline void Walk::start(const u64* query, u32 count, const Wanted& wanted) {
     query_ = query;
     count_ = count;
     place_ = set_ = live_rows_ = first_rows_ = 0;
-    mask_ = row_bits * (tiers & 0xF);
+    mask_ = row_bits * (wanted.tiers & 0xF);
+    candidates_ = wanted.candidates;
+    limit_ = wanted.limit;
     live_.clear();
     if (count > 0) __builtin_prefetch(query + count - 1);  // The first that is compared, as a rule.
 }
@@ -102,7 +139,8 @@ inline bool Walk::take(const Runs& runs, u32 set, u32 place) {
 
 inline void Walk::begin(const Runs& runs, u32 set) {
     for (const Word* word = runs.sets().begin(set); word != runs.sets().end(set); ++word) {
-        const u64 bits = word->bits & mask_ & runs.serving()[word->at];
+        u64 bits = word->bits & mask_ & runs.serving()[word->at];
+        if (candidates_ != nullptr) bits = chosen(runs, *candidates_, word->at, bits);
         if (bits == 0) continue;
         live_.push_back({word->at, rows_of(bits), rows_of(bits), bits});
         live_rows_ += static_cast<u32>(__builtin_popcountll(rows_of(bits)));
@@ -110,6 +148,15 @@ inline void Walk::begin(const Runs& runs, u32 set) {
     first_rows_ = live_rows_;
     ends_.resize(live_.size() * word_rows);
     counts_.assign(live_.size() * 64, 0);
+}
+
+// Those of the bits whose rows are of candidates.
+inline u64 Walk::chosen(const Runs& runs, const Chosen& candidates, u32 at, u64 bits) {
+    for (u64 rows = rows_of(bits); rows != 0; rows &= rows - 1) {
+        const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
+        if (!candidates.contains(runs.names()[at * word_rows + bit / tier_count].worker)) bits &= ~(0xFull << bit);
+    }
+    return bits;
 }
 
 inline bool Walk::change(const Sets& sets, u32 set, u32 place) {
@@ -154,6 +201,15 @@ inline void Walk::answer(const Runs& runs, std::vector<Answer>& answers) const {
                     counts_[i * 64 + bit + tier] + ((live.bits >> (bit + tier) & 1) != 0 ? place_ : 0);
         }
     }
+    if (first_rows_ <= limit_) return;
+    const auto first = answers.end() - first_rows_;
+    std::partial_sort(first, first + limit_, answers.end(), better);
+    answers.erase(first + limit_, answers.end());
+}
+
+inline bool Walk::better(const Answer& one, const Answer& other) {
+    if (one.blocks != other.blocks) return one.blocks > other.blocks;
+    return one.worker != other.worker ? one.worker < other.worker : one.rank < other.rank;
 }
 
 }  // namespace kvcache::index

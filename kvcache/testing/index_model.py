@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import blake2b
 
 from kvcache.index import TIER_COUNT, Index
@@ -57,9 +57,13 @@ class IndexModel:
         if self.answering.get(rank) == holder:
             del self.answering[rank]
 
-    def match(self, query: Sequence[int], tiers: int) -> list[Answer]:
+    def match(
+        self, query: Sequence[int], tiers: int, candidates: Collection[int] | None = None
+    ) -> list[Answer]:
         answers = []
         for (worker, rank), holder in self.answering.items():
+            if candidates is not None and worker not in candidates:
+                continue
             having = [self.held[holder][tier] if tiers >> tier & 1 else set() for tier in range(TIER_COUNT)]
             count, counts = 0, [0] * TIER_COUNT
             for block in query:
@@ -120,6 +124,21 @@ class IndexPair:
 
     def compare(self, query: Sequence[int], tiers: int = 15) -> None:
         assert answers(self.index.match(blocks(query), tiers).table) == self.model.match(query, tiers)
+
+    def compare_chosen(self, query: Sequence[int], candidates: Sequence[int], limit: int) -> None:
+        """The best of the candidates: the first ``limit`` by blocks, then by worker and rank."""
+        chosen = array("I", candidates)
+        full = self.model.match(query, 15, candidates)
+        best = sorted(full, key=lambda answer: (-answer[2], answer[0], answer[1]))[:limit]
+        assert answers(self.index.match(blocks(query), candidates=chosen).table) == full
+        found = self.index.match(blocks(query), 15, chosen, limit)
+        assert answers(found.table) == sorted(best)
+        if len(full) > limit:
+            assert list(found.workers) == [answer[0] for answer in best], "best first"
+        twice = self.index.match_many(
+            blocks([*query, *query]), blocks([len(query), 2 * len(query)]), 15, chosen, limit
+        )
+        assert twice.table.tobytes() == 2 * found.table.tobytes()
 
     def compare_held(self) -> None:
         for holder, tiers in self.model.held.items():
@@ -188,3 +207,4 @@ def random_step(pair: IndexPair, generator: random.Random, depth: int) -> None:
         order = generator.choice([run, run[::-1], generator.sample(run, len(run)), run[:1]])
         pair.remove(generator.choice(holders), tier, order)
     pair.compare(prompt, generator.choice([15, 15, 15, 1, 6]))
+    pair.compare_chosen(prompt, generator.sample(range(40), generator.randrange(40)), generator.randrange(6))

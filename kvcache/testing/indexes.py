@@ -181,6 +181,24 @@ class IndexContract:
         pair.compare(prompt)
         pair.compare(prompt[:130])
 
+    def test_only_candidates_and_only_the_best(self) -> None:
+        pair, prompt = self.pair(), path([1] * 30)
+        for worker in (3, 70_000, (1 << 32) - 1):
+            for rank in range(3):
+                pair.store(pair.open(worker, rank), rank, prompt[: 5 + 5 * rank])
+        for candidates in ([], [3], [70_000, 5], [(1 << 32) - 1, 3, 3], range(4)):
+            for limit in (0, 1, 2, 4, 9):
+                pair.compare_chosen(prompt, candidates, limit)
+        found = pair.index.match(blocks(prompt), limit=4)
+        assert list(zip(found.workers, found.dp_ranks, found.blocks, strict=True)) == [
+            (3, 2, 15),
+            (70_000, 2, 15),
+            ((1 << 32) - 1, 2, 15),
+            (3, 1, 10),
+        ]
+        with pytest.raises(BadInput, match="bad_prefix"):
+            pair.index.match(blocks(prompt), candidates=blocks([3]))
+
     def test_many_queries_in_one_call(self) -> None:
         pair = self.pair()
         prompts = [path([0, 1, choice, *range(choice)]) for choice in range(9)]
@@ -313,6 +331,10 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(choices=CHOICES, tiers=st.integers(0, 15))
     def match(self, choices: list[int], tiers: int) -> None:
         self.pair.compare(path(choices), tiers)
+
+    @rule(choices=CHOICES, candidates=st.sets(st.integers(0, 5)), limit=st.integers(0, 3))
+    def match_some(self, choices: list[int], candidates: set[int], limit: int) -> None:
+        self.pair.compare_chosen(path(choices), sorted(candidates), limit)
 
     @invariant()
     def check(self) -> None:
