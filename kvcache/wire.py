@@ -17,10 +17,8 @@ Hashes travel joined (16 bytes each, ``block.split_hashes``), sums joined (8 byt
 
 from __future__ import annotations
 
-import struct
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -35,6 +33,13 @@ from kvcache.wire_base import OrNone, Unsigned
 from kvcache.wire_events import BlockEvent as BlockEvent
 from kvcache.wire_events import EventBatch as EventBatch
 from kvcache.wire_events import Watch as Watch
+from kvcache.wire_frame import HEADER as HEADER
+from kvcache.wire_frame import MAGIC as MAGIC
+from kvcache.wire_frame import PAYLOAD_BYTES_MAX as PAYLOAD_BYTES_MAX
+from kvcache.wire_frame import PROTOCOL_VERSION as PROTOCOL_VERSION
+from kvcache.wire_frame import FrameHeader as FrameHeader
+from kvcache.wire_frame import decode_header as decode_header
+from kvcache.wire_frame import frame as frame
 from kvcache.wire_peers import Advance as Advance
 from kvcache.wire_peers import Export as Export
 from kvcache.wire_peers import Exported as Exported
@@ -47,10 +52,6 @@ from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
 from kvcache.wire_slices import ChunkSums as ChunkSums
 from kvcache.wire_slices import Sums as Sums
 
-PROTOCOL_VERSION = 1
-HEADER = struct.Struct("<2sBBIQ")
-MAGIC = b"KV"
-PAYLOAD_BYTES_MAX = 1 << 30
 BATCH_BLOCKS_MAX = 1_024
 
 # --- requests -----------------------------------------------------------------------------------
@@ -310,53 +311,27 @@ _Moved = Exported | Posted | Followed | ChunkSums
 Reply = _Answer | _Moved | EventBatch | Failure
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
-    body_bytes: int
-    payload_bytes: int
-
-
 def encode(call: int, message: Message, payload_bytes: int = 0) -> bytes:
     """Header and body of one frame. The payload, if any, is written after it by the caller.
 
     RAISES BadInput for text that is not valid Unicode, numbers over 64 bits, and what is too large.
     """
     try:
-        body = pack([call, msgspec.to_builtins(message, builtin_types=(bytes,))])
+        return frame(call, packed(message), payload_bytes)
     except (ValueError, OverflowError) as error:
-        what = f"a {type(message).__name__} that cannot be sent"
-        raise BadInput("bad_message", what, _printable(error)) from error
-    _check_sizes(len(body), payload_bytes)
-    return HEADER.pack(MAGIC, PROTOCOL_VERSION, 0, len(body), payload_bytes) + body
+        raise _unsendable(message, error) from error
 
 
-def decode_header(data: bytes | bytearray | memoryview) -> FrameHeader:
-    """RAISES BadInput when these are not the ``HEADER.size`` bytes of a header of this protocol."""
-    if len(data) != HEADER.size:
-        raise BadInput("bad_frame", f"a header of {len(data)} bytes", f"headers are {HEADER.size} bytes")
-    magic, version, zero, body_bytes, payload_bytes = HEADER.unpack(data)
-    if magic != MAGIC or zero != 0:
-        start = bytes(data[:4])
-        raise BadInput("bad_frame", f"a frame starts with {start!r}", f"frames start with {MAGIC!r}")
-    if version != PROTOCOL_VERSION:
-        raise BadInput(
-            "bad_version",
-            f"the peer speaks protocol version {version}",
-            f"this side speaks version {PROTOCOL_VERSION}",
-            "run the same release of kvcache on both sides",
-        )
-    _check_sizes(body_bytes, payload_bytes)
-    return FrameHeader(body_bytes, payload_bytes)
+def packed(message: Message) -> bytes:
+    """The message as ``frame`` takes it, for who sends it in many. RAISES BadInput as ``encode``."""
+    try:
+        return pack(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    except (ValueError, OverflowError) as error:
+        raise _unsendable(message, error) from error
 
 
-def _check_sizes(body_bytes: int, payload_bytes: int) -> None:
-    if body_bytes > BODY_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
-        raise BadInput(
-            "too_large",
-            f"a frame of {body_bytes} + {payload_bytes} bytes",
-            f"the limits are {BODY_BYTES_MAX} + {PAYLOAD_BYTES_MAX} bytes",
-            "send fewer blocks a call",
-        )
+def _unsendable(message: Message, error: Exception) -> BadInput:
+    return BadInput("bad_message", f"a {type(message).__name__} that cannot be sent", _printable(error))
 
 
 _Decoded = TypeVar("_Decoded")
