@@ -226,8 +226,9 @@ class Chooser:
         everybody = range(len(candidates))
         if not count or count >= len(candidates):
             return everybody
-        most = max(everybody, key=lambda n: sum(candidates[n].cached) + candidates[n].placed)
-        chosen = {*self._random.sample(everybody, count), most}
+        holds = [sum(each.cached) + each.placed for each in candidates]
+        most = max(holds)
+        chosen = {*self._random.sample(everybody, count)} | ({holds.index(most)} if most else set())
         return sorted(chosen | {home} if home >= 0 else chosen)
 
     def _draw(self, pool: Sequence[int], costs: list[float]) -> int:
