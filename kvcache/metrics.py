@@ -256,7 +256,10 @@ class HttpMetrics:
         self.index_synced = self._gauge(
             "kvcache_index_synced", "1 while the locality index follows the node."
         )
-        self.index_entries = self._gauge("kvcache_index_entries", "Blocks in the locality index.")
+        self.index_entries = self._gauge(
+            "kvcache_index_entries", "Blocks in the locality index, each counted once a namespace and tier."
+        )
+        self.index_bytes = self._gauge("kvcache_index_bytes", "Memory that the locality index takes.")
         self.index_refused = Counter(
             "kvcache_index_refused_blocks",
             "Blocks the locality index had no room for.",

@@ -34,7 +34,7 @@ from kvcache.wire import PROTOCOL_VERSION, Hello
 
 log = logging.getLogger("kvcache.server.http")
 
-ENTRIES_MAX = 4 << 20
+INDEX_BYTES_MAX = 256 << 20
 CONNECT_NS = 5 * NS_PER_S
 SHUTDOWN_S = 1.0
 BACKLOG = 128
@@ -49,7 +49,7 @@ class Settings:
     bind: str
     credentials: str
     token: str
-    entries_max: int
+    index_bytes: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ async def serve(settings: Settings) -> None:
         hello = Hello(PROTOCOL_VERSION, token=settings.token, client="http")
         return await AsyncChannel.connect(settings.node, hello, clock.now_ns() + CONNECT_NS)
 
-    follower = Follower(connect, LocalityIndex(settings.entries_max), metrics, clock)
+    follower = Follower(connect, LocalityIndex(settings.index_bytes), metrics, clock)
     app = HttpApp(follower, metrics, credentials, clock).application()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
@@ -122,10 +122,12 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     )
     parser.add_argument("--bind", default="127.0.0.1:8210", help="HOST:PORT to serve on")
     parser.add_argument("--credentials", default="", help="TOML file of tokens and users")
-    parser.add_argument("--entries-max", type=int, default=ENTRIES_MAX, help="most blocks to index")
+    parser.add_argument(
+        "--index-bytes", type=int, default=INDEX_BYTES_MAX, help="most memory for the locality index"
+    )
     given = parser.parse_args(arguments)
     token = os.environ.pop("KVCACHE_TOKEN", "")
-    return Settings(given.node, given.bind, given.credentials, token, given.entries_max)
+    return Settings(given.node, given.bind, given.credentials, token, given.index_bytes)
 
 
 def _checked_bind(bind: str, credentials: Credentials) -> tuple[str, int]:

@@ -108,8 +108,11 @@ class LocateReply(Answer, frozen=True, kw_only=True):
 
 
 class IndexState(Answer, frozen=True, kw_only=True):
+    """``entries``: blocks held, each counted once a namespace and tier. ``bytes``: memory taken for them."""
+
     entries: int
-    entries_max: int
+    bytes: int
+    bytes_max: int
     refused_blocks: int
     sources: dict[str, AsOf]
 

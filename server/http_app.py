@@ -180,7 +180,8 @@ class HttpApp:
         now_ns = self._clock.now_ns()
         state = api.IndexState(
             entries=index.entries,
-            entries_max=index.entries_max,
+            bytes=index.bytes,
+            bytes_max=index.bytes_max,
             refused_blocks=index.refused_blocks,
             sources={each.source: as_of(each, now_ns) for each in index.sources()},
         )

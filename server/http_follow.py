@@ -87,6 +87,7 @@ class Follower:
         self._metrics.node_connected.set(self._following.calls is not None)
         self._metrics.index_synced.set(bool(states) and all(state.synced for state in states))
         self._metrics.index_entries.set(self.index.entries)
+        self._metrics.index_bytes.set(self.index.bytes)
         self._metrics.count_refused(self.index.refused_blocks)
 
     # What ``Following`` tells and asks.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from kvcache.block import BlockHash, NamespaceId, chain
+from kvcache.block import BlockHash, NamespaceId, chain, hints
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput
 from kvcache.locality import TIERS, LocalityIndex, Located
@@ -34,7 +34,7 @@ def locate(
         visible = _one(visible, request.namespace)
     prefix = _prefix(request, visible, tenant_key)
     found: dict[str, list[Located]] = {}
-    for each in index.locate(prefix, visible):
+    for each in index.locate(hints(prefix), visible):
         found.setdefault(each.source, []).append(each)
     states = index.sources()
     return api.LocateReply(

@@ -42,7 +42,7 @@ class World:
         self.is_up = True
         self.is_wanted = True
         self.pauses: list[asyncio.Future[None]] = []
-        index = LocalityIndex(1)
+        index = LocalityIndex(1 << 20)
         self.following = Following("a", self._connect, index, self, FakeClock(), self._pause)
 
     async def _connect(self) -> Channel:

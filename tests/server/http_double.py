@@ -139,7 +139,7 @@ class Running:
         self.node = node
         self.clock = Clock()
         self.metrics = HttpMetrics()
-        self.index = LocalityIndex(1_000)
+        self.index = LocalityIndex(4 << 20)
         self.pauses = Pauses()
         self.connect: Callable[[], Awaitable[http_follow.Channel]] = node.connect
         self.follower = Follower(lambda: self.connect(), self.index, self.metrics, self.clock, self.pauses)
