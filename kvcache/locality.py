@@ -48,10 +48,11 @@ from kvcache.locality_source import Applied as Applied
 from kvcache.locality_source import AsOf as AsOf
 from kvcache.locality_source import Load as Load
 from kvcache.locality_source import Source
-from kvcache.locality_view import NAMESPACES_MAX, Content, View, are_runs
+from kvcache.locality_view import NAMESPACES_MAX, Content, View
 from kvcache.locality_view import TIERS as TIERS
 from kvcache.namespace import Namespace
 from kvcache.wire import BlockEvent, EventBatch
+from kvcache.wire_events import run_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -304,10 +305,18 @@ def _check_meaning(batch: EventBatch) -> None:
             raise _nonsense(event)
         if event.parent and len(event.parent) != HINT_BYTES:
             raise _nonsense(event)
-        if event.runs and not are_runs(event):
+        if event.runs and not _are_runs(event):
             raise _nonsense(event)
     if batch.beat and (batch.events or batch.snapshot):
         raise _refusal("bad_message", "a beat that is also something else")
+
+
+def _are_runs(event: BlockEvent) -> bool:
+    """Whether they are those of its blocks."""
+    if len(event.runs) % 2:
+        return False
+    lengths = memoryview(run_lengths(event)).cast("H").tolist()
+    return 0 not in lengths and sum(lengths) == len(event.hashes) // HINT_BYTES
 
 
 def _nonsense(event: BlockEvent) -> BadInput:
