@@ -11,7 +11,7 @@ from setuptools import setup
 
 native = Path("kvcache/_native")
 index_headers = [
-    f"index_{name}.h" for name in ("lock", "names", "python", "runs", "sets", "table", "tokens", "walk")
+    f"index_{name}.h" for name in ("lock", "match", "names", "python", "runs", "sets", "table", "tokens", "walk")
 ]
 
 setup(

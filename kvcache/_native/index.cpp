@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "index_lock.h"
+#include "index_match.h"
 #include "index_names.h"
 
 namespace {
@@ -107,28 +108,52 @@ public:
         }
     }
 
-    Match match(py::handle hashes, u32 tiers, py::handle candidates, std::optional<u32> limit) {
-        const Items<u64> query(hashes);
-        return matched(query.data(), query.count(), wanted(tiers, candidates, limit));
+    // What Python calls, without pybind11 in between: match(hashes, tiers, candidates, limit).
+    static PyObject* match(PyObject* self, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+        try {
+            PyObject* given[match_arguments] = {};
+            if (!parsed(arguments, count, names, given)) return nullptr;
+            const Items<u64> query(given[0]);
+            Wanted wanted;
+            if (count > 1 || names != nullptr) wanted = wanted_of(given);
+            return of_python(self).matched(query.data(), query.count(), wanted);
+        } catch (...) {
+            raise_thrown();
+            return nullptr;
+        }
     }
 
-    Match match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers, py::handle candidates,
-                       std::optional<u32> limit) {
+    py::object match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers, py::handle candidates,
+                            std::optional<u32> limit) {
         const auto names = names_of(Items<u32>(tokens), block_tokens, root);
-        return matched(names.data(), static_cast<u32>(names.size()), wanted(tiers, candidates, limit));
+        const Wanted wanted = wanted_of(tiers, candidates, limit);
+        return py::reinterpret_steal<py::object>(
+            matched(names.data(), static_cast<u32>(names.size()), wanted));
     }
 
-    Match match_many(py::handle hashes, py::handle ends, u32 tiers, py::handle candidates,
-                     std::optional<u32> limit) {
+    py::object match_many(py::handle hashes, py::handle ends, u32 tiers, py::handle candidates,
+                          std::optional<u32> limit) {
         const Items<u64> queries(hashes);
         const Items<u64> limits(ends);
         check_ends(queries, limits);
-        Match made;
-        each_query(queries, limits, wanted(tiers, candidates, limit), [&](const Walk& walk) {
-            walk.answer(runs_, made.answers);
-            made.ends.push_back(static_cast<u32>(made.answers.size()));
+        std::vector<u32> columns[column_count];
+        std::vector<u32> ended;
+        each_query(queries, limits, wanted_of(tiers, candidates, limit), [&](Walk& walk) {
+            const std::size_t before = columns[0].size();
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) {
+                columns[i].resize(before + walk.answer_count());
+                at[i] = columns[i].data() + before;
+            }
+            walk.answer(runs_, at);
+            ended.push_back(static_cast<u32>(columns[0].size()));
         });
-        return made;
+        Values* made = new_match(static_cast<u32>(columns[0].size()));
+        const Columns at = columns_of(made);
+        for (u32 i = 0; i < column_count; ++i) std::copy(columns[i].begin(), columns[i].end(), at[i]);
+        auto result = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(made));
+        made->ends = view_of(std::move(ended)).release().ptr();
+        return result;
     }
 
     // For measurements: the nanoseconds that each query took, its answer made and thrown away.
@@ -137,12 +162,14 @@ public:
         const Items<u64> limits(ends);
         check_ends(queries, limits);
         std::vector<u32> times;
-        std::vector<Answer> answers;
+        std::vector<u32> answers;
         auto before = std::chrono::steady_clock::now();
         times.reserve(limits.count());
-        each_query(queries, limits, {0xF, nullptr, blocks_max}, [&](const Walk& walk) {
-            answers.clear();
-            walk.answer(runs_, answers);
+        each_query(queries, limits, Wanted(), [&](Walk& walk) {
+            answers.resize(std::size_t{walk.answer_count()} * column_count);
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) at[i] = answers.data() + std::size_t{i} * walk.answer_count();
+            walk.answer(runs_, at);
             const auto now = std::chrono::steady_clock::now();
             const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
             times.push_back(static_cast<u32>(spent));
@@ -214,27 +241,84 @@ public:
     }
 
 private:
-    static Wanted wanted(u32 tiers, py::handle candidates, std::optional<u32> limit) {
-        static thread_local Chosen chosen;
-        if (!candidates.is_none()) {
-            const Items<u32> workers(candidates);
-            chosen.assign(workers.data(), workers.count());
-        }
-        return {tiers, candidates.is_none() ? nullptr : &chosen, limit.value_or(0xFFFFFFFF)};
+    static constexpr Py_ssize_t match_arguments = 4;
+
+    static Index& of_python(PyObject* self) {
+        auto* instance = reinterpret_cast<py::detail::instance*>(self);
+        return *static_cast<Index*>(instance->get_value_and_holder().value_ptr());
     }
 
-    Match matched(const u64* query, u32 count, const Wanted& wanted) {
-        Match made;
+    // The arguments by their place in `given`; false with Python's error set.
+    static bool parsed(PyObject* const* arguments, Py_ssize_t count, PyObject* names, PyObject** given) {
+        static const char* const known[match_arguments] = {"hashes", "tiers", "candidates", "limit"};
+        std::copy(arguments, arguments + std::min(count, match_arguments), given);
+        bool fits = count <= match_arguments;
+        for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
+            Py_ssize_t at = 0;
+            while (at < match_arguments &&
+                   PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, i), known[at]) != 0)
+                ++at;
+            if (at == match_arguments || given[at] != nullptr) {
+                fits = false;
+            } else {
+                given[at] = arguments[count + i];
+            }
+        }
+        if (fits && given[0] != nullptr) return true;
+        PyErr_SetString(PyExc_TypeError, "match takes hashes, tiers, candidates and limit");
+        return false;
+    }
+
+    static Wanted wanted_of(PyObject* const* given) {
+        const py::handle candidates = given[2] == nullptr ? Py_None : given[2];
+        const bool limited = given[3] != nullptr && given[3] != Py_None;
+        return wanted_of(given[1] == nullptr ? 0xF : py::cast<u32>(given[1]), candidates,
+                         limited ? std::optional<u32>(py::cast<u32>(given[3])) : std::nullopt);
+    }
+
+    static Wanted wanted_of(u32 tiers, py::handle candidates, std::optional<u32> limit) {
+        static thread_local Chosen chosen;
+        Wanted wanted{tiers, nullptr, limit.value_or(0xFFFFFFFF)};
+        if (candidates.is_none()) return wanted;
+        const Items<u32> workers(candidates);
+        chosen.assign(workers.data(), workers.count());
+        wanted.candidates = &chosen;
+        return wanted;
+    }
+
+    // Making an object of ours never waits for the interpreter's lock, so the short way may do it under this one.
+    PyObject* matched(const u64* query, u32 count, const Wanted& wanted) {
         Walk& walk = scratch();
         walk.start(query, count, wanted);
-        std::optional<py::gil_scoped_release> released;
-        const Reading reading(lock_);  // Ends first, before the interpreter's lock is taken again.
-        if (!walk.advance(runs_, quick_chains)) {
-            released.emplace();
-            while (!walk.advance(runs_, blocks_max)) {}
+        {
+            const Reading reading(lock_);
+            if (walk.advance(runs_, quick_chains)) {
+                Values* made = new_match(walk.answer_count());
+                walk.answer(runs_, columns_of(made));
+                return reinterpret_cast<PyObject*>(made);
+            }
         }
-        walk.answer(runs_, made.answers);
-        return made;
+        return matched_long(query, count, wanted);
+    }
+
+    PyObject* matched_long(const u64* query, u32 count, const Wanted& wanted) {
+        Walk& walk = scratch();
+        std::vector<u32> answers;
+        u32 found = 0;
+        {
+            const py::gil_scoped_release released;
+            const Reading reading(lock_);
+            walk.start(query, count, wanted);
+            while (!walk.advance(runs_, blocks_max)) {}
+            found = walk.answer_count();
+            answers.resize(std::size_t{found} * column_count);
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) at[i] = answers.data() + std::size_t{i} * found;
+            walk.answer(runs_, at);
+        }
+        Values* made = new_match(found);
+        std::copy(answers.begin(), answers.end(), made->items);
+        return reinterpret_cast<PyObject*>(made);
     }
 
     static Walk& scratch() {
@@ -331,14 +415,6 @@ private:
     Lock lock_;
 };
 
-void refuse(const Refusal& refusal) {
-    const py::object bad_input = py::module_::import("kvcache.errors").attr("BadInput");
-    const py::object error =
-        bad_input(refusal.code, refusal.what, "the index takes u64 buffers, open holders and tiers 0 to 3",
-                  "nothing was changed; see kvcache.index");
-    PyErr_SetObject(bad_input.ptr(), error.ptr());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(index, module) {
@@ -346,39 +422,22 @@ PYBIND11_MODULE(index, module) {
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
-        } catch (const Refusal& refusal) {
-            refuse(refusal);
+        } catch (const Refusal&) {
+            raise_thrown();
         }
     });
     define_column<u16>(module, "ColumnOf16", "H");
     define_column<u32>(module, "ColumnOf32", "I");
     define_column<u64>(module, "ColumnOf64", "Q");
-    const auto with_buffer = py::custom_type_setup([](PyHeapTypeObject* type) {
-        type->as_buffer.bf_getbuffer = match_buffer;
-        type->ht_type.tp_as_buffer = &type->as_buffer;
-    });
-    py::class_<Match>(module, "Match", with_buffer)
-        .def("__len__", [](const Match& match) { return match.answers.size(); })
-        .def_property_readonly("table", [](py::handle self) { return view_of_match(self); })
-        .def_property_readonly("workers", [](py::handle self) { return column(self, 0); })
-        .def_property_readonly("dp_ranks", [](py::handle self) { return column(self, 1); })
-        .def_property_readonly("blocks", [](py::handle self) { return column(self, 2); })
-        .def("tier", [](py::handle self, u32 tier) {
-            if (tier >= tier_count) throw Refusal{"bad_holder", "there is no tier " + std::to_string(tier)};
-            return column(self, 3 + tier);
-        })
-        .def_property_readonly("ends", [](const Match& match) {
-            return view_of(std::vector<u32>(match.ends));
-        })
-        .def("as_dict", &as_dict);
+    MatchTypes::make(module);
     module.def("name_blocks", &name_blocks, py::arg("tokens"), py::arg("block_tokens"), py::arg("root") = 0);
     module.def("local_hashes", &local_hashes, py::arg("tokens"), py::arg("block_tokens"),
                py::arg("extra") = py::tuple());
     module.def("chain_locals", &chain_locals, py::arg("locals"), py::arg("parent") = py::none());
     module.def("sequence_hashes", &sequence_hashes, py::arg("tokens"), py::arg("block_tokens"),
                py::arg("extra") = py::tuple(), py::arg("parent") = py::none());
-    py::class_<Index>(module, "PrefixIndex")
-        .def(py::init<std::size_t>(), py::arg("bytes_max"))
+    py::class_<Index> index(module, "PrefixIndex");
+    index.def(py::init<std::size_t>(), py::arg("bytes_max"))
         .def("open", &Index::open, py::arg("worker"), py::arg("dp_rank") = 0)
         .def("open_shadow", &Index::open_shadow, py::arg("worker"), py::arg("dp_rank") = 0)
         .def("serve", &Index::serve, py::arg("holder"))
@@ -390,8 +449,6 @@ PYBIND11_MODULE(index, module) {
         .def("store_loose", &Index::store_loose, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("remove", &Index::remove, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("clear", &Index::clear, py::arg("holder"), py::arg("tier"))
-        .def("match", &Index::match, py::arg("hashes"), py::arg("tiers") = 0xF,
-             py::arg("candidates") = py::none(), py::arg("limit") = py::none())
         .def("match_tokens", &Index::match_tokens, py::arg("tokens"), py::arg("block_tokens"),
              py::arg("root") = 0, py::arg("tiers") = 0xF, py::arg("candidates") = py::none(),
              py::arg("limit") = py::none())
@@ -405,4 +462,8 @@ PYBIND11_MODULE(index, module) {
         .def_property_readonly("bytes", &Index::bytes)
         .def_property_readonly("bytes_max", &Index::bytes_max)
         .def("check", &Index::check);
+    static PyMethodDef match = {"match", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Index::match)),
+                                METH_FASTCALL | METH_KEYWORDS, "As kvcache.index.Index says."};
+    index.attr("match") = py::reinterpret_steal<py::object>(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(index.ptr()), &match));
 }

@@ -1,4 +1,4 @@
-// Between Python and the index: buffers of integers in, columns of answers out, refusals.
+// Between Python and the index: buffers of integers in and out, refusals.
 
 #pragma once
 
@@ -18,7 +18,6 @@ namespace kvcache::index {
 namespace py = pybind11;
 
 constexpr std::size_t blocks_max = 1u << 30;
-constexpr u32 answer_columns = sizeof(Answer) / sizeof(u32);
 
 // Becomes BadInput.
 struct Refusal {
@@ -71,49 +70,6 @@ private:
     u32 count_ = 0;
 };
 
-class Match {
-public:
-    std::vector<Answer> answers;
-    std::vector<u32> ends;  // Of `match_many`: where the answers of each query end.
-};
-
-// All of it: `answer_columns` u32 an answer.
-inline int match_buffer(PyObject* self, Py_buffer* view, int flags) {
-    static Py_ssize_t strides[] = {sizeof(u32)};
-    if ((flags & PyBUF_WRITABLE) != 0) {
-        PyErr_SetString(PyExc_BufferError, "answers are read-only");
-        return -1;
-    }
-    auto& answers = py::handle(self).cast<Match&>().answers;
-    *view = Py_buffer{};
-    view->buf = answers.data();
-    view->len = static_cast<Py_ssize_t>(answers.size() * sizeof(Answer));
-    view->itemsize = sizeof(u32);
-    view->readonly = 1;
-    view->ndim = 1;
-    view->format = (flags & PyBUF_FORMAT) != 0 ? const_cast<char*>("I") : nullptr;
-    if ((flags & PyBUF_ND) != 0) {
-        view->shape = reinterpret_cast<Py_ssize_t*>(&view->internal);
-        view->internal = reinterpret_cast<void*>(view->len / static_cast<Py_ssize_t>(sizeof(u32)));
-    }
-    if ((flags & PyBUF_STRIDES) == PyBUF_STRIDES) view->strides = strides;
-    view->obj = self;
-    Py_INCREF(self);
-    return 0;
-}
-
-inline py::object view_of_match(py::handle self) {
-    auto whole = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(self.ptr()));
-    if (!whole) throw py::error_already_set();
-    return whole;
-}
-
-inline py::object column(py::handle self, u32 number) {
-    const py::object whole = view_of_match(self);
-    const py::slice every(static_cast<py::ssize_t>(number), std::nullopt, static_cast<py::ssize_t>(answer_columns));
-    return whole[every];
-}
-
 // Integers that a memoryview shows without copying them.
 template <typename Item>
 struct Column {
@@ -133,11 +89,23 @@ py::memoryview view_of(std::vector<Item>&& items) {
     return py::memoryview(py::cast(Column<Item>{std::move(items)}));
 }
 
-inline py::dict as_dict(const Match& match) {
-    py::dict made;
-    for (const Answer& answer : match.answers)
-        made[py::make_tuple(answer.worker, answer.rank)] = answer.blocks;
-    return made;
+// Sets Python's error to what was thrown. REQUIRES: in a `catch`.
+inline void raise_thrown() {
+    try {
+        throw;
+    } catch (const Refusal& refusal) {
+        const py::object bad_input = py::module_::import("kvcache.errors").attr("BadInput");
+        const py::object error =
+            bad_input(refusal.code, refusal.what, "the index takes u64 buffers, open holders and tiers 0 to 3",
+                      "nothing was changed; see kvcache.index");
+        PyErr_SetObject(bad_input.ptr(), error.ptr());
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
 }
 
 }  // namespace kvcache::index

@@ -103,6 +103,9 @@ void Runs::check() const {
         require(start == each.length && each.length <= each.room + (each.length == 0), "spans cover a chain");
         require(dead == each.ghosts && dead <= each.length / 2, "ghosts are counted, and at most half");
         require(each.length == 0 || each.end()[-1].set != 0, "a chain ends with a block that is held");
+        require(each.length == 0 || (each.first == each.hashes[0] && each.last == each.hashes[each.length - 1]),
+                "a chain knows its first and last hash");
+        require(each.fork <= each.length, "a fork is inside its chain");
         for (u32 at = 0; at < each.length; ++at) {
             const Place found = find(each.hashes[at]);
             require(found.chain == number && found.offset == at, "the table finds each block in its place");

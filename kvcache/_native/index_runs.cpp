@@ -15,18 +15,16 @@ constexpr std::size_t tidy_chains_min = 256;
 constexpr u32 probes = 16;
 
 u32 spans_room(u32 count) {
-    u32 room = 2;
+    u32 room = 2 * spans_inside;
     while (room < count) room *= 2;
     return room;
 }
 
 std::size_t span_bytes(u32 count) {
-    return count < 2 ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
+    return count <= spans_inside ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
 }
 
 std::size_t hash_bytes(u32 room) { return room == 0 ? 0 : room * sizeof(u64) + allocation_bytes; }
-
-u64 rank_key(Name name) { return static_cast<u64>(name.worker) << 32 | name.rank; }
 
 u32 exact_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     const u32 longest = std::min(chain.length - offset, count);
@@ -47,9 +45,19 @@ u32 backward_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
 u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     if (!chain.linked) return exact_run(chain, offset, hashes, count);
     const u64* mine = chain.hashes + offset;
-    u32 unequal = std::min(chain.length - offset, count) - 1;
-    if (mine[unequal] == hashes[unequal]) return unequal + 1;
+    const u32 rest = chain.length - offset;
+    u32 unequal = std::min(rest, count) - 1;
+    if ((rest <= count ? chain.last : mine[unequal]) == hashes[unequal]) return unequal + 1;
     u32 equal = 0;
+    if (const u32 fork = chain.fork - offset; chain.fork > offset && fork <= unequal) {
+        if (fork < unequal && mine[fork] == hashes[fork]) {
+            equal = fork;
+        } else if (mine[fork - 1] == hashes[fork - 1]) {
+            return fork;
+        } else {
+            unequal = fork - 1;
+        }
+    }
     while (unequal - equal > 2 * probes) {  // Several at once: their cache misses overlap.
         const u32 step = (unequal - equal) / probes;
         u32 steps = 0;
@@ -67,7 +75,7 @@ Runs::~Runs() {
     for (u32 number = 1; number < chains_made_; ++number) {
         Chain& each = chain(number);
         delete[] each.hashes;
-        if (each.span_count > 1) delete[] each.spans.many;
+        if (each.span_count > spans_inside) delete[] each.spans.many;
     }
 }
 
@@ -76,14 +84,16 @@ u32 Runs::open(u32 worker, u32 rank) {
         if (rows_.size() == rows_max) return no_row;
         free_rows_.push_back(static_cast<u32>(rows_.size()));
         rows_.emplace_back();
-        names_.push_back({});
+        workers_.push_back(0);
+        ranks_.push_back(0);
         serving_.resize((rows_.size() + word_rows - 1) / word_rows, 0);
-        bytes_ += sizeof(Row) + sizeof(Name);
+        bytes_ += sizeof(Row) + 2 * sizeof(u32);
     }
     const u32 number = free_rows_.back();
     free_rows_.pop_back();
     Row& row = rows_[number];
-    names_[number] = {worker, rank};
+    workers_[number] = worker;
+    ranks_[number] = rank;
     ++row.generation;
     row.state = State::shadow;
     return number;
@@ -92,10 +102,10 @@ u32 Runs::open(u32 worker, u32 rank) {
 u32 Runs::serve(u32 number) {
     Row& row = rows_[number];
     if (row.state == State::serving) return no_row;
-    const auto [entry, fresh] = answering_.try_emplace(rank_key(names_[number]), number);
+    const auto [entry, fresh] = answering_.try_emplace(rank_key(number), number);
     const u32 former = fresh ? no_row : entry->second;
     if (!fresh) retire(former);
-    answering_[rank_key(names_[number])] = number;
+    answering_[rank_key(number)] = number;
     row.state = State::serving;
     serving_[number / word_rows] |= 0xFull << number % word_rows * tier_count;
     return former;
@@ -103,7 +113,7 @@ u32 Runs::serve(u32 number) {
 
 void Runs::retire(u32 number) {
     Row& row = rows_[number];
-    if (row.state == State::serving) answering_.erase(rank_key(names_[number]));
+    if (row.state == State::serving) answering_.erase(rank_key(number));
     row.state = State::shadow;
     ++row.generation;
     serving_[number / word_rows] &= ~(0xFull << number % word_rows * tier_count);
@@ -207,6 +217,7 @@ u32 Runs::chain_after(Place previous, bool linked) {
         const u32 longest = linked ? chain_blocks_max : loose_blocks_max;
         const bool fits = (there.linked != 0) == linked && there.length < longest;
         if (fits && previous.offset + 1 == there.length) return previous.chain;
+        if (previous.offset + 1 < there.length) chain(previous.chain).fork = previous.offset + 1;
     }
     return new_chain(linked);
 }
@@ -219,12 +230,14 @@ u32 Runs::append(u32 number, u32 holder, const u64* hashes, u32 count) {
     count = std::min(count, longest - start);
     if (target.room < start + count)
         resize(target, std::min(longest, start == 0 ? count : std::max(start + count, start + start / 4)));
+    if (start == 0) target.first = hashes[0];
     u32 taken = 0;
     do {
         if (taken + prefetch_blocks < count) table_.prefetch(hashes[taken + prefetch_blocks]);
         target.hashes[target.length] = hashes[taken];
         table_.insert(hashes[taken], {number, target.length++});
     } while (++taken < count && !find(hashes[taken]));
+    target.last = target.hashes[target.length - 1];
     scratch_.clear();
     for (const Span& span : target) push_span(span.end, span.set);
     push_span(target.length, sets_.with(0, holder, true));
@@ -292,11 +305,10 @@ void Runs::set_spans(Chain& target) {
     const bool moves = span_bytes(count) != span_bytes(target.span_count);
     if (moves) {
         bytes_ += span_bytes(count) - span_bytes(target.span_count);
-        if (target.span_count > 1) delete[] target.spans.many;
-        if (count > 1) target.spans.many = new Span[spans_room(count)];
+        if (target.span_count > spans_inside) delete[] target.spans.many;
+        if (count > spans_inside) target.spans.many = new Span[spans_room(count)];
     }
-    if (count == 1) target.spans.one = scratch_[0];
-    if (count > 1) std::copy(scratch_.begin(), scratch_.end(), target.spans.many);
+    std::copy(scratch_.begin(), scratch_.end(), count > spans_inside ? target.spans.many : target.spans.few);
     target.span_count = count;
 }
 
@@ -340,6 +352,8 @@ void Runs::settle(u32 number) {
         ghosts_ -= target.length - length;
         target.length = length;
         if (length == 0) return free_chain(number);
+        target.last = target.hashes[length - 1];
+        if (target.fork >= length) target.fork = 0;
         scratch_.clear();
         for (const Span& span : target)
             if (span.end <= length) push_span(span.end, span.set);
@@ -368,6 +382,8 @@ void Runs::split(u32 number) {
             table_.move(whole.hashes[at], {number, at}, {piece, target.length});
             target.hashes[target.length++] = whole.hashes[at];
         }
+        target.first = target.hashes[0];
+        target.last = target.hashes[target.length - 1];
         scratch_.clear();
         for (const Span& each : target) push_span(each.end, each.set);
         push_span(target.length, span.set);

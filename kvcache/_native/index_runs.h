@@ -32,19 +32,25 @@ struct Span {
     u32 set;
 };
 
-struct Chain {
+constexpr u32 spans_inside = 2;
+
+// One cache line: a chain is accepted whole without looking at its hashes.
+struct alignas(64) Chain {
     u64* hashes = nullptr;
+    u64 first = 0;  // Of its hashes.
+    u64 last = 0;
     u32 length = 0;  // 0: the number is free.
     u32 room = 0;
     union {
-        Span one;
+        Span few[spans_inside];
         Span* many;
     } spans{};
     u32 span_count = 0;
     u32 ghosts : 31;
     u32 linked : 1;  // Its blocks follow one another; else each has to be compared.
+    u32 fork = 0;    // Where a prefix that was told last leaves it; 0: none does.
 
-    const Span* begin() const { return span_count == 1 ? &spans.one : spans.many; }
+    const Span* begin() const { return span_count <= spans_inside ? spans.few : spans.many; }
     const Span* end() const { return begin() + span_count; }
 };
 
@@ -56,11 +62,6 @@ struct Digest {
 };
 
 enum class State : u8 { free, shadow, serving };
-
-struct Name {
-    u32 worker;
-    u32 rank;
-};
 
 struct Row {
     u32 generation = 0;
@@ -97,7 +98,8 @@ public:
     static constexpr u32 rows_max = 1u << 20;
 
     const std::vector<Row>& rows() const { return rows_; }
-    const std::vector<Name>& names() const { return names_; }
+    const std::vector<u32>& workers() const { return workers_; }
+    const std::vector<u32>& ranks() const { return ranks_; }
     const std::vector<u64>& serving() const { return serving_; }
 
     // Returns how many of the last blocks were refused, because they might not fit into `bytes_max`.
@@ -115,8 +117,9 @@ public:
     Place find(u64 hash) const {
         return table_.find(hash, [&](Place at) {
             const Chain& there = chain(at.chain);
-            if (there.span_count == 1) sets_.prefetch(there.spans.one.set);  // Needed next, if this is it.
-            return there.hashes[at.offset] == hash;
+            if (at.offset != 0) return there.hashes[at.offset] == hash;
+            if (there.span_count <= spans_inside) sets_.prefetch(there.spans.few[0].set);  // Needed next.
+            return there.first == hash;
         });
     }
     const Chain& chain(u32 number) const { return pages_[number / page_chains][number % page_chains]; }
@@ -144,6 +147,7 @@ private:
     void settle(u32 number);
     void split(u32 number);
     void resize(Chain& chain, u32 room);
+    u64 rank_key(u32 row) const { return static_cast<u64>(workers_[row]) << 32 | ranks_[row]; }
     void free_chain(u32 number);
 
     std::size_t bytes_ = 0;
@@ -155,7 +159,8 @@ private:
     u32 chains_made_ = 1;
     u64 ghosts_ = 0;
     std::vector<Row> rows_;
-    std::vector<Name> names_;  // By row, apart: a match reads nothing else of it.
+    std::vector<u32> workers_;  // By row, apart: a match reads nothing else of it.
+    std::vector<u32> ranks_;
     std::vector<u32> free_rows_;
     std::vector<u64> serving_;  // Bits of holders, 64 a word.
     std::unordered_map<u64, u32> answering_;
