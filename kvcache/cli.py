@@ -32,6 +32,9 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),
     "check": Subcommand("kvcache.cli_check:check", "Verify every block on NVMe, and drop what is wrong."),
+    "simulate": Subcommand(
+        "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
+    ),
 }
 
 

@@ -33,7 +33,7 @@ ARROWS: dict[str, frozenset[str]] = {
 }
 ABOVE = re.compile(
     r"kvcache/(cli|demo)(_\w+)?\.py|kvcache/(cli|demo)/.*|kvcache/__main__\.py"
-    r"|kvcache/testing/(slices|stores\w*|threaded)\.py"
+    r"|kvcache/testing/(slices|stores\w*|threaded)\.py|kvcache/simulation/.*"
 )
 
 # A heavy or replaceable library is imported in the files named for it, and nowhere else. The engine that
@@ -283,6 +283,7 @@ PLANTED = [
     ("server/a.py", "from kvcache.cli import main", "server imports above"),
     ("client/a.py", "from kvcache import demo", "client imports above"),
     ("kvcache/a.py", "from kvcache.demo_trace import x", "kvcache imports above"),
+    ("kvcache/routing/a.py", "from kvcache.simulation import run", "kvcache imports above"),
     ("kvcache/a.py", "from kvcache.testing import contract", "imports the test tools"),
     ("kvcache/a.py", "from . import block", "relative import"),
     ("kvcache/a.py", "import aiohttp.web", "aiohttp is imported in"),

@@ -1,7 +1,7 @@
 """What each term of a choice weighs: one frozen set of numbers, with the defaults, checked when it is made.
 
 The unit of every cost is one token of prefill: what a weight says is how many tokens of prefill a thing is
-worth. So with ``running`` 64, one more running request on a worker is as bad as 64 tokens to compute.
+worth. So with ``running`` 32, one more running request on a worker is as bad as 32 tokens to compute.
 ``kvcache.routing.cost`` has the sum that they go into, docs/routing.md explains it for operators.
 """
 
@@ -44,13 +44,14 @@ class Weights:
     """Up to this age what a source told counts fully, ..."""
     age_ms_max: float = 60_000.0
     """... from this age on not at all, and in between in proportion."""
-    waiting_prefill: float = 1.0
-    """A token of other prompts that this worker has to compute first."""
-    running: float = 64.0
+    waiting_prefill: float = 0.2
+    """A token of other prompts that this worker has to compute first. It delays one request, where a token
+    computed twice takes time and memory from all that come after: docs/routing-simulation.md."""
+    running: float = 32.0
     """A request that the worker is decoding."""
-    decode: float = 0.02
+    decode: float = 0.004
     """A token of context of those requests."""
-    waiting: float = 128.0
+    waiting: float = 32.0
     """A request in the worker's queue."""
     memory: float = 4_096.0
     """A worker without any free memory; in proportion to what is missing to ``memory_floor``."""
