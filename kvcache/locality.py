@@ -88,6 +88,11 @@ class LocalityIndex:
         """Blocks held, each counted once a shard and tier; those of a snapshot being loaded too."""
         return sum(source.entries for source in self._sources.copy().values())
 
+    def entries_of(self, source: str) -> int:
+        """Of these, those of one source; 0 where it is not heard of."""
+        known = self._sources.get(source)
+        return known.entries if known is not None else 0
+
     @property
     def bytes(self) -> int:
         """What is taken now: the structure's share of it; names and counts are bounded apart."""

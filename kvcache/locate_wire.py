@@ -10,9 +10,9 @@ A connection carries one question at a time: whoever asks before the answer came
     frame   u32 body bytes, u16 kind, u16 first bytes, u32 tiers, u32 limit          16 bytes; then the body
     QUERY   first = selector, padded with zeros to 8; then the hints, u64 each
     PLACE   first = u16 name bytes, source's name, namespace id (16 bytes), padded to 8; then the hints
-    ANSWER  u32 body bytes, u16 kind, u16 flags, u32 rows, u32 epoch; then columns of ``rows`` values:
-            u32 source, u32 namespace, u32 blocks, u32 hbm, u32 host, u32 nvme, u32 placed, u8 suspect;
-            with AS_OF among the flags, unaligned: u64 incarnation, u64 seq, u32 age in ms
+    ANSWER  u32 body bytes, u16 kind, u16 flags, u32 rows, u32 epoch; then ``rows`` times
+            u32 source, u32 namespace, u32 blocks, u32 hbm, u32 host, u32 nvme, u32 placed; then as many
+            u8 suspect; with AS_OF among the flags, then as many u64 incarnation, u64 seq, u32 age in ms
 
 ``tiers`` masks them (bit 0 hbm, 1 host, 2 nvme; 0: all), bit 31 asks for AS_OF. ``limit`` 0: all rows, else
 so many, with most blocks. Another ``epoch`` than before: the numbers mean something new, which NAMES tells.
@@ -49,7 +49,8 @@ ASK_AS_OF: Final = 1 << 31
 AS_OF: Final = 1
 
 TIER_COUNT: Final = 3
-ROW_BYTES = 4 * (4 + TIER_COUNT) + 1
+COLUMNS: Final = 4 + TIER_COUNT
+ROW_BYTES = 4 * COLUMNS + 1
 AS_OF_BYTES = 8 + 8 + 4
 ROWS_MAX = 1 << 20
 FIRST_BYTES_MAX = 8_192
@@ -59,7 +60,7 @@ TEXT_BYTES_MAX = 64 << 20
 TOKEN_BYTES_MAX = 512
 NAMESPACES_MAX = 256
 
-assert sys.byteorder == "little", "hints and columns are sent as they lie in memory"
+assert sys.byteorder == "little", "hints and answers are sent as they lie in memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +195,12 @@ def told(kind: int, body: bytes = b"") -> bytes:
 
 
 def answer_head(rows: int, epoch: int, as_of: bool) -> bytes:
-    """The columns follow."""
+    """The rows follow."""
     return ANSWER.pack(answer_bytes(rows, as_of), ANSWERED, AS_OF if as_of else 0, rows, epoch & 0xFFFFFFFF)
 
 
 def answer_bytes(rows: int, as_of: bool) -> int:
-    """Of the columns."""
+    """Of the rows."""
     return rows * (ROW_BYTES + (AS_OF_BYTES if as_of else 0))
 
 

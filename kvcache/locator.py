@@ -83,8 +83,8 @@ class Matches:
     """An answer: columns of ``rows`` values, a row a source and namespace that hold the first block.
 
     ``blocks``: how many leading ones are somewhere there; ``tiers``: of these, in each tier; ``placed``: how
-    many leading ones there are with those that were only placed; ``suspect``: 1 where it may not be so
-    any more. ``incarnation``, ``seq`` and ``age_ms`` are empty unless asked for."""
+    many more are predicted, since a request was sent there just now; ``suspect``: 1 where the source's word
+    is not current. ``incarnation``, ``seq`` and ``age_ms`` are empty unless asked for."""
 
     rows: int
     sources: memoryview
@@ -329,8 +329,8 @@ class Locator:
 
 
 def _columns(rows: int, kept: memoryview, as_of: bool, names: Names) -> Matches:
-    words = kept[: rows * 4 * (4 + wire.TIER_COUNT)].cast("I")
-    column = [words[at * rows : (at + 1) * rows] for at in range(4 + wire.TIER_COUNT)]
+    words = kept[: rows * 4 * wire.COLUMNS].cast("I")
+    column = [words[at :: wire.COLUMNS] for at in range(wire.COLUMNS)]
     after = rows * wire.ROW_BYTES
     extra = array("Q"), array("Q"), array("I")
     if as_of:

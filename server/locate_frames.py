@@ -52,7 +52,9 @@ _BUFFER_BYTES = wire.FRAME.size + wire.ASKED_BYTES_MAX
 class Answers(Protocol):
     """Who answers. Called from many threads at once. All of it RAISES KVCacheError, which is told."""
 
-    def query(self, tenant: str, asked: wire.Asked, selector: bytes, hints: memoryview) -> Sequence[bytes]:
+    def query(
+        self, tenant: str, asked: wire.Asked, selector: bytes, hints: memoryview
+    ) -> Sequence[bytes | memoryview]:
         """The parts of an ANSWER."""
 
     def place(self, tenant: str, source: str, namespace: bytes, hints: memoryview) -> None: ...
@@ -204,7 +206,7 @@ class LocateFrames:
             self.asked += 1
         line.send(parts)
 
-    def _told(self, asked: wire.Asked, tenant: str, body: memoryview) -> Sequence[bytes]:
+    def _told(self, asked: wire.Asked, tenant: str, body: memoryview) -> Sequence[bytes | memoryview]:
         first, hints = bytes(body[: asked.first_bytes]), body[asked.first_bytes :]
         if asked.kind == wire.QUERY:
             return self._answers.query(tenant, asked, first, hints)
@@ -265,7 +267,7 @@ class _Line:
             raise BadInput("bad_frame", "a question before the answer to the one before was taken")
         return self._buffer[wire.FRAME.size : whole]
 
-    def send(self, parts: Sequence[bytes]) -> None:
+    def send(self, parts: Sequence[bytes | memoryview]) -> None:
         began, sent = time.monotonic(), 0
         with contextlib.suppress(BlockingIOError):
             sent = self.connection.sendmsg(parts)

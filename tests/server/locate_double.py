@@ -51,9 +51,10 @@ class Answers:
         if chosen.model == "strange":
             raise BadInput("unknown_namespace", "no such model")
         rows, blocks = self.rows, len(hints) // 8
-        columns = [array("I", range(rows)), array("I", [5] * rows)]
-        columns += [array("I", [blocks] * rows) for _ in range(5)]
-        parts = [wire.answer_head(rows, self.epoch, asked.as_of), *(each.tobytes() for each in columns)]
+        table = array("I")
+        for row in range(rows):
+            table.extend([row, 5, *[blocks] * 5])
+        parts = [wire.answer_head(rows, self.epoch, asked.as_of), table.tobytes()]
         parts.append(bytes([1]) + bytes(rows - 1) if rows else b"")
         if asked.as_of:
             parts += [array("Q", [7] * rows).tobytes(), array("Q", range(rows)).tobytes()]
