@@ -3,6 +3,7 @@
 #include "index_runs.h"
 
 #include <algorithm>
+#include <memory>
 
 namespace kvcache::index {
 namespace {
@@ -69,15 +70,7 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     return equal + 1;
 }
 
-Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_), sets_(bytes_) {}
-
-Runs::~Runs() {
-    for (u32 number = 1; number < chains_made_; ++number) {
-        Chain& each = chain(number);
-        delete[] each.hashes;
-        if (each.span_count > spans_inside) delete[] each.spans.many;
-    }
-}
+Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_, arena_), sets_(bytes_) {}
 
 u32 Runs::open(u32 worker, u32 rank) {
     if (free_rows_.empty()) {
@@ -192,11 +185,19 @@ bool Runs::clear_some(u32 holder) {
     return false;
 }
 
+Chain* Runs::new_page() {
+    void* page = arena_.take<Chain>(page_chains + 1);
+    std::size_t bytes = (page_chains + 1) * sizeof(Chain);
+    auto* chains = static_cast<Chain*>(std::align(alignof(Chain), page_chains * sizeof(Chain), page, bytes));
+    std::uninitialized_default_construct_n(chains, page_chains);
+    return chains;
+}
+
 u32 Runs::new_chain(bool linked) {
     if (free_chains_.empty()) {
         if (chains_made_ == chains_max) throw std::bad_alloc();
         if (chains_made_ / page_chains >= pages_.size()) {
-            pages_.push_back(std::make_unique<Chain[]>(page_chains));
+            pages_.push_back(new_page());
             bytes_ += page_chains * sizeof(Chain);
         }
         free_chains_.push_back(chains_made_++);
@@ -305,8 +306,8 @@ void Runs::set_spans(Chain& target) {
     const bool moves = span_bytes(count) != span_bytes(target.span_count);
     if (moves) {
         bytes_ += span_bytes(count) - span_bytes(target.span_count);
-        if (target.span_count > spans_inside) delete[] target.spans.many;
-        if (count > spans_inside) target.spans.many = new Span[spans_room(count)];
+        if (target.span_count > spans_inside) arena_.give(target.spans.many);
+        if (count > spans_inside) target.spans.many = arena_.take<Span>(spans_room(count));
     }
     std::copy(scratch_.begin(), scratch_.end(), count > spans_inside ? target.spans.many : target.spans.few);
     target.span_count = count;
@@ -398,11 +399,11 @@ void Runs::split(u32 number) {
 }
 
 void Runs::resize(Chain& target, u32 room) {
-    u64* hashes = new u64[room];
+    u64* hashes = arena_.take<u64>(room);
     std::copy(target.hashes, target.hashes + target.length, hashes);
     bytes_ += hash_bytes(room);
     bytes_ -= hash_bytes(target.room);
-    delete[] target.hashes;
+    arena_.give(target.hashes);
     target.hashes = hashes;
     target.room = room;
 }
@@ -412,7 +413,7 @@ void Runs::free_chain(u32 number) {
     scratch_.clear();
     set_spans(target);
     bytes_ -= hash_bytes(target.room);
-    delete[] target.hashes;
+    arena_.give(target.hashes);
     target = Chain{};
     target.ghosts = 0;
     target.linked = 0;

@@ -16,7 +16,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -78,7 +77,6 @@ struct Counts {
 class Runs {
 public:
     explicit Runs(std::size_t bytes_max);
-    ~Runs();
     Runs(const Runs&) = delete;
     Runs& operator=(const Runs&) = delete;
 
@@ -135,6 +133,7 @@ private:
     void each_piece(u32 holder, Each each) const;
     Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
     bool has_room(u32 holder, u32 count) const;
+    Chain* new_page();
     u32 new_chain(bool linked);
     u32 chain_after(Place previous, bool linked);
     u32 append(u32 number, u32 holder, const u64* hashes, u32 count);
@@ -152,17 +151,18 @@ private:
 
     std::size_t bytes_ = 0;
     std::size_t bytes_max_;
+    Arena arena_;
+    std::vector<Chain*> pages_;
+    std::vector<u64> serving_;  // Bits of holders, 64 a word.
+    std::vector<u32> workers_;  // By row, apart: a match reads nothing else of it.
+    std::vector<u32> ranks_;
     Table table_;
     Sets sets_;
-    std::vector<std::unique_ptr<Chain[]>> pages_;
     std::vector<u32> free_chains_;
     u32 chains_made_ = 1;
     u64 ghosts_ = 0;
     std::vector<Row> rows_;
-    std::vector<u32> workers_;  // By row, apart: a match reads nothing else of it.
-    std::vector<u32> ranks_;
     std::vector<u32> free_rows_;
-    std::vector<u64> serving_;  // Bits of holders, 64 a word.
     std::unordered_map<u64, u32> answering_;
     std::vector<Span> scratch_;
 };

@@ -13,6 +13,8 @@
 #include <cstring>
 #include <memory>
 
+#include "index_arena.h"
+
 namespace kvcache::index {
 
 using u8 = std::uint8_t;
@@ -35,11 +37,8 @@ struct Place {
 
 class Table {
 public:
-    explicit Table(std::size_t& bytes) : bytes_(bytes), shards_(new Shard[shard_count]{}) {
+    Table(std::size_t& bytes, Arena& arena) : bytes_(bytes), arena_(arena), shards_(new Shard[shard_count]{}) {
         bytes_ += shard_count * sizeof(Shard);
-    }
-    ~Table() {
-        for (u32 i = 0; i < shard_count; ++i) delete[] shards_[i].slots;
     }
     Table(const Table&) = delete;
     Table& operator=(const Table&) = delete;
@@ -146,7 +145,8 @@ private:
 
     void resize(Shard& shard, u32 homes, u32 air = 4) {
         if (air < shard.air) air = shard.air;
-        Shard grown{new u64[homes + air]{}, homes, air, shard.used};
+        Shard grown{arena_.take<u64>(homes + air), homes, air, shard.used};
+        std::memset(grown.slots, 0, (homes + air) * sizeof(u64));
         const u32 room = shard.homes + shard.air;
         u64* end = grown.slots;
         for (u32 i = 0; i < room; ++i) {
@@ -154,7 +154,7 @@ private:
             u64* first = grown.slots + home(grown, tag_in(shard.slots[i]));
             if (end < first) end = first;
             if (end >= grown.slots + homes + air - 1) {
-                delete[] grown.slots;
+                arena_.give(grown.slots);
                 return resize(shard, homes, air * 2);
             }
             *end++ = shard.slots[i];
@@ -162,11 +162,12 @@ private:
         bytes_ += (homes + air) * sizeof(u64);
         bytes_ -= room * sizeof(u64);
         if (homes + air > largest_) largest_ = homes + air;
-        delete[] shard.slots;
+        arena_.give(shard.slots);
         shard = grown;
     }
 
     std::size_t& bytes_;
+    Arena& arena_;
     std::unique_ptr<Shard[]> shards_;
     std::size_t largest_ = 0;
 };

@@ -158,6 +158,8 @@ inline void Walk::begin(const Runs& runs, u32 set) {
         u64 bits = word->bits & mask & runs.serving()[word->at];
         if (wanted_.candidates != nullptr) bits = chosen_bits(runs, *wanted_.candidates, word->at, bits);
         if (bits == 0) continue;
+        __builtin_prefetch(runs.workers().data() + word->at * word_rows);  // For the answer.
+        __builtin_prefetch(runs.ranks().data() + word->at * word_rows);
         const u64 rows = rows_of(bits);
         live_.push_back({word->at, rows, bits, rows, bits, 0});
         live_rows_ += static_cast<u32>(__builtin_popcountll(rows));
