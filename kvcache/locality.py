@@ -14,10 +14,10 @@ new blocks are refused and counted, and the source is marked *partial*: what is 
 little, never too much.
 
 **Threads.** Any thread may call anything. Who changes something holds one lock, and placements have another.
-Who asks (``match``, ``locate``, ``sources`` and the other readers) takes neither: the native index has its
-own; the tables here only grow, or are replaced as a whole; what is said of a source is one object. An answer
-names sources and namespaces by numbers that are never given twice; one that has no name any more was
-forgotten meanwhile, and is left out.
+Who asks (``match``, ``locate``, ``sources`` and the like, but not ``entries``) takes neither: the native
+index has its own; the tables here only grow, or are replaced as a whole; what is said of a source is one
+object. An answer names sources and namespaces by numbers that are never given twice; one that has no name
+any more was forgotten meanwhile, and is left out.
 
 Invariants (``check``): ``entries`` counts what is held; a source that is synced and not partial has the
 digests that were told last; who is unknown is in no answer.
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ from kvcache.errors import BadInput
 from kvcache.index import ALL_TIERS, Index
 from kvcache.locality_found import Found as Found
 from kvcache.locality_found import Located as Located
-from kvcache.locality_found import Names, Namespaces, chosen, joined
+from kvcache.locality_found import Names, Namespaces, best, joined, within
 from kvcache.locality_placed import PLACE_NS as PLACE_NS
 from kvcache.locality_placed import Placements
 from kvcache.locality_source import BEAT_NS as BEAT_NS
@@ -86,12 +87,16 @@ class LocalityIndex:
     @property
     def entries(self) -> int:
         """Blocks held, each counted once a shard and tier; those of a snapshot being loaded too."""
-        return sum(source.entries for source in self._sources.copy().values())
+        with self._lock:
+            return sum(view.entries for view in self._views())
 
     def entries_of(self, source: str) -> int:
         """Of these, those of one source; 0 where it is not heard of."""
         known = self._sources.get(source)
-        return known.entries if known is not None else 0
+        if known is None:
+            return 0
+        with self._lock:
+            return sum(view.entries for view in known.views())
 
     @property
     def bytes(self) -> int:
@@ -185,6 +190,9 @@ class LocalityIndex:
         all of them where the source is not heard of yet."""
         known = self._sources.get(source)
         number = self._content.known(namespace)
+        if number is None:
+            with self._lock:
+                number = self._content.number(namespace)
         if known is None or number is None:
             return memoryview(hints).nbytes // HINT_BYTES
         return self._placed.place(known.number, number, hints, now_ns)
@@ -203,14 +211,18 @@ class LocalityIndex:
         """Who holds the first of these blocks (u64, or bytes), and how many of those behind it, in the tiers
         of the mask ``tiers`` (bit 0: the first of ``TIERS``). Only of these namespaces and sources, where
         given; of these the ``limit`` that hold most. RAISES BadInput."""
-        table = self._content.index.match(hints, tiers).table
-        placed = self._placed.match(hints)
+        candidates = None if sources is None else self._numbers_of(sources)
+        placed = self._placed.match(hints, candidates)
+        if placed is None and namespaces is None:
+            table = self._content.index.match(hints, tiers, candidates, limit).table
+            return Found(table, self._names)
+        table = self._content.index.match(hints, tiers, candidates).table
         names = self._names
-        if placed is not None and len(placed):
+        if placed is not None:
             table = joined(table, placed)
-        if namespaces is not None or sources is not None or limit is not None:
-            table = chosen(table, names, namespaces, sources, limit)
-        return Found(table, names)
+        if namespaces is not None:
+            table = within(table, names, namespaces)
+        return Found(table if limit is None else best(table, limit), names)
 
     def locate(self, hints: Buffer, namespaces: Namespaces | None = None) -> list[Located]:
         """What each shard has of these blocks, shards with nothing included, by source and namespace. With
@@ -255,6 +267,10 @@ class LocalityIndex:
                 assert source.synced == (source.number not in self._names.suspects)
             holders = sum(len(view.holders) for view in self._views())
             assert holders == self._content.holders == self._content.index.stats()["rows"]
+
+    def _numbers_of(self, sources: Collection[str]) -> array[int]:
+        known = map(self._sources.get, sources)
+        return array("I", [source.number for source in known if source is not None])
 
     # --- under the lock -------------------------------------------------------------------------
 

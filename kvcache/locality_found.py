@@ -11,9 +11,9 @@ are joined to them, or answers are filtered.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import chain
 
 from kvcache.block import NamespaceId
 from kvcache.index import TIER_COUNT, Match
@@ -23,7 +23,6 @@ COLUMNS = 3 + TIER_COUNT
 _PLACED = COLUMNS - 1
 _NOBODY = NamespaceId(b"")
 
-T = TypeVar("T")
 Namespaces = Container[bytes]
 
 
@@ -120,7 +119,7 @@ def lines_of(table: memoryview) -> list[list[int]]:
 def joined(exact: memoryview, placed: Match) -> memoryview:
     """``exact`` with what ``placed`` predicts beyond it, and lines for what is predicted only."""
     rows = array("I")
-    rows.frombytes(exact)
+    rows.frombytes(exact.tobytes())
     lines = {pair: at for at, pair in enumerate(zip(exact[0::COLUMNS], exact[1::COLUMNS], strict=True))}
     for source, namespace, blocks in zip(placed.workers, placed.dp_ranks, placed.blocks, strict=True):
         line = lines.get((source, namespace))
@@ -131,33 +130,23 @@ def joined(exact: memoryview, placed: Match) -> memoryview:
     return memoryview(rows).toreadonly()
 
 
-def chosen(
-    table: memoryview,
-    names: Names,
-    namespaces: Namespaces | None,
-    sources: Collection[str] | None,
-    limit: int | None,
-) -> memoryview:
-    """The lines of these namespaces and sources; of these, the ``limit`` that hold most, most first."""
-    takes_space = _memoized(lambda number: _is_in(names.namespaces.get(number), namespaces))
-    takes_source = _memoized(lambda number: _is_in(names.sources.get(number), sources))
-    lines = [line for line in lines_of(table) if takes_space(line[1]) and takes_source(line[0])]
-    if limit is not None:
-        lines = sorted(lines, key=lambda line: -line[2] - line[_PLACED])[:limit]
-    return memoryview(array("I", [value for line in lines for value in line])).toreadonly()
+def within(table: memoryview, names: Names, namespaces: Namespaces) -> memoryview:
+    """The lines of these namespaces."""
+    ids = names.namespaces
+    others = {number for number in set(table[1::COLUMNS]) if ids.get(number, _NOBODY) not in namespaces}
+    if not others:
+        return table
+    return _table(line for line in lines_of(table) if line[1] not in others)
 
 
-def _is_in(name: T | None, wanted: Container[T] | None) -> bool:
-    return name is not None and (wanted is None or name in wanted)
+def best(table: memoryview, limit: int) -> memoryview:
+    """The ``limit`` lines with the most blocks, predicted ones too; of equals the lowest numbers."""
+    if len(table) <= limit * COLUMNS:
+        return table
+    lines = lines_of(table)
+    lines.sort(key=lambda line: (-line[2] - line[_PLACED], line[0], line[1]))
+    return _table(lines[:limit])
 
 
-def _memoized(ask: Callable[[int], bool]) -> Callable[[int], bool]:
-    answers: dict[int, bool] = {}
-
-    def asked(number: int) -> bool:
-        answer = answers.get(number)
-        if answer is None:
-            answer = answers[number] = ask(number)
-        return answer
-
-    return asked
+def _table(lines: Iterable[list[int]]) -> memoryview:
+    return memoryview(array("I", chain.from_iterable(lines))).toreadonly()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvcache.clock import NS_PER_S
-from kvcache.index import Index, Match
+from kvcache.index import ALL_TIERS, Index, Match
 from kvcache.wire import BlockEvent
 
 if TYPE_CHECKING:
@@ -69,10 +69,13 @@ class Placements:
         with self._lock:
             self._begin(now_ns // PLACE_NS)
 
-    def match(self, hints: Buffer) -> Match | None:
-        """What is predicted: by numbers of source and namespace, how many leading blocks. None: nothing is
-        anywhere."""
-        return self._index.match(hints) if self._holders else None
+    def match(self, hints: Buffer, sources: Buffer | None) -> Match | None:
+        """What is predicted: by numbers of source and namespace, how many leading blocks. ``sources``:
+        only of these numbers. None: nothing is."""
+        if not self._holders:
+            return None
+        found = self._index.match(hints, ALL_TIERS, sources)
+        return found if len(found) else None
 
     def told(self, source: int, events: Iterable[BlockEvent], number: Numbering) -> None:
         """The source told this of itself; ``number`` is that of a namespace."""

@@ -119,10 +119,6 @@ class Source:
         """It may hold more than is known here."""
         return self._partial or self.view.partial
 
-    @property
-    def entries(self) -> int:
-        return sum(view.entries for view in self.views())
-
     def cursor(self) -> tuple[int, int] | None:
         """The incarnation and the batch behind which the stream is to be taken up; None: from a snapshot."""
         return self._stamp[:2] if self._known and not self._drifted else None

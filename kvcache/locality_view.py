@@ -5,7 +5,7 @@
 
 A *view* is one generation of that. Another, of shadow holders, is loaded beside it and takes its place.
 
-Invariants (``View.check``): the folded digests are those of the holders, and ``entries`` is their count;
+Invariants (``View.check``): the folded digests are those of the holders, but where a batch touched one since;
 ``Content.holders`` counts the holders of all views.
 
 The sum: what the native index takes to store or remove (0.1 us a block), and 1 us for each holder and tier
@@ -80,17 +80,16 @@ class View:
         self.holders: dict[int, int] = {}
         """By number of the namespace."""
         self.partial = False
-        self.entries = 0
         self._content = content
         self._source = source
         self._is_shadow = is_shadow
-        self._parts: dict[tuple[int, int], Digest] = {}  # By namespace and tier, salted.
+        self._touched: set[tuple[int, int]] = set()  # By namespace and tier: not folded yet.
+        self._parts: dict[tuple[int, int], Digest] = {}  # By the same, salted.
         self._totals: list[Digest] = [_ZERO] * len(TIERS)
 
     def take(self, events: Iterable[BlockEvent], make_room: Callable[[], bool] | None = None) -> None:
         """REQUIRES: they make sense. ``make_room`` is called when blocks are refused, which are tried again
         if it returns true."""
-        touched: set[tuple[int, int]] = set()
         for event in events:
             tier = _TIER_NUMBERS[event.tier]
             if event.kind == "stored":
@@ -107,8 +106,7 @@ class View:
                 self._content.index.remove(holder, tier, event.hashes)
             elif event.kind == "cleared":
                 self._content.index.clear(holder, tier)
-            touched.add((number, tier))
-        self._fold(touched)
+            self._touched.add((number, tier))
 
     def serve_over(self, former: View) -> None:
         """From now on this one answers, and the former is gone. REQUIRES: this is a shadow."""
@@ -126,18 +124,27 @@ class View:
         for holder in former.values():
             self._content.index.close(holder)
         self._content.holders -= len(former)
+        self._touched.clear()
         self._parts.clear()
         self._totals = [_ZERO] * len(TIERS)
-        self.entries, self.partial = 0, False
+        self.partial = False
 
     def agrees(self, told: Mapping[str, bytes]) -> bool:
         """Whether each tier's digest is what the source told; what it did not tell of is empty."""
+        self._fold()
         return all(
             told.get(tier, _EMPTY) == _DIGEST.pack(*self._totals[number]) for number, tier in enumerate(TIERS)
         )
 
+    @property
+    def entries(self) -> int:
+        """How many blocks it holds, each counted once a namespace and tier. For its owner only."""
+        self._fold()
+        return sum(count for count, _, _ in self._totals)
+
     def check(self) -> None:
         """Assert every invariant."""
+        self._fold()
         totals = [_ZERO] * len(TIERS)
         for number, holder in self.holders.items():
             for tier in range(len(TIERS)):
@@ -145,7 +152,6 @@ class View:
                 assert part == self._parts.get((number, tier), _ZERO)
                 totals[tier] = _joined(totals[tier], part, 1)
         assert totals == self._totals
-        assert self.entries == sum(count for count, _, _ in totals)
 
     def _store(self, event: BlockEvent, tier: int) -> int:
         """Returns how many blocks were refused."""
@@ -170,14 +176,14 @@ class View:
             self._content.holders += 1
         return holder
 
-    def _fold(self, touched: Iterable[tuple[int, int]]) -> None:
-        for key in touched:
+    def _fold(self) -> None:
+        while self._touched:
+            key = self._touched.pop()
             number, tier = key
             part = self._part(number, self.holders[number], tier)
             former = self._parts.get(key, _ZERO)
             self._totals[tier] = _joined(_joined(self._totals[tier], former, -1), part, 1)
             self._parts[key] = part
-            self.entries += part[0] - former[0]
 
     def _part(self, number: int, holder: int, tier: int) -> Digest:
         count, joined_xor, total = self._content.index.digest(holder, tier)
