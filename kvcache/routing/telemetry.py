@@ -35,8 +35,6 @@ WAITING = "requests_waiting"
 WAITING_PREFILL = "prefill_tokens_waiting"
 DECODE = "decode_tokens"
 FREE_SHARE = "free_share"
-FREE_BYTES = "free_bytes"
-CAPACITY_BYTES = "capacity_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +236,6 @@ def _count(values: Mapping[str, float], name: str) -> int:
 
 
 def _free_share(values: Mapping[str, float]) -> float:
+    """An engine's. What a node has free says nothing: a store that is warm is full, and is none the worse."""
     share = values.get(FREE_SHARE, math.nan)
-    if math.isnan(share) and values.get(CAPACITY_BYTES, 0.0) > 0 and FREE_BYTES in values:
-        share = values[FREE_BYTES] / values[CAPACITY_BYTES]
     return 1.0 if math.isnan(share) else min(1.0, max(0.0, share))

@@ -107,7 +107,7 @@ def test_numbers_that_make_no_sense_are_not_told() -> None:
     nonsense = {"requests_running": math.nan, "requests_waiting": -3.0, "free_share": math.nan, "x": 1.0}
     assert Told.read(nonsense, 5) == Told(5)
     assert Told.read({"requests_running": math.inf}, 5).running < 1 << 41
-    assert Told.read({"free_bytes": 25.0, "capacity_bytes": 100.0}, 5).free_share == 0.25
+    assert Told.read({"free_share": 0.25, "free_bytes": 0.0}, 5).free_share == 0.25
     assert Told.read({"free_share": 7.0}, 5).free_share == 1.0
 
 
