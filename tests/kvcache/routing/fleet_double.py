@@ -15,7 +15,6 @@ from kvcache.wire import BlockEvent, EventBatch
 TOKENS = list(range(1_000, 1_320))
 """20 blocks of 16."""
 BLOCK = 16
-KEY = Credentials.default().tenant_key("default")
 S = 1_000_000_000
 
 ENGINE = Namespace(
@@ -43,7 +42,8 @@ def names(space: Namespace, tokens: list[int] = TOKENS) -> bytes:
     """The hints of all full blocks, as this namespace names them."""
     if space.layout == PUBLIC:
         return bytes(sequence_hashes(array("I", tokens), space.block_tokens))
-    return hints(chain(space.root(KEY), KEY, pack_tokens(tokens), space.block_tokens))
+    key = Credentials.default().tenant_key(space.tenant)
+    return hints(chain(space.root(key), key, pack_tokens(tokens), space.block_tokens))
 
 
 class Told:
