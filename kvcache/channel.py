@@ -95,15 +95,16 @@ class AsyncChannel(asyncio.BufferedProtocol):
             raise failure_error(arrival.reply)
         return arrival.reply
 
-    async def events(self) -> AsyncIterator[EventBatch]:
+    async def events(self, incarnation: int = 0, seq: int = 0) -> AsyncIterator[EventBatch]:
         """Send Watch, then yield what comes; leaving the iteration closes the channel. Once a connection.
+        Who has everything up to a batch names it, and is told what came behind it if that is still kept.
 
         RAISES BadInput or NotAllowed when refused, Unavailable when the connection ends. There is no
-        deadline: nothing may happen for long.
+        deadline: a node that lives says so every second (``EventBatch.beat``); the caller sees to that.
         """
         assert self._watch is None, "one Watch a connection"
         queue: asyncio.Queue[EventBatch | None] = asyncio.Queue()
-        number, answer = await self._start(Watch(), (), ())
+        number, answer = await self._start(Watch(incarnation, seq), (), ())
         self._watch = (number, queue)
         answer.add_done_callback(lambda _: queue.put_nowait(None))  # Refused, or the connection ended.
         try:

@@ -143,8 +143,9 @@ class TestWhatOutlivesTheNode:
             names = watcher.call(wire.Watch(), deadline())
             assert isinstance(names, wire.EventBatch)
         assert [namespace["model"] for namespace in names.namespaces] == ["m"]
-        batches = started.node.call(lambda: list(started.node.node.core.watch(0, lambda batch: None)))
-        told = [(event.tier, event.hashes) for batch in batches for event in batch.events]
+        telling = started.node.node.core.telling
+        pages = started.node.call(lambda: list(telling.watch(0, lambda told: None, 0, 0)))
+        told = [(event.tier, event.hashes) for page in pages for event in page.batch.events]
         assert told == [("nvme", hints(HASHES[:8]))]
 
     def test_another_node_on_the_same_directory_is_refused(self, started: Here, serve: Serve) -> None:
