@@ -59,7 +59,7 @@ public:
 
     // How many answers, and they themselves. REQUIRES: `advance` returned true, and nobody wrote since.
     u32 answer_count() const { return std::min(first_rows_, wanted_.limit); }
-    void answer(const Runs& runs, Columns columns);
+    void answer(const Runs& runs, const Columns& columns);
 
 private:
     struct Live {
@@ -76,9 +76,10 @@ private:
     bool change(const Sets& sets, u32 set, u32 place);
     void turn(u32 number, Live& live, u64 bits, u32 place);
     void end(u32 number, u64 rows, u32 place);
-    void answer_all(const Runs& runs, Columns columns) const;
-    void answer_tiers(u32 number, const u32* blocks, Columns& columns) const;
-    void answer_best(const Runs& runs, Columns columns);
+    void answer_all(const Runs& runs, const Columns& columns) const;
+    void answer_tier(u32 tier, const u32* blocks, u32* column) const;
+    void answer_odd_tier(u32 tier, const u32* blocks, u32* column) const;
+    void answer_best(const Runs& runs, const Columns& columns);
 
     const u64* query_ = nullptr;
     u32 count_ = 0;
@@ -99,6 +100,12 @@ constexpr u64 row_bits = 0x1111111111111111;
 
 // The lowest bit of each row that has any.
 inline u64 rows_of(u64 bits) { return (bits | bits >> 1 | bits >> 2 | bits >> 3) & row_bits; }
+
+// How many rows, which have one bit each. Any processor does this quickly, but not all count bits.
+inline u32 count_of(u64 rows) {
+    const u64 pairs = (rows | rows >> 3) & 0x0303030303030303;
+    return static_cast<u32>(((pairs & 0x0101010101010101) + (pairs >> 1 & 0x0101010101010101)) * 0x0101010101010101 >> 56);
+}
 
 // Those of the bits whose rows are of candidates.
 inline u64 chosen_bits(const Runs& runs, const Chosen& candidates, u32 at, u64 bits) {
@@ -162,7 +169,7 @@ inline void Walk::begin(const Runs& runs, u32 set) {
         __builtin_prefetch(runs.ranks().data() + word->at * word_rows);
         const u64 rows = rows_of(bits);
         live_.push_back({word->at, rows, bits, rows, bits, 0});
-        live_rows_ += static_cast<u32>(__builtin_popcountll(rows));
+        live_rows_ += count_of(rows);
     }
     first_rows_ = live_rows_;
     if (ends_.size() < live_.size() * word_rows) ends_.resize(live_.size() * word_rows);
@@ -198,7 +205,7 @@ inline void Walk::turn(u32 number, Live& live, u64 bits, u32 place) {
     }
     live.rows ^= ended;
     live.bits = bits;
-    live_rows_ -= static_cast<u32>(__builtin_popcountll(ended));
+    live_rows_ -= count_of(ended);
     end(number, ended, place);
 }
 
@@ -211,7 +218,7 @@ inline void Walk::end(u32 number, u64 rows, u32 place) {
     for (; rows != 0; rows &= rows - 1) ends[static_cast<u32>(__builtin_ctzll(rows)) / tier_count] = place;
 }
 
-inline void Walk::answer(const Runs& runs, Columns columns) {
+inline void Walk::answer(const Runs& runs, const Columns& columns) {
     if (first_rows_ <= wanted_.limit) {
         answer_all(runs, columns);
     } else {
@@ -219,47 +226,52 @@ inline void Walk::answer(const Runs& runs, Columns columns) {
     }
 }
 
-inline void Walk::answer_all(const Runs& runs, Columns columns) const {
+inline void Walk::answer_all(const Runs& runs, const Columns& columns) const {
+    u32 made = 0;
     for (u32 i = 0; i < live_.size(); ++i) {
         const Live& live = live_[i];
         const u32* workers = runs.workers().data() + live.at * word_rows;
         const u32* ranks = runs.ranks().data() + live.at * word_rows;
         const u32* ends = ends_.data() + i * word_rows;
-        u32 made = 0;
+        const bool all_go_on = live.rows == live.first;
         for (u64 rows = live.first; rows != 0; rows &= rows - 1, ++made) {
             const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
             columns[0][made] = workers[bit / tier_count];
             columns[1][made] = ranks[bit / tier_count];
-            columns[2][made] = (live.rows >> bit & 1) != 0 ? place_ : ends[bit / tier_count];
+            columns[2][made] = all_go_on || (live.rows >> bit & 1) != 0 ? place_ : ends[bit / tier_count];
         }
-        answer_tiers(i, columns[2], columns);
-        for (u32*& column : columns) column += made;
     }
+    for (u32 tier = 0; tier < tier_count; ++tier) answer_tier(tier, columns[2], columns[3 + tier]);
 }
 
-inline void Walk::answer_tiers(u32 number, const u32* blocks, Columns& columns) const {
-    const Live& live = live_[number];
-    for (u32 tier = 0; tier < tier_count; ++tier) {
-        u32* column = columns[3 + tier];
-        u32 made = 0;
-        const u64 having = live.first_bits >> tier & row_bits;
-        if (live.odd == 0 && (having == 0 || having == live.first)) {
-            const std::size_t bytes = static_cast<std::size_t>(__builtin_popcountll(live.first)) * sizeof *column;
-            if (having == 0) std::memset(column, 0, bytes);
-            if (having != 0) std::memcpy(column, blocks, bytes);
-            continue;
-        }
+inline void Walk::answer_tier(u32 tier, const u32* blocks, u32* column) const {
+    u64 some = 0;
+    u64 not_all = 0;
+    for (const Live& live : live_) {
+        some |= live.first_bits >> tier & row_bits;
+        not_all |= (live.first_bits >> tier & row_bits) ^ live.first;
+    }
+    if (any_odd_ || (some != 0 && not_all != 0)) return answer_odd_tier(tier, blocks, column);
+    if (some == 0) std::memset(column, 0, first_rows_ * sizeof *column);
+    if (some != 0) std::memcpy(column, blocks, first_rows_ * sizeof *column);
+}
+
+inline void Walk::answer_odd_tier(u32 tier, const u32* blocks, u32* column) const {
+    u32 made = 0;
+    for (u32 i = 0; i < live_.size(); ++i) {
+        const Live& live = live_[i];
         for (u64 rows = live.first; rows != 0; rows &= rows - 1, ++made) {
             const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
-            const u64 bits = (live.odd >> bit & 1) != 0 ? live.bits : live.first_bits;
+            const bool odd = (live.odd >> bit & 1) != 0;
+            const u64 bits = odd ? live.bits : live.first_bits;
             column[made] = (bits >> (bit + tier) & 1) != 0 ? blocks[made] : 0;
-            if ((live.odd >> bit & 1) != 0) column[made] += counts_[number * 64 + bit + tier];
+            if (odd) column[made] += counts_[i * 64 + bit + tier];
         }
     }
 }
 
 // The first `limit` by blocks, then by worker and rank.
-inline void Walk::answer_best(const Runs& runs, Columns columns) {
+inline void Walk::answer_best(const Runs& runs, const Columns& columns) {
     all_.resize(std::size_t{column_count} * first_rows_);
     Columns all;
     for (u32 i = 0; i < column_count; ++i) all[i] = all_.data() + std::size_t{i} * first_rows_;
