@@ -34,6 +34,8 @@ from kvcache.wire import EventBatch
 
 log = logging.getLogger("kvcache.engine_events")
 
+Context = zmq.asyncio.Context
+
 CONNECT_MS = 3_000
 BEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 3_000
@@ -81,7 +83,7 @@ class EngineFollowing:
         index: Index,
         clock: Clock,
         topic: str = "",
-        context: zmq.asyncio.Context | None = None,
+        context: Context | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """``replay``: empty when the engine has none; ``feed`` was told the same. ``context``: of
@@ -111,7 +113,7 @@ class EngineFollowing:
         finally:
             context.destroy(linger=0)
 
-    async def _run(self, context: zmq.asyncio.Context) -> None:
+    async def _run(self, context: Context) -> None:
         pause_s = PAUSE_S_MIN
         while True:
             before = self.connections
@@ -130,7 +132,7 @@ class EngineFollowing:
                 self._said = self.trouble
             await self._pause(pause_s)
 
-    async def _follow(self, context: zmq.asyncio.Context) -> None:
+    async def _follow(self, context: Context) -> None:
         """One connection, to its end. RAISES Unavailable, ZMQError."""
         with contextlib.ExitStack() as stack:
             live = context.socket(zmq.SUB)
@@ -154,7 +156,7 @@ class EngineFollowing:
             await self._read(context, live, monitor)
 
     async def _read(
-        self, context: zmq.asyncio.Context, live: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket
+        self, context: Context, live: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket
     ) -> None:
         """Until the connection ends; what it had sent until then is taken. RAISES Unavailable."""
         poller = zmq.asyncio.Poller()
@@ -176,7 +178,7 @@ class EngineFollowing:
                     self.feed.quiet()
                     await self._catch_up(context)
 
-    async def _drain(self, context: zmq.asyncio.Context, live: zmq.asyncio.Socket, all_of_it: bool) -> bool:
+    async def _drain(self, context: Context, live: zmq.asyncio.Socket, all_of_it: bool) -> bool:
         """Take what is there, some of it or all. Returns whether anything was."""
         count = 0
         while all_of_it or count < DRAIN_MESSAGES:
@@ -188,7 +190,7 @@ class EngineFollowing:
             await self._take(context, frames)
         return count > 0
 
-    async def _take(self, context: zmq.asyncio.Context, frames: list[bytes]) -> None:
+    async def _take(self, context: Context, frames: list[bytes]) -> None:
         found = message(frames)
         if found is None:
             self.malformed += 1
@@ -197,7 +199,7 @@ class EngineFollowing:
         self._apply(self.feed.take(*found))
         await self._catch_up(context)
 
-    async def _catch_up(self, context: zmq.asyncio.Context) -> None:
+    async def _catch_up(self, context: Context) -> None:
         """Ask for as long as the feed wants to know more."""
         while (start := self.feed.wanted) is not None:
             answered = await self._replay(context, start)
@@ -205,7 +207,7 @@ class EngineFollowing:
                 self.trouble = f"{self._replay_endpoint} did not answer with all that was asked of it"
             self._apply(self.feed.replay_ended(answered))
 
-    async def _replay(self, context: zmq.asyncio.Context, start: int) -> bool:
+    async def _replay(self, context: Context, start: int) -> bool:
         """One replay, each message as it comes. Returns whether it came to its end."""
         asking = context.socket(zmq.DEALER)
         try:
@@ -248,9 +250,9 @@ class EngineFollowing:
             self._index.heard(self.feed.source, now_ns)
 
 
-def new_context() -> zmq.asyncio.Context:
+def new_context() -> Context:
     """For many followings in one event loop. To be ended with ``destroy(linger=0)``."""
-    return zmq.asyncio.Context(io_threads=1)
+    return Context(io_threads=1)
 
 
 def message(frames: list[bytes]) -> tuple[int, bytes] | None:
