@@ -45,8 +45,8 @@ class EventBatch(Message, frozen=True, tag="event_batch"):
     their first event. ``digests``: what each tier holds afterwards (``events.Digest``), where it is said.
 
     A ``beat`` has no events, and the ``seq`` of the batch before it: the source lives, and told no more.
-    ``load`` is how busy the source is, in plain numbers (``kvcache.event_load``). A ``partial`` source cannot tell
-    all that it holds."""
+    ``load`` is how busy the source is, in plain numbers (``kvcache.event_load``). A ``partial`` source cannot
+    tell all that it holds."""
 
     source: str
     incarnation: Unsigned

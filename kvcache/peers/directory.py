@@ -102,6 +102,7 @@ class Directory:
 
     def tick(self) -> None:
         """Called by the node's timer."""
+        self.index.tick(self._clock.now_ns())
         for peer in self.peers:
             peer.tick()
 

@@ -103,7 +103,7 @@ class Connection:
             raise Unavailable("unavailable", "the connection ended")
         return StatsReply(self._node.values, self._node.troubles)
 
-    async def events(self) -> AsyncIterator[EventBatch]:
+    async def events(self, incarnation: int = 0, seq: int = 0) -> AsyncIterator[EventBatch]:
         self._node.snapshots += 1
         for batch in self._node.publisher.snapshot():
             yield batch
