@@ -10,11 +10,12 @@ much.
 
 Invariants (``check``): every block has a place; none is over ``blocks_max``.
 
-The sum: 1 to 2 us a block told, 300 bytes a block held.
+The sum: 1 to 2 us a block told, 230 bytes a block held.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,6 @@ BLOCKS_MAX = 1 << 20
 SPACES_MAX = 1_024
 OWN = "hbm"
 """The place of which an engine may tell copies."""
-
-_UNKNOWN: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -95,16 +94,20 @@ class Held:
         if run is None:
             self._lost("unnamed_blocks", len(event.hashes))
             return []
-        told = self._conflicts(event.hashes, run)
+        blocks, only = self._blocks, (event.place,)
+        known = any(map(blocks.__contains__, event.hashes))
+        told = self._conflicts(event.hashes, run) if known else []
         fresh = taken = 0
         before = run.before
         for each, name in zip(event.hashes, run.names, strict=True):
-            block = self._blocks.get(each)
-            if block is None:
-                if len(self._blocks) >= self._blocks_max:
-                    break
-                block = self._blocks[each] = _Block(name, before, run.space, _UNKNOWN)
-            fresh += self._place(block, event.place)
+            block = blocks.get(each) if known else None
+            if block is not None:
+                fresh += self._place(block, event.place)
+            elif len(blocks) >= self._blocks_max:
+                break
+            else:
+                blocks[each] = _Block(name, before, run.space, only)
+                fresh += 1
             taken += 1
             before = name
         if taken < len(event.hashes):
@@ -120,7 +123,7 @@ class Held:
         space = -1
         for each in event.hashes:
             block = self._blocks.get(each)
-            if block is None or event.place not in block.places:
+            if block is None or event.place not in block.places:  # Never told, or told as gone.
                 self.counts["unknown_removed"] += 1
                 continue
             if not self._leave(each, block, event.place):
@@ -130,6 +133,7 @@ class Held:
                 names = []
             space = block.space
             names.append(block.name)
+            self.counts["removed_blocks"] += 1
         if names:
             told.append(self._event("removed", space, event.place, names))
         return told
@@ -251,13 +255,12 @@ class Held:
 
     def _leave(self, each: EngineHash, block: _Block, place: str) -> bool:
         """Returns whether its tier has it no more. REQUIRES: ``place`` is one of its places."""
+        if len(block.places) == 1:
+            del self._blocks[each]
+            return True
         at = block.places.index(place)
         block.places = block.places[:at] + block.places[at + 1 :]
-        if not block.places:
-            del self._blocks[each]
-        gone = not _has(block, _tier(place))
-        self.counts["removed_blocks"] += gone
-        return gone
+        return not _has(block, _tier(place))
 
     def _lost(self, count: str, number: int) -> None:
         self.counts[count] += number
@@ -267,7 +270,7 @@ class Held:
         self, kind: str, space: int, place: str, names: Sequence[int], before: int | None = None
     ) -> BlockEvent:
         parent = b"" if before is None else before.to_bytes(HINT_BYTES, "little")
-        hashes = b"".join([name.to_bytes(HINT_BYTES, "little") for name in names])
+        hashes = array("Q", names).tobytes()
         return BlockEvent(kind, self._ids[space], _tier(place), parent, hashes)
 
 

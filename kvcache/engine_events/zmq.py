@@ -155,9 +155,7 @@ class EngineFollowing:
             self._apply([self.feed.beat()])
             await self._read(context, live, monitor)
 
-    async def _read(
-        self, context: Context, live: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket
-    ) -> None:
+    async def _read(self, context: Context, live: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
         """Until the connection ends; what it had sent until then is taken. RAISES Unavailable."""
         poller = zmq.asyncio.Poller()
         poller.register(live, zmq.POLLIN)
