@@ -36,7 +36,7 @@ class Weights:
     """A cached token that has to be loaded from this tier, as a share of computing it."""
     load_host: float = 0.1
     load_nvme: float = 0.4
-    placed_credit: float = 0.8
+    placed_credit: float = 0.95
     """How far blocks count that were only routed to a worker, and not told by it yet."""
     suspect_credit: float = 0.7
     """How far the blocks of a source count whose stream of events is broken."""

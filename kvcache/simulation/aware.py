@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ``approximate`` | a tree of what was routed there in the last 120 s | as ``exact-default`` |
 | ``exact-default`` | the index | prompt tokens to compute there, in blocks, + blocks of all requests there |
-| ``exact`` | the index, and what was routed there and is not told of yet | ``kvcache.routing``, its weights |
+| ``exact`` | the index, and what waits there or is not told of yet | ``kvcache.routing``, its weights |
 | ``oracle`` | the truth, and what will be there by then | seconds until the first token, as it really is |
 
 The cost of the first two is the documented one of NVIDIA Dynamo with its default weights: one for either sum,
@@ -164,6 +164,7 @@ class Exact(Router):
         self._capacity = capacity
         self._chooser = Chooser(weights, seed)
         self._names = [str(worker) for worker in range(worker_count)]
+        self._waiting = [Active() for _ in self.loads]
         self._placed_s: list[dict[int, float]] = [{} for _ in self.loads]
         feed.removed = self._removed
 
@@ -197,18 +198,22 @@ class Exact(Router):
         )
 
     def _placed(self, path: Sequence[int], worker: int, blocks: int, now_s: float) -> int:
-        """How many blocks behind the cached ones were routed there lately."""
-        placed, end = self._placed_s[worker], blocks
+        """How many blocks behind the cached ones wait there to be computed, or were so lately."""
+        placed, end = self._placed_s[worker], max(blocks, self._waiting[worker].leading(path))
         while end < len(path) and placed.get(path[end], 0.0) > now_s:
             end += 1
         return end - blocks
 
     def routed(self, job: Job, now_s: float) -> None:
         super().routed(job, now_s)
+        self._waiting[job.worker].add(job.path)
+
+    def first_token(self, job: Job, now_s: float) -> None:
+        """Its blocks are there; until the worker has told so, they are taken to be."""
+        super().first_token(job, now_s)
+        self._waiting[job.worker].remove(job.path)
         placed = self._placed_s[job.worker]
-        until_s = (
-            now_s // PLACE_S + 2
-        ) * PLACE_S  # As ``kvcache.locality_placed``: to the end of the next turn.
+        until_s = (now_s // PLACE_S + 2) * PLACE_S  # To the end of the next turn: ``locality_placed``.
         placed.update(dict.fromkeys(job.path[job.credited :], until_s))
         _sweep(placed, now_s)
 
@@ -220,6 +225,7 @@ class Exact(Router):
 
     def lost(self, worker: int) -> None:
         super().lost(worker)
+        self._waiting[worker] = Active()
         self._placed_s[worker] = {}
 
 

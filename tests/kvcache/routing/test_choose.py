@@ -167,10 +167,11 @@ def test_power_of_choices_looks_at_some_and_never_loses_who_holds_most() -> None
 
 def test_the_sentence_says_what_an_operator_wants_to_know() -> None:
     fleet = [Candidate("near", (3_072, 1_024, 0), placed=16), Candidate("far", running=2)]
-    choice = Chooser(Weights()).choose(5_000, fleet)
+    w = Weights(prefill=1, request_tokens=16, load_host=0.1, placed_credit=0.8, running=64, decode=0)
+    choice = Chooser(w).choose(5_000, fleet)
     assert choice.why == (
         "near is the cheapest of 2 at 1010 tokens; it has 4112 of 5000 (3072 hbm, 1024 host, 16 only routed "
-        "there); the best other is far at 5080, most of it by uncached (+4112)"
+        "there); the best other is far at 5144, most of it by uncached (+4112)"
     )
     blind = Chooser(Weights()).choose(5_000, fleet[:1], blind=True)
     assert "nothing is known of what holds its 5000" in blind.why and blind.how == "only"
