@@ -236,6 +236,17 @@ class LocalityIndex:
                     found.setdefault((source.name, namespace), Located(source.name, namespace, 0, _NONE))
         return [found[key] for key in sorted(found)]
 
+    def held(self, source: str, namespace: NamespaceId, tier: str) -> memoryview:
+        """All that one shard holds in a tier, as u64 in no order."""
+        known, number = self._sources.get(source), self._content.known(namespace)
+        holder = known.view.holders.get(number) if known is not None and number is not None else None
+        try:
+            if holder is not None:
+                return self._content.index.held(holder, TIERS.index(tier))
+        except BadInput:
+            pass  # It was forgotten meanwhile.
+        return memoryview(array("Q"))
+
     def sources(self) -> list[AsOf]:
         """How current the index is, source by source."""
         return [source.as_of() for source in self._sources.copy().values()]

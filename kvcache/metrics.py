@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -266,6 +266,12 @@ class HttpMetrics:
             registry=self.registry,
         )
         self._refused = 0
+        self.index_lookups = Counter(
+            "kvcache_index_lookups", "Questions answered in raw frames.", registry=self.registry
+        )
+        self.index_connections = self._gauge("kvcache_index_connections", "Connections for raw frames.")
+        self._lookups: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._looked_up = 0
         self.index_resyncs = Counter(
             "kvcache_index_resyncs",
             "Times the locality index asked for everything anew, by reason.",
@@ -283,8 +289,16 @@ class HttpMetrics:
         self.index_refused.inc(blocks - self._refused)
         self._refused = blocks
 
+    def watch_lookups(self, lookups: Callable[[], tuple[int, int]]) -> None:
+        """``lookups`` tells how many questions there were so far, and how many connections there are."""
+        self._lookups = lookups
+
     def render(self) -> bytes:
         """The page that Prometheus reads."""
+        asked, connections = self._lookups()
+        self.index_lookups.inc(asked - self._looked_up)
+        self._looked_up = asked
+        self.index_connections.set(connections)
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:

@@ -21,6 +21,7 @@ from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.namespace import Namespace
 from kvcache.server import http_follow
+from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_follow import Follower
 from kvcache.wire import EventBatch, Reply, Request, Stats, StatsReply, Welcome
@@ -143,7 +144,9 @@ class Running:
         self.pauses = Pauses()
         self.connect: Callable[[], Awaitable[http_follow.Channel]] = node.connect
         self.follower = Follower(lambda: self.connect(), self.index, self.metrics, self.clock, self.pauses)
-        self.app = HttpApp(self.follower, self.metrics, credentials, self.clock).application()
+        self.fleet = FleetIndex(self.index, self.clock)
+        app = HttpApp(self.follower, self.fleet, self.metrics, credentials, self.clock)
+        self.app = app.application()
         self.client: TestClient[web.Request, web.Application]
 
     async def until(self, condition: Callable[[], bool]) -> None:
