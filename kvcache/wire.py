@@ -27,9 +27,10 @@ from kvcache.errors import BadInput
 from kvcache.packing import BODY_BYTES_MAX as BODY_BYTES_MAX
 from kvcache.packing import PREFIX_BLOCKS_MAX as PREFIX_BLOCKS_MAX
 from kvcache.packing import TEXT_CHARS_MAX as TEXT_CHARS_MAX
-from kvcache.packing import pack, unpack
+from kvcache.packing import unpack
 from kvcache.wire_base import Message as Message
-from kvcache.wire_base import OrNone, Unsigned
+from kvcache.wire_base import OrNone as OrNone
+from kvcache.wire_base import Unsigned as Unsigned
 from kvcache.wire_events import BlockEvent as BlockEvent
 from kvcache.wire_events import EventBatch as EventBatch
 from kvcache.wire_events import Watch as Watch
@@ -325,7 +326,7 @@ def encode(call: int, message: Message, payload_bytes: int = 0) -> bytes:
 def packed(message: Message) -> bytes:
     """The message as ``frame`` takes it, for who sends it in many. RAISES BadInput as ``encode``."""
     try:
-        return pack(msgspec.to_builtins(message, builtin_types=(bytes,)))
+        return _ENCODER.encode(message)
     except (ValueError, OverflowError) as error:
         raise _unsendable(message, error) from error
 
@@ -333,6 +334,13 @@ def packed(message: Message) -> bytes:
 def _unsendable(message: Message, error: Exception) -> BadInput:
     return BadInput("bad_message", f"a {type(message).__name__} that cannot be sent", _printable(error))
 
+
+_ENCODER = msgspec.msgpack.Encoder()
+# Batches come by the thousand, so straight into their types, at a seventh of the time. Their fields bound
+# what that takes; a body that is written in another order goes the way of all others.
+_BATCH_DECODER = msgspec.msgpack.Decoder(tuple[int, EventBatch])
+_BATCH_MARK = b"\xa4type\xabevent_batch"
+_BATCH_MARK_WITHIN = 14 + len(_BATCH_MARK)  # Behind the list, the longest number and the map.
 
 _Decoded = TypeVar("_Decoded")
 # By tag, because converting to a union costs 15 us more a message than converting to one of its members.
@@ -369,4 +377,9 @@ def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
 
 def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
     """RAISES BadInput for anything that is not a reply."""
+    if _BATCH_MARK in bytes(body[:_BATCH_MARK_WITHIN]):
+        try:
+            return _BATCH_DECODER.decode(body)
+        except ValueError as error:  # msgspec's are.
+            raise BadInput("bad_message", "a body that is no event batch", _printable(error)) from error
     return _decode(body, _REPLIES)

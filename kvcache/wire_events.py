@@ -5,12 +5,20 @@ of it byte by byte."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from kvcache.packing import PREFIX_BLOCKS_MAX, TEXT_CHARS_MAX
 from kvcache.wire_base import Message, Unsigned
 
 BEAT_NS = 1_000_000_000
 """A source that lives says so this often."""
+
+# What a batch can cost who reads it is bounded by its types: it is decoded straight into them.
+_Text = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
+_Many = msgspec.Meta(max_length=PREFIX_BLOCKS_MAX)
+_Few = msgspec.Meta(max_length=TEXT_CHARS_MAX)
 
 _LENGTH_BYTES = 2
 _HINT_BYTES = 8
@@ -31,9 +39,9 @@ class BlockEvent(Message, frozen=True, tag="block_event"):
     ``runs`` (stored only): how many blocks that follow one another each run in ``hashes`` has (u16, joined);
     all behind the last are as long as the last. Empty: they are one run."""
 
-    kind: str
+    kind: _Text
     namespace: bytes
-    tier: str
+    tier: _Text
     parent: bytes = b""
     hashes: bytes = b""
     runs: bytes = b""
@@ -48,16 +56,16 @@ class EventBatch(Message, frozen=True, tag="event_batch"):
     ``load`` is how busy the source is, in plain numbers (``kvcache.event_load``). A ``partial`` source cannot
     tell all that it holds."""
 
-    source: str
+    source: _Text
     incarnation: Unsigned
     seq: Unsigned
     snapshot: bool
-    events: list[BlockEvent]
+    events: Annotated[list[BlockEvent], _Many]
     left: Unsigned = 0
-    namespaces: list[dict[str, str | int]] = msgspec.field(default_factory=list)
-    digests: dict[str, bytes] = msgspec.field(default_factory=dict)
+    namespaces: Annotated[list[dict[str, str | int]], _Few] = msgspec.field(default_factory=list)
+    digests: Annotated[dict[str, bytes], _Few] = msgspec.field(default_factory=dict)
     beat: bool = False
-    load: dict[str, float] = msgspec.field(default_factory=dict)
+    load: Annotated[dict[str, float], _Few] = msgspec.field(default_factory=dict)
     partial: bool = False
 
 

@@ -109,21 +109,6 @@ def test_an_index_gives_runs_and_takes_them_back() -> None:
     assert follower.digest(copy, 1) == source.digest(holder, 1)
 
 
-def test_lengths_that_do_not_fit_are_not_made_to() -> None:
-    assert run_lengths(event(5, 1, 2)) == lengths_of(1, 2, 2)
-    assert run_lengths(event(6, 1, 2)) == lengths_of(1, 2, 2), "and the index refuses it"
-    assert run_lengths(event(2, 1, 2)) == lengths_of(1, 2)
-    assert run_lengths(event(3, 1, 0)) == lengths_of(1, 0)
-
-
-def event(count: int, *lengths: int) -> BlockEvent:
-    return BlockEvent("stored", SPACE, "host", b"", bytes(8 * count), lengths_of(*lengths))
-
-
-def lengths_of(*lengths: int) -> bytes:
-    return b"".join(length.to_bytes(2, "little") for length in lengths)
-
-
 def test_pages_say_what_batch_they_are_as_of() -> None:
     [page] = Snapshot("node", 7, 3, [], [], {"host": bytes(24)}).pages()
     assert page == EventBatch("node", 7, 3, True, [], digests={"host": bytes(24)})
