@@ -24,12 +24,10 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from kvcache.clock import NS_PER_S
 from kvcache.locality_view import Content, View
 from kvcache.wire import EventBatch
+from kvcache.wire_events import BEAT_NS as BEAT_NS
 
-BEAT_NS = NS_PER_S
-"""A source that has nothing to tell says so this often."""
 LATE_NS = BEAT_NS * 3 // 2
 """So long after its last word a source is suspect: a beat was missed."""
 DROPPED_NS = BEAT_NS * 3

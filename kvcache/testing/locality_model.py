@@ -21,6 +21,7 @@ from kvcache.wire import BlockEvent, EventBatch
 Held = dict[tuple[NamespaceId, str], set[bytes]]
 
 _DIGEST_BYTES = len(EMPTY_DIGEST)
+_NOTHING: frozenset[bytes] = frozenset()
 
 
 @dataclass(slots=True)
@@ -223,21 +224,22 @@ class LocalityModel:
     def _located(
         self, name: str, space: NamespaceId, prefix: Sequence[bytes], tiers: Sequence[str]
     ) -> Located:
-        held = {tier: self._told[name].held.get((space, tier), set()) for tier in TIERS}
-        blocks = 0
-        counts = dict.fromkeys(TIERS, 0)
+        held = self._told[name].held
+        asked = [held.get((space, tier), _NOTHING) if tier in tiers else _NOTHING for tier in TIERS]
+        having: list[list[bool]] = []
         for block in prefix:
-            having = [tier for tier in tiers if block in held[tier]]
-            if not having:
+            having.append([block in blocks for blocks in asked])
+            if True not in having[-1]:
+                del having[-1]
                 break
-            blocks += 1
-            for tier in having:
-                counts[tier] += 1
-        predicted = self._predicted(name, space, prefix)
-        return Located(name, space, blocks, tuple(counts.values()), max(0, predicted - blocks))
+        counts = tuple(map(sum, zip(*having, strict=True))) if having else (0,) * len(TIERS)
+        beyond = max(0, self._predicted(name, space, prefix) - len(having))
+        return Located(name, space, len(having), counts, beyond)
 
     def _predicted(self, name: str, space: NamespaceId, prefix: Sequence[bytes]) -> int:
-        turns = self._placed.get((name, space), [set(), set()])
+        turns = self._placed.get((name, space))
+        if turns is None:
+            return 0
         blocks = 0
         while blocks < len(prefix) and any(prefix[blocks] in turn for turn in turns):
             blocks += 1
