@@ -78,16 +78,24 @@ class Router:
         prompt_tokens: int = 0,
         session: str = "",
         role: Role = "any",
+        tenant: str = "",
         avoid: Collection[str] = (),
     ) -> Routed:
         """The worker for a prompt of ``tokens`` (ids, or packed by ``kvcache.block.pack_tokens``); None: only
         ``prompt_tokens``, about how many they are, is known. ``session``: requests of one conversation have
-        the same. ``avoid``: workers that were tried already. The index is told of the choice.
+        the same. ``tenant``: only its workers; empty: any. ``avoid``: workers that were tried already. The
+        index is told of the choice.
 
         RAISES NoWorker when the fleet has none for this; BadInput for what are no tokens."""
         with self._lock:
             asked = self._state.ask(
-                self._view, model, tokens, prompt_tokens=prompt_tokens, session=session, role=role
+                self._view,
+                model,
+                tokens,
+                prompt_tokens=prompt_tokens,
+                session=session,
+                role=role,
+                tenant=tenant,
             )
             return self._chosen(asked, avoid)
 

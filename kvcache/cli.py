@@ -29,6 +29,7 @@ class Subcommand:
 
 SUBCOMMANDS: dict[str, Subcommand] = {
     "serve": Subcommand("kvcache.server.cli:serve", "Run one node."),
+    "route": Subcommand("kvcache.server.route_cli:route", "Send requests to the workers that suit them."),
     "index": Subcommand("kvcache.server.index_cli:index", "Say which worker holds how much of a prompt."),
     "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),

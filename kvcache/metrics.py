@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from kvcache import __version__
 from kvcache.errors import CODES
+from kvcache.metrics_route import RouteMetrics
 from kvcache.wire import Request
 
 PREFIX = "kvcache_"
@@ -317,7 +318,20 @@ def document() -> str:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         label = labels.get(name) or ", ".join(_own_labels(family))
         rows.append(f"| `{name}` | {family.type} | {label} | {family.documentation} |")
-    return _DOCUMENT.format(rows="\n".join(rows), reasons="\n".join(_value_rows()))
+    return _DOCUMENT.format(
+        rows="\n".join(rows), reasons="\n".join(_value_rows()), route="\n".join(_route_rows())
+    )
+
+
+def _route_rows() -> list[str]:
+    metrics = RouteMetrics()
+    metrics.sample()
+    rows = []
+    for family in metrics.registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(_own_labels(family))
+        rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
+    return rows
 
 
 def _own_labels(family: Metric) -> list[str]:
@@ -367,6 +381,12 @@ The values a label can have:
 | metric | label | values |
 | --- | --- | --- |
 {reasons}
+
+`GET /metrics` of [`kvcache route`](routing.md):
+
+| metric | kind | labels | meaning |
+| --- | --- | --- | --- |
+{route}
 """
 
 if __name__ == "__main__":

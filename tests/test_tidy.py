@@ -43,7 +43,7 @@ HEAVY: dict[str, str] = {
     "aiohttp": r"server/http\w*\.py",
     "lmdb": r"kvcache/tiers/nvme_index_child\.py",
     "msgpack": r"kvcache/packing\.py",
-    "prometheus_client": r"kvcache/metrics\.py",
+    "prometheus_client": r"kvcache/metrics\w*\.py",
     "redis": r"kvcache/redis\.py",
     "sglang": r"client/connectors/sglang\w*\.py",
     "torch": r"client/connectors/\w+\.py" + DEMO_ENGINE,

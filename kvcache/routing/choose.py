@@ -105,9 +105,9 @@ class Choice:
         if self.blind:
             return f"nothing is known of what holds its {self.prompt_tokens}"
         hbm, host, nvme, placed = usable(self.prompt_tokens, self.candidate)
-        tiers = [f"{count} {name}" for count, name in ((host, "host"), (nvme, "nvme")) if count]
-        tiers += [f"{placed} only routed there"] if placed else []
-        inner = f" ({', '.join([f'{hbm} hbm', *tiers])})" if tiers else ""
+        told = ((hbm, "hbm"), (host, "host"), (nvme, "nvme"), (placed, "only routed there"))
+        inner = ", ".join(f"{count} {name}" for count, name in told if count)
+        inner = f" ({inner})" if inner else ""
         return f"it has {hbm + host + nvme + placed} of {self.prompt_tokens}{inner}"
 
     def _beside(self) -> str:

@@ -39,13 +39,15 @@ MODELS_MAX = 1_024
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, and what to ask the index about it. ``role``: what the worker is wanted for."""
+    """A request, and what to ask the index about it. ``role``: what the worker is wanted for. ``tenant``:
+    whose workers may serve it; empty: any."""
 
     model: str
     prompt_tokens: int
     queries: tuple[Query, ...]
     session: str
     role: Role
+    tenant: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -79,7 +81,7 @@ class Routed:
 
 
 class NoWorker(BadInput):
-    """No worker of the fleet serves this. ``code`` bad_config: it will not get better by itself."""
+    """No worker of the fleet serves this, or none is left that was not tried."""
 
 
 class FleetState:
@@ -117,15 +119,16 @@ class FleetState:
         prompt_tokens: int = 0,
         session: str = "",
         role: Role = "any",
+        tenant: str = "",
     ) -> Asked:
         """What to ask the index. ``tokens`` None: they are not known, only about how many they are.
         RAISES BadInput for what are no tokens."""
         if tokens is None:
             note = "the prompt's tokens are not known, so the index was not asked"
-            return Asked(model, max(0, prompt_tokens), (), session, role, (note,))
+            return Asked(model, max(0, prompt_tokens), (), session, role, tenant, (note,))
         packed = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
         asked = queries(packed, self._of_model(view, model), self._tenant_key)
-        return Asked(model, len(packed) // 4, asked, session, role)
+        return Asked(model, len(packed) // 4, asked, session, role, tenant)
 
     def ask_hints(
         self, model: str, queries: Sequence[Query], prompt_tokens: int, session: str = "", role: Role = "any"
@@ -174,15 +177,20 @@ class FleetState:
 
     # --- who may serve it -----------------------------------------------------------------------
 
+    def serving(self, model: str, role: Role | None = "any", tenant: str = "") -> list[Worker]:
+        """The workers that a request for this model may go to."""
+        found = [each for each in self._workers if serves(each, model, role)]
+        return [each for each in found if each.tenant == tenant] if tenant else found
+
     def _serving(self, asked: Asked, avoid: Collection[str], url_needed: bool) -> list[Worker]:
-        serving = [each for each in self._workers if serves(each, asked.model, asked.role)]
+        serving = self.serving(asked.model, asked.role, asked.tenant)
         if url_needed:
             serving = [each for each in serving if each.url]
         left = [each for each in serving if each.name not in avoid] if avoid else serving
         if not left:
             why = "all that do were tried" if serving else f"the fleet has {len(self._workers)} workers"
             raise NoWorker(
-                "bad_config",
+                "unknown_model",
                 f"no worker serves the model {asked.model[:120]!r} in the role {asked.role}",
                 why,
                 "see the file of workers",
@@ -294,7 +302,8 @@ class FleetState:
         was seen to have blocks in."""
         if not sources:
             return ()
-        source, namespaces = sources[0], view.namespaces()
+        source = next((each for each in sources if each.startswith(ENGINE_SOURCE)), sources[0])
+        namespaces = view.namespaces()
         placements = []
         for query in asked.queries:
             for namespace_id in query.namespaces:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import runpy
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ from kvcache.fleet import Fleet, Worker
 from kvcache.locator import Locator
 from kvcache.namespace import Namespace
 from kvcache.routing.telemetry import REQUEST_NS_MAX
-from kvcache.routing.weights import Weights
+from kvcache.routing.weights import RANGES, Weights
 from tests.kvcache.routing.fleet_double import (
     BLOCK,
     ENGINE,
@@ -25,6 +28,8 @@ from tests.kvcache.routing.fleet_double import (
     names,
     node_space,
 )
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @dataclass
@@ -290,3 +295,26 @@ def test_other_workers_from_now_on() -> None:
     here.replace(fleet("z"))
     routed = here.choose("m", TOKENS)
     assert [each.worker for each in routed.choice.candidates] == ["z"]
+
+
+def test_the_example_in_the_docs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without an index, as nobody listens there: it says so, and chooses all the same."""
+    [example] = re.findall(r"```python\n(.*?)```", (DOCS / "routing.md").read_text(), re.DOTALL)
+    file = tmp_path / "example.py"
+    file.write_text(example)
+    runpy.run_path(str(file))
+    said = capsys.readouterr().out
+    assert "without an index: " in said and said.splitlines()[-1] in ("w0", "w1")
+
+
+def test_the_docs_say_what_each_weight_is_without_a_file() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\S+) \| (.+), (.+) \|$", (DOCS / "routing.md").read_text(), re.MULTILINE
+    )
+    told = {name: default for name, default, _, _ in rows}
+    ranges = {name: (low, high) for name, _, low, high in rows if name != "form"}
+    values = {each.name: getattr(Weights(), each.name) for each in fields(Weights)}
+    assert told == {
+        name: value if isinstance(value, str) else f"{value:g}" for name, value in values.items()
+    }, "docs/routing.md: the table of weights"
+    assert ranges == {name: (f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()}
