@@ -43,7 +43,7 @@ public:
         }
         count_ = static_cast<u32>(bytes / sizeof(Item));
         items_ = static_cast<const Item*>(buffer_.buf);
-        if (reinterpret_cast<std::uintptr_t>(items_) % alignof(Item) == 0) return;
+        if (count_ == 0 || reinterpret_cast<std::uintptr_t>(items_) % alignof(Item) == 0) return;
         copied_.resize(count_);
         std::memcpy(copied_.data(), buffer_.buf, bytes);
         items_ = copied_.data();

@@ -75,7 +75,7 @@ private:
     void begin(const Runs& runs, u32 set);
     bool change(const Sets& sets, u32 set, u32 place);
     void turn(u32 number, Live& live, u64 bits, u32 place);
-    void end(u32 number, u64 rows, u32 place);
+    void end(u32 number, const Live& live, u64 rows, u32 place);
     void answer_all(const Runs& runs, const Columns& columns) const;
     void answer_tier(u32 tier, const u32* blocks, u32* column) const;
     void answer_odd_tier(u32 tier, const u32* blocks, u32* column) const;
@@ -90,7 +90,7 @@ private:
     u32 first_rows_ = 0;  // How many held the first block.
     bool any_odd_ = false;
     std::vector<Live> live_;
-    std::vector<u32> ends_;    // By row of `live_`, once it has ended.
+    std::vector<u32> ends_;    // By row of `live_`, once it has ended; in an answer all have.
     std::vector<u32> counts_;  // By holder of `live_`; of odd rows only.
     std::vector<u32> all_;     // Answers of which the best are wanted.
     std::vector<u32> order_;
@@ -203,22 +203,25 @@ inline void Walk::turn(u32 number, Live& live, u64 bits, u32 place) {
         for (u64 on = bits & ~live.bits; on != 0; on &= on - 1)
             counts_[number * 64 + static_cast<u32>(__builtin_ctzll(on))] -= place;
     }
-    live.rows ^= ended;
     live.bits = bits;
     live_rows_ -= count_of(ended);
-    end(number, ended, place);
+    end(number, live, ended, place);
+    live.rows ^= ended;
 }
 
-inline void Walk::end(u32 number, u64 rows, u32 place) {
+// These rows end at `place`.
+inline void Walk::end(u32 number, const Live& live, u64 rows, u32 place) {
     u32* ends = ends_.data() + number * word_rows;
-    if (rows == row_bits) {
-        std::fill(ends, ends + word_rows, place);
+    if (rows == live.first) {  // All at once, as a rule.
+        for (u32 i = 0; i < word_rows; ++i) ends[i] = place;
         return;
     }
     for (; rows != 0; rows &= rows - 1) ends[static_cast<u32>(__builtin_ctzll(rows)) / tier_count] = place;
 }
 
 inline void Walk::answer(const Runs& runs, const Columns& columns) {
+    if (answer_count() == 0) return;
+    for (u32 i = 0; i < live_.size(); ++i) end(i, live_[i], live_[i].rows, place_);
     if (first_rows_ <= wanted_.limit) {
         answer_all(runs, columns);
     } else {
@@ -233,12 +236,11 @@ inline void Walk::answer_all(const Runs& runs, const Columns& columns) const {
         const u32* workers = runs.workers().data() + live.at * word_rows;
         const u32* ranks = runs.ranks().data() + live.at * word_rows;
         const u32* ends = ends_.data() + i * word_rows;
-        const bool all_go_on = live.rows == live.first;
         for (u64 rows = live.first; rows != 0; rows &= rows - 1, ++made) {
             const u32 bit = static_cast<u32>(__builtin_ctzll(rows));
             columns[0][made] = workers[bit / tier_count];
             columns[1][made] = ranks[bit / tier_count];
-            columns[2][made] = all_go_on || (live.rows >> bit & 1) != 0 ? place_ : ends[bit / tier_count];
+            columns[2][made] = ends[bit / tier_count];
         }
     }
     for (u32 tier = 0; tier < tier_count; ++tier) answer_tier(tier, columns[2], columns[3 + tier]);

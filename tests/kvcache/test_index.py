@@ -79,7 +79,11 @@ if index.NATIVE:
 
 def sizes() -> list[tuple[Callable[[int], Index], int, int]]:
     """Each index, how long the tail is and how often it comes: long enough to be read while it does."""
-    return [(make, 900, 20) if make is index_twin.PrefixIndex else (make, 8_000, 150) for make in makers()]
+    factor = int(os.environ.get("KVCACHE_FAULT_FACTOR", "1"))
+    return [
+        (make, 900, 10 * factor) if make is index_twin.PrefixIndex else (make, 8_000, 50 * factor)
+        for make in makers()
+    ]
 
 
 @pytest.mark.slow
@@ -118,12 +122,26 @@ def test_readers_and_one_writer_at_a_time(make: Callable[[int], Index], length: 
         found = made.match_many(ten, ends)
         return len(found.ends) == 10 and all(300 <= count <= len(long) for count in found.blocks)
 
-    readers = [threading.Thread(target=read, args=(ask,)) for ask in (between, steadily, many)]
+    def chosen() -> bool:
+        found = made.match(long, candidates=array("I", [2, 9]), limit=1)
+        return list(found.workers) == [2] and 300 <= found.blocks[0] <= len(long)
+
+    def copied() -> bool:
+        hashes, lengths = made.runs(steady, 0)
+        return (
+            hashes.tobytes() == kept.tobytes() and list(lengths) == [700] and made.digest(steady, 0)[0] == 700
+        )
+
+    asked = (between, steadily, many, chosen, copied)
+    readers = [threading.Thread(target=read, args=(ask,)) for ask in asked]
     for reader in readers:
         reader.start()
     try:
         for turn in range(turns):
-            assert made.store(moving, turn % 4, blocks(tail), root[-1]) == 0
+            if turn % 5 == 0:
+                assert made.store_runs(moving, turn % 4, blocks(tail), array("H", [100, length - 100])) == 0
+            else:
+                assert made.store(moving, turn % 4, blocks(tail), root[-1]) == 0
             extra = made.open(3 + turn % 5)
             made.store(extra, 0, kept)
             gone = random.Random(turn).sample(tail, length) if turn % 3 == 0 else tail[:: 1 - turn % 2 * 2]
@@ -135,3 +153,27 @@ def test_readers_and_one_writer_at_a_time(make: Callable[[int], Index], length: 
             reader.join()
     assert not wrong
     made.check()
+
+
+@pytest.mark.parametrize("make", makers(), ids=lambda make: make.__module__)
+def test_one_answer_is_read_by_many_threads(make: Callable[[int], Index]) -> None:
+    made, prompt = make(BYTES_MAX), path([1] * 100)
+    for worker in range(100):
+        made.store(made.open(worker, worker + 100), 1, blocks(prompt[: worker + 1]))
+    found = made.match(blocks(prompt))
+    names = ("workers", "dp_ranks", "blocks")
+    expected = [list(range(100)), list(range(100, 200)), list(range(1, 101))]
+    wrong: list[str] = []
+
+    def read(first: int) -> None:
+        for turn in range(300):
+            at = (first + turn) % 3
+            if sorted(getattr(found, names[at])) != expected[at] or sorted(found.tier(1)) != expected[2]:
+                wrong.append(names[at])
+
+    readers = [threading.Thread(target=read, args=(first,)) for first in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert not wrong
