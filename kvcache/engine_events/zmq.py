@@ -28,7 +28,7 @@ from zmq.utils.monitor import parse_monitor_message
 from kvcache.clock import NS_PER_MS, Clock
 from kvcache.engine_events.decode import PAYLOAD_BYTES_MAX
 from kvcache.engine_events.feed import EngineFeed
-from kvcache.errors import Unavailable
+from kvcache.errors import KVCacheError, Unavailable
 from kvcache.locality import LOST, Applied
 from kvcache.wire import EventBatch
 
@@ -44,7 +44,7 @@ CHECK_MS = 30_000
 REPLAY_IDLE_MS = 5_000
 REPLAY_MESSAGES_MAX = 1 << 20
 WAITING_MESSAGES_MAX = 100_000
-DRAIN_MESSAGES = 64
+DRAIN_MESSAGES = 16
 """Taken in one go before others get a turn."""
 PAUSE_S_MIN = 0.05
 PAUSE_S_MAX = 0.9
@@ -119,7 +119,7 @@ class EngineFollowing:
             before = self.connections
             try:
                 await self._follow(context)
-            except Unavailable as error:
+            except KVCacheError as error:
                 self.trouble = str(error)
             except zmq.ZMQError as error:
                 self.trouble = f"ZeroMQ: {error}"
@@ -156,17 +156,18 @@ class EngineFollowing:
             await self._read(context, live, monitor)
 
     async def _read(self, context: Context, live: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
-        """Until the connection ends; what it had sent until then is taken. RAISES Unavailable."""
+        """Until the connection ends. What it sent and was not read by then is gone with it: who comes back
+        replays it. RAISES Unavailable."""
         poller = zmq.asyncio.Poller()
         poller.register(live, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         quiet_ms = 0
         while True:
             ready = {socket for socket, _ in await poller.poll(BEAT_MS)}
-            ended = monitor in ready and await _ended(monitor)
-            taken = live in ready and await self._drain(context, live, all_of_it=ended)
-            if ended:
+            if monitor in ready and await _ended(monitor):
                 raise Unavailable("unavailable", f"{self._endpoint} ended the connection")
+            taken = live in ready and await self._drain(context, live)
+            await asyncio.sleep(0)  # What is there already is taken without waiting.
             self._hear()
             if taken:
                 quiet_ms = 0
@@ -176,17 +177,15 @@ class EngineFollowing:
                     self.feed.quiet()
                     await self._catch_up(context)
 
-    async def _drain(self, context: Context, live: zmq.asyncio.Socket, all_of_it: bool) -> bool:
-        """Take what is there, some of it or all. Returns whether anything was."""
-        count = 0
-        while all_of_it or count < DRAIN_MESSAGES:
+    async def _drain(self, context: Context, live: zmq.asyncio.Socket) -> bool:
+        """Take some of what is there. Returns whether anything was."""
+        for count in range(DRAIN_MESSAGES):
             try:
                 frames = await live.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                break
-            count += 1
+                return count > 0
             await self._take(context, frames)
-        return count > 0
+        return True
 
     async def _take(self, context: Context, frames: list[bytes]) -> None:
         found = message(frames)
@@ -214,7 +213,9 @@ class EngineFollowing:
             asking.sndtimeo = REPLAY_IDLE_MS
             await asking.send_multipart([b"", start.to_bytes(_SEQ_BYTES, "big")])
             idle_ms = 0
-            for _ in range(REPLAY_MESSAGES_MAX):
+            for count in range(REPLAY_MESSAGES_MAX):
+                if count % DRAIN_MESSAGES == 0:
+                    await asyncio.sleep(0)
                 while not await asking.poll(BEAT_MS):
                     self._hear()
                     idle_ms += BEAT_MS

@@ -74,6 +74,8 @@ class ModelEngine:
     seq: int = 0
     held: Counter[tuple[str, int]] = field(default_factory=Counter)
     members: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    before: dict[int, int | None] = field(default_factory=dict)
+    """The name of the block before each, by its own."""
     pending: list[object] = field(default_factory=list)
     log: list[tuple[int, bytes]] = field(default_factory=list)
     clock: int = 0
@@ -109,6 +111,7 @@ class ModelEngine:
             start = 0  # Two equal prompts at once: each has blocks of its own.
         if start == len(hashes):
             return
+        self.before |= dict(zip(names, [None, *names], strict=False))
         for each, name in zip(hashes[start:], names[start:], strict=True):
             self.members[each] = (namespace_id(chain.adapter), name)
             self.held["GPU", each] += 1
@@ -210,7 +213,7 @@ class Shelf:
             self.losing, self.lost = False, True
             self.members = set()
             return Applied.GAP
-        self.partial = batch.partial
+        self.partial = batch.partial or (self.partial and not batch.snapshot)
         if batch.snapshot:
             return self._load(batch)
         assert batch.incarnation == self.at[0]

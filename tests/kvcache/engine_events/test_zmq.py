@@ -97,7 +97,12 @@ def test_lost_messages_are_replayed_and_lost_ends_found_in_the_next_silence(
             async with world.followed():
                 await world.subscribed(publisher)
                 world.steps(publisher, 60, lose=0.3)
+                world.engine.store()
+                world.steps(publisher, 1)
+                await until(world.is_exact)
+                world.engine.clear()
                 world.steps(publisher, 1, lose=1.0)
+                assert not world.is_exact()
                 await until(world.is_exact)
         assert world.feed.counts["gaps"] > 0
         assert world.shelf.heards > 0
