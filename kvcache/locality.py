@@ -121,13 +121,14 @@ class LocalityIndex:
         names = [Namespace.from_map(fields) for fields in batch.namespaces]
         with self._lock:
             source = self._source(batch.source, batch.incarnation)
-            self._name(names)
+            if names:
+                self._name(names)
             restarted = batch.incarnation > source.incarnation
             applied = source.take(batch, now_ns)
             if restarted:
                 self._placed.forget(source.number)
-            elif applied is Applied.TAKEN and not batch.snapshot:
-                self._placed.told(source.number, batch.events, self._content.known)
+            elif self._placed.is_active and applied is Applied.TAKEN and not batch.snapshot:
+                self._placed.told(source.number, batch.events, self._content.numbers)
             self._mark(source)
             return applied
 
@@ -189,7 +190,7 @@ class LocalityIndex:
         twice that. ``hints`` from the first block on. Returns how many are not predicted for want of room,
         all of them where the source is not heard of yet."""
         known = self._sources.get(source)
-        number = self._content.known(namespace)
+        number = self._content.numbers.get(namespace)
         if number is None:
             with self._lock:
                 number = self._content.number(namespace)
@@ -238,7 +239,7 @@ class LocalityIndex:
 
     def held(self, source: str, namespace: NamespaceId, tier: str) -> memoryview:
         """All that one shard holds in a tier, as u64 in no order."""
-        known, number = self._sources.get(source), self._content.known(namespace)
+        known, number = self._sources.get(source), self._content.numbers.get(namespace)
         holder = known.view.holders.get(number) if known is not None and number is not None else None
         try:
             if holder is not None:

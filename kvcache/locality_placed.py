@@ -17,7 +17,7 @@ predicted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from kvcache.clock import NS_PER_S
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PLACE_NS = 5 * NS_PER_S
 HOLDERS_MAX = 16_384
 
-Numbering = Callable[[bytes], int | None]
+Numbers = Mapping[bytes, int]
 
 _TIERS = (0, 1)  # The generations are tiers of the index.
 
@@ -77,14 +77,18 @@ class Placements:
         found = self._index.match(hints, ALL_TIERS, sources)
         return found if len(found) else None
 
-    def told(self, source: int, events: Iterable[BlockEvent], number: Numbering) -> None:
-        """The source told this of itself; ``number`` is that of a namespace."""
-        if not self._holders:
-            return
+    @property
+    def is_active(self) -> bool:
+        """Something may be predicted."""
+        return bool(self._holders)
+
+    def told(self, source: int, events: Iterable[BlockEvent], numbers: Numbers) -> None:
+        """The source told this of itself; ``numbers`` are those of namespaces."""
         with self._lock:
             for event in events:
-                space = number(event.namespace) if event.kind != "stored" else None
-                holder = self._holders.get((source, space)) if space is not None else None
+                if event.kind == "stored":
+                    continue
+                holder = self._holders.get((source, numbers.get(event.namespace, -1)))
                 if holder is not None:
                     self._end(holder, event)
 

@@ -182,9 +182,10 @@ class Source:
     # --- batches --------------------------------------------------------------------------------
 
     def _advance(self, batch: EventBatch, now_ns: int) -> Applied:
-        seq = self.seq
+        incarnation, seq, heard_ns = self._stamp
         told_seq = batch.seq
-        self._ahead = max(self._ahead, told_seq)
+        if told_seq > self._ahead:
+            self._ahead = told_seq
         if not self._known or self._drifted:
             return Applied.GAP
         if told_seq < seq or (told_seq == seq and not batch.beat):
@@ -195,7 +196,7 @@ class Source:
             self.view.take(batch.events)
         self._broken = False
         self._partial = self._partial or batch.partial
-        self._stamp = (batch.incarnation, told_seq, self._stamp[2])
+        self._stamp = (incarnation, told_seq, heard_ns)
         self._told = batch.digests
         self._drifted = not self._agrees(self.view, batch)
         if self._drifted:

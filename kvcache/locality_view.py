@@ -24,12 +24,13 @@ from kvcache.wire_events import run_lengths
 
 TIERS = ("hbm", "host", "nvme")
 NAMESPACES_MAX = 65_536
-HOLDERS_MAX = 65_536
+HOLDERS_MAX = 1_000_000
 
 _TIER_NUMBERS = {tier: number for number, tier in enumerate(TIERS)}
 _DIGEST = struct.Struct("<QQQ")
 _MASK = (1 << 64) - 1
 _ZERO = (0, 0, 0)
+_NEW = -1  # No namespace has this number.
 _EMPTY = _DIGEST.pack(*_ZERO)
 
 Digest = tuple[int, int, int]
@@ -46,19 +47,15 @@ class Content:
         self.refused_blocks = 0
         self.holders = 0
         self.ids: dict[int, NamespaceId] = {}
-        """By number. Only grows; ``sweep`` puts another in its place."""
-        self._numbers: dict[bytes, int] = {}
+        """By number. Only grows; ``sweep`` puts another in its place, as of ``numbers``."""
+        self.numbers: dict[bytes, int] = {}
         self._next = 0
-
-    def known(self, namespace: bytes) -> int | None:
-        """Its number, if it has one."""
-        return self._numbers.get(namespace)
 
     def number(self, namespace: bytes) -> int | None:
         """Its number, a new one if need be; None when there are ``NAMESPACES_MAX`` others."""
-        number = self._numbers.get(namespace)
-        if number is None and len(self._numbers) < NAMESPACES_MAX:
-            number = self._numbers[namespace] = self._next
+        number = self.numbers.get(namespace)
+        if number is None and len(self.numbers) < NAMESPACES_MAX:
+            number = self.numbers[namespace] = self._next
             self.ids[number] = NamespaceId(namespace)
             self._next += 1
         return number
@@ -66,7 +63,7 @@ class Content:
     def sweep(self, used: Collection[int]) -> None:
         """Forget all other numbers."""
         self.ids = {number: namespace for number, namespace in self.ids.items() if number in used}
-        self._numbers = {namespace: number for number, namespace in self.ids.items()}
+        self.numbers = {namespace: number for number, namespace in self.ids.items()}
 
     def has_room(self) -> bool:
         """For another holder."""
@@ -90,23 +87,27 @@ class View:
     def take(self, events: Iterable[BlockEvent], make_room: Callable[[], bool] | None = None) -> None:
         """REQUIRES: they make sense. ``make_room`` is called when blocks are refused, which are tried again
         if it returns true."""
+        index, holders, numbers = self._content.index, self.holders, self._content.numbers
         for event in events:
             tier = _TIER_NUMBERS[event.tier]
+            number = numbers.get(event.namespace, _NEW)
+            holder = holders.get(number)
             if event.kind == "stored":
-                refused = self._store(event, tier)
+                if holder is None:
+                    number, holder = self._open(event.namespace)
+                refused = self._store(holder, tier, event)
                 if refused and make_room is not None and make_room():
-                    refused = self._store(event, tier)
+                    number, holder = self._open(event.namespace)
+                    refused = self._store(holder, tier, event)
                 if refused:
                     self.partial = True
                     self._content.refused_blocks += refused
-            number = self._content.known(event.namespace)
-            if number is None or (holder := self.holders.get(number)) is None:
-                continue
-            if event.kind == "removed":
-                self._content.index.remove(holder, tier, event.hashes)
-            elif event.kind == "cleared":
-                self._content.index.clear(holder, tier)
-            self._touched.add((number, tier))
+            elif holder is not None and event.kind == "removed":
+                index.remove(holder, tier, event.hashes)
+            elif holder is not None:
+                index.clear(holder, tier)
+            if holder is not None:
+                self._touched.add((number, tier))
 
     def serve_over(self, former: View) -> None:
         """From now on this one answers, and the former is gone. REQUIRES: this is a shadow."""
@@ -153,9 +154,8 @@ class View:
                 totals[tier] = _joined(totals[tier], part, 1)
         assert totals == self._totals
 
-    def _store(self, event: BlockEvent, tier: int) -> int:
+    def _store(self, holder: int | None, tier: int, event: BlockEvent) -> int:
         """Returns how many blocks were refused."""
-        holder = self._holder(event.namespace)
         if holder is None:
             return len(event.hashes) // HINT_BYTES
         if event.runs:
@@ -163,18 +163,18 @@ class View:
         parent = int.from_bytes(event.parent, "little") if event.parent else None
         return self._content.index.store(holder, tier, event.hashes, parent)
 
-    def _holder(self, namespace: bytes) -> int | None:
-        """None: there is no room for another."""
+    def _open(self, namespace: bytes) -> tuple[int, int | None]:
+        """The number of the namespace and its holder, made if need be; None: there is no room for another."""
         number = self._content.number(namespace)
         if number is None:
-            return None
+            return _NEW, None
         holder = self.holders.get(number)
         if holder is None and self._content.has_room():
             index = self._content.index
             open_one = index.open_shadow if self._is_shadow else index.open
             holder = self.holders[number] = open_one(self._source, number)
             self._content.holders += 1
-        return holder
+        return number, holder
 
     def _fold(self) -> None:
         while self._touched:

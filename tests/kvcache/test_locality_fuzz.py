@@ -28,8 +28,9 @@ QUESTIONS = 20
 
 
 @pytest.mark.parametrize("make", [index.make_index, index_twin.PrefixIndex])
-def test_one_world_is_as_its_oracle_says(make: Callable[[int], Index]) -> None:
-    assert live(seed=1_000, make=make, steps=15, questions=6).compared >= 180
+def test_some_worlds_are_as_their_oracles_say(make: Callable[[int], Index]) -> None:
+    for seed in range(1_000, 1_004):
+        assert live(seed, make, steps=20, questions=3).compared >= 120
 
 
 @pytest.mark.slow

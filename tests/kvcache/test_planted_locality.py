@@ -78,8 +78,8 @@ PLANTS = (
     Plant(
         "what is removed on a disk stays",
         "kvcache/locality_view.py",
-        '            if event.kind == "removed":\n',
-        '            if event.kind == "removed" and tier < 2:\n',
+        "                index.remove(holder, tier, event.hashes)\n",
+        "                index.remove(holder, min(tier, 1), event.hashes)\n",
         f"{TOLD}::test_the_digest_of_every_tier_counts",
     ),
     Plant(
