@@ -66,8 +66,9 @@ assert sys.byteorder == "little", "hints are read as they travel"
 
 
 class LocalityIndex:
-    """Any number of sources. Reads no clock: ``now_ns`` is that of its caller. Nothing is waited for, but a page
-    of 100,000 blocks takes 10 to 60 ms to apply, and who drops a million 0.2 s, the interpreter's lock free."""
+    """Any number of sources. Reads no clock: ``now_ns`` is that of its caller. Nothing is waited for, but a
+    page of 100,000 blocks takes 10 to 60 ms to apply, and dropping a million 0.2 s; the interpreter's lock is
+    free meanwhile."""
 
     def __init__(self, bytes_max: int, make: Callable[[int], Index] = prefix_index.make_index) -> None:
         """``bytes_max``: the most memory to take. ``make`` makes the structure."""
