@@ -29,7 +29,7 @@ from kvcache.errors import BadInput
 from kvcache.fleet import Fleet, token
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
-from kvcache.server.fleet_index import FleetIndex
+from kvcache.server.fleet_index import FleetIndex, Followed
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_fleet import FleetSubject
 from kvcache.server.http_serving import HttpSite, checked_bind
@@ -106,6 +106,9 @@ def index(
 async def _run(settings: Settings, say: Say) -> None:
     clock, metrics, loop = SystemClock(), HttpMetrics(), asyncio.get_running_loop()
     loop.set_exception_handler(_end_at_a_bug)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     known = LocalityIndex(settings.bytes_max)
     fleet = FleetIndex(known, clock, resynced=lambda reason: metrics.index_resyncs.labels(reason).inc())
     answers = IndexAnswers(known, clock, fleet.worker_sources)
@@ -126,7 +129,7 @@ async def _run(settings: Settings, say: Say) -> None:
             f"ready: {', '.join(places)}, following {len(followed)} with {len(fleet.workers)} workers",
             {"ready": True, "pid": os.getpid(), "places": places, "following": len(followed)},
         )
-        await _until_stopped(fleet.run(), _report(fleet, say))
+        await _until(stop, fleet.run(), _report(fleet, say))
     finally:
         await site.close()
         frames.close()
@@ -137,34 +140,31 @@ async def _report(fleet: FleetIndex, say: Say) -> None:
     """A line for each that is followed, whenever it is or is not."""
     told: dict[str, str] = {}
     while True:
+        await asyncio.sleep(REPORT_S)
         synced = {state.source: state.synced for state in fleet.index.sources()}
         for each in fleet.followed():
             state = "following" if each.connected and synced.get(each.source) else "not following"
-            if told.get(each.address, "not following" if not each.trouble else "") == state:
-                continue
-            told[each.address] = state
-            blocks = fleet.index.entries_of(each.source) if each.source else 0
-            knows = f", {blocks:,} blocks" if state == "following" else f": {each.trouble or 'it is loading'}"
-            name = f" as {each.source}" if each.source else ""
-            say(
-                f"{state} {each.kind} {each.address}{name}{knows}",
-                {
-                    "state": state,
-                    "kind": each.kind,
-                    "address": each.address,
-                    "source": each.source,
-                    "blocks": blocks,
-                    "trouble": each.trouble,
-                },
-            )
-        await asyncio.sleep(REPORT_S)
+            if told.get(each.address) != state:
+                told[each.address] = state
+                _say_state(each, state, fleet.index.entries_of(each.source), say)
 
 
-async def _until_stopped(*work: Coroutine[Any, Any, None]) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    tasks = [loop.create_task(each) for each in work]
+def _say_state(each: Followed, state: str, blocks: int, say: Say) -> None:
+    knows = f", {blocks:,} blocks" if state == "following" else f": {each.trouble or 'it is loading'}"
+    name = f" as {each.source}" if each.source else ""
+    facts: dict[str, object] = {
+        "state": state,
+        "kind": each.kind,
+        "address": each.address,
+        "source": each.source,
+        "blocks": blocks,
+        "trouble": each.trouble,
+    }
+    say(f"{state} {each.kind} {each.address}{name}{knows}", facts)
+
+
+async def _until(stop: asyncio.Event, *work: Coroutine[Any, Any, None]) -> None:
+    tasks = [asyncio.get_running_loop().create_task(each) for each in work]
     for task in tasks:
         task.add_done_callback(lambda _: stop.set())
     await stop.wait()
