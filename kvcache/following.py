@@ -149,6 +149,8 @@ class Following:
                 if applied in LOST:
                     self.trouble = f"events of {batch.source} were lost"
                     return applied.value
+                if batch.snapshot:
+                    await asyncio.sleep(0)  # A page takes milliseconds, and the next may be there already.
         raise Unavailable("unavailable", "the node ended the stream of events")
 
     def _meet(self, welcome: Welcome) -> None:

@@ -347,6 +347,7 @@ class Core:
         held = self.ledger.stats()
         return {
             **self.bringing.stats(),
+            **self.telling.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -354,7 +355,6 @@ class Core:
             "capacity_bytes:host": float(self._space.capacity_bytes),
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
-            "watchers": float(len(self.telling)),
             "tickets": float(len(self.tickets)),
             "followers": float(self.progress.bell.waiting),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,

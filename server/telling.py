@@ -38,18 +38,16 @@ class Telling:
         self._watchers: dict[int, Watcher] = {}
         self._snapshot: weakref.ref[Snapshot] | None = None
         self._beat_ns = 0
+        self._replays = self._snapshots = 0
 
-    def __len__(self) -> int:
-        return len(self._watchers)
-
-    @property
-    def ring_bytes(self) -> int:
-        return self._ring.bytes
-
-    @property
-    def kept_bytes(self) -> int:
-        """What is taken to keep what was told."""
-        return self._publisher.kept_bytes
+    def stats(self) -> dict[str, float]:
+        return {
+            "watchers": float(len(self._watchers)),
+            "watches:replay": float(self._replays),
+            "watches:snapshot": float(self._snapshots),
+            "events_ring_bytes": float(self._ring.bytes),
+            "events_kept_bytes": float(self._publisher.kept_bytes),
+        }
 
     def announce(self, namespace: Namespace) -> None:
         """As ``Publisher.announce``."""
@@ -78,7 +76,9 @@ class Telling:
         self._watchers[owner] = watcher
         missed = self._ring.behind(seq) if incarnation == self._publisher.incarnation else None
         if missed is not None:
+            self._replays += 1
             return itertools.chain(_read(missed), [Told(self._publisher.beat(self._load()))])
+        self._snapshots += 1
         snapshot = self._snapshot() if self._snapshot is not None else None
         behind = self._ring.behind(snapshot.seq) if snapshot is not None else None
         if snapshot is None or behind is None:
