@@ -43,12 +43,21 @@ class RouteMetrics:
         """The page that Prometheus reads."""
         return generate_latest(self.registry)
 
-    def sample(self) -> None:
-        """One value for each metric with labels: it is shown once it has one."""
-        self.requests.labels("/v1/completions", "200").inc()
-        self.choices.labels("cheapest").inc()
-        self.tokenized.labels("given").inc()
-        self.failures.labels("before").inc()
+    @classmethod
+    def rows(cls) -> list[str]:
+        """A line of docs/metrics.md for each. One with labels is only told of once it has a value."""
+        metrics, rows = cls(), []
+        metrics.requests.labels("/v1/completions", "200").inc()
+        metrics.choices.labels("cheapest").inc()
+        metrics.tokenized.labels("given").inc()
+        metrics.failures.labels("before").inc()
+        for family in metrics.registry.collect():
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            rows.append(
+                f"| `{name}` | {family.type} | {', '.join(sorted(labels))} | {family.documentation} |"
+            )
+        return rows
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"kvcache_route_{name}", text, labels, registry=self.registry)

@@ -7,7 +7,7 @@
 Nothing is decoded, decompressed or buffered: a worker that is faster than the client is held up by TCP. Every
 wait has an end. A connection carries one request: a worker that closed an idle one would else look dead.
 
-The sum: 0.1 ms to connect on a local network, 30 us a chunk.
+The sum: 0.3 ms to connect and ask on loopback, 40 us a chunk.
 """
 
 from __future__ import annotations

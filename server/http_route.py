@@ -11,7 +11,8 @@ middle is not mended: the connection is cut, so that nobody takes a part for the
 Limits: ``requests_max`` at once, ``body_bytes_max`` each, ``Waits`` for everything, the last ``CHOICES_KEPT``
 choices. Tenants meet neither workers nor choices of each other.
 
-The sum: 1 ms a request beside the worker's, most of it two HTTP heads; 30 us a chunk.
+The sum: 1.7 ms a request beside the worker's, for 4,096 token ids (parsed, named, chosen; a connection made,
+two HTTP heads); 40 us a chunk. So one process passes on some 500 requests or 20,000 chunks a second.
 """
 
 from __future__ import annotations
