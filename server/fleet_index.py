@@ -109,6 +109,8 @@ class FleetIndex:
     ) -> None:
         """``resynced`` is told why a stream ended. ``make_engine``: None for ZeroMQ, once it is needed."""
         self.index = index
+        self.version = 0
+        """Grows when workers come or go."""
         self.changed: Callable[[], None] = lambda: None
         """Called when workers came or went, or a node was met."""
         self._clock = clock
@@ -153,6 +155,7 @@ class FleetIndex:
         if worker.node:
             self.add_node(worker.node, node_token, worker.name)
         self._workers[worker.name] = worker
+        self.version += 1
         self.changed()
 
     async def remove(self, name: str) -> bool:
@@ -160,6 +163,7 @@ class FleetIndex:
         worker = self._workers.pop(name, None)
         if worker is None:
             return False
+        self.version += 1
         for stream in worker.streams():
             await _ended(self._ranks.pop(stream.source).task)
             self.index.forget(stream.source)

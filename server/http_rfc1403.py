@@ -19,7 +19,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -27,7 +27,7 @@ from kvcache.block import NamespaceId
 from kvcache.errors import BadInput
 from kvcache.fleet import Worker
 from kvcache.index import ALL_TIERS
-from kvcache.locality import Found, LocalityIndex
+from kvcache.locality import TIERS, Found, LocalityIndex
 from kvcache.namespace import Namespace
 from kvcache.packing import PREFIX_BLOCKS_MAX
 from kvcache.sequence import PUBLIC, chain_locals, sequence_hashes
@@ -118,22 +118,26 @@ class Listed(api.Answer, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as RFC 1403 sees it. ``instance`` as it was registered: a number or text."""
+    """A worker as RFC 1403 sees it. ``instance`` as it was registered: a number or text. ``ranks``: the
+    source of each."""
 
     instance: Instance
     worker: Worker
+    ranks: tuple[tuple[int, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """Tokens of one rank's longest prefix, of these in each tier, and the longest by tiers taken together."""
 
     longest: int = 0
-    tiers: tuple[int, int, int] = (0, 0, 0)
+    hbm: int = 0
+    host: int = 0
+    nvme: int = 0
     gpu: int = 0
     cpu: int = 0
 
 
+NO_HIT = Hit()
 Hits = dict[str, dict[int, Hit]]
 """By instance and rank."""
 
@@ -176,13 +180,13 @@ def hits(
     for block_tokens, ids in _spaces(index, asked, tenant).items():
         hashes = prefix(block_tokens)
         for source, hit in _matched(index, hashes, ids, block_tokens).items():
-            if hit.longest > best.get(source, Hit()).longest:
+            if hit.longest > best.get(source, NO_HIT).longest:
                 best[source] = hit
     found: Hits = {}
     for member in members:
         ranks = found.setdefault(str(member.instance), {})
-        for stream in member.worker.streams():
-            ranks[stream.rank] = best.get(stream.source, Hit())
+        for rank, source in member.ranks:
+            ranks[rank] = best.get(source, NO_HIT)
     return found
 
 
@@ -207,14 +211,13 @@ def as_mooncake(found: Hits, tenant: str) -> dict[str, object]:
     """Every instance is told."""
     instances = {}
     for instance, ranks in found.items():
-        best = max(ranks.values(), key=lambda hit: hit.longest, default=Hit())
-        gpu, cpu, disk = best.tiers
+        best = max(ranks.values(), key=lambda hit: hit.longest, default=NO_HIT)
         instances[instance] = {
             "longest_matched": best.longest,
-            "GPU": gpu,
+            "GPU": best.hbm,
             "DP": {str(rank): hit.longest for rank, hit in ranks.items()},
-            "CPU": cpu,
-            "DISK": disk,
+            "CPU": best.host,
+            "DISK": best.nvme,
         }
     return {tenant: instances}
 
@@ -246,24 +249,22 @@ def _matched(
     everywhere = index.match(hashes, ids, tiers=ALL_TIERS)
     gpu = _blocks(index.match(hashes, ids, tiers=_HBM))
     cpu = _blocks(index.match(hashes, ids, tiers=_HBM | _HOST))
-    found: dict[str, Hit] = {}
-    for each in everywhere.located():
-        longest = each.blocks * block_tokens
-        if longest > found.get(each.source, Hit()).longest:
-            hbm, host, nvme = (count * block_tokens for count in each.tiers)
-            found[each.source] = Hit(
-                longest,
-                (hbm, host, nvme),
-                min(gpu.get(each.source, 0) * block_tokens, longest),
-                min(cpu.get(each.source, 0) * block_tokens, longest),
-            )
+    names, found = everywhere.names.sources, dict[str, Hit]()
+    tiers = (everywhere.tier(at) for at in range(len(TIERS)))
+    for number, blocks, *held in zip(everywhere.sources, everywhere.blocks, *tiers, strict=True):
+        source = names.get(number)
+        if source is not None and blocks * block_tokens > found.get(source, NO_HIT).longest:
+            counts = blocks, *held, min(gpu.get(number, 0), blocks), min(cpu.get(number, 0), blocks)
+            found[source] = Hit(*[count * block_tokens for count in counts])
     return found
 
 
-def _blocks(found: Found) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for each in found.located():
-        most[each.source] = max(most.get(each.source, 0), each.blocks)
+def _blocks(found: Found) -> dict[int, int]:
+    """The most of any namespace, by number of the source."""
+    most: dict[int, int] = {}
+    for source, blocks in zip(found.sources, found.blocks, strict=True):
+        if blocks > most.get(source, 0):
+            most[source] = blocks
     return most
 
 

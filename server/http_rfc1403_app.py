@@ -52,6 +52,8 @@ class Rfc1403:
         self._is_open = credentials.anonymous is not None
         self._instances: dict[str, rfc.Instance] = {}
         """As they were registered, by the worker's name."""
+        self._known: list[rfc.Member] = []
+        self._version = -1
 
     def handlers(self) -> dict[str, Handler]:
         """By the names of the routes."""
@@ -76,8 +78,12 @@ class Rfc1403:
         if worker.name in self._fleet.workers:
             said = f"instance {asked.instance_id} dp_rank {rank} already registered"
             raise _Refused(said, HTTPStatus.CONFLICT)
-        self._fleet.add(worker)
         self._instances[worker.name] = asked.instance_id
+        try:
+            self._fleet.add(worker)
+        except BadInput:
+            del self._instances[worker.name]
+            raise
         if asked.model_name:
             return _json({"status": "ok"}, HTTPStatus.CREATED)
         return _json({"status": "registered successfully", "instance_id": asked.instance_id})
@@ -110,7 +116,7 @@ class Rfc1403:
 
     def _answer(self, asked: rfc.QueryRequest | rfc.HashRequest, credential: Credential) -> web.Response:
         tenant = self._tenant(asked, credential)
-        members = rfc.chosen(list(self._members()), asked, tenant) if tenant is not None else []
+        members = rfc.chosen(self._members(), asked, tenant) if tenant is not None else []
         if asked.model_name and not members:
             group = asked.tenant or DEFAULT_TENANT
             said = f"no indexer for model={asked.model_name} routing_group={group}"
@@ -200,11 +206,20 @@ class Rfc1403:
 
     def _members(self, credential: Credential | None = None) -> list[rfc.Member]:
         """Workers whose engines' events are followed, of the credential's tenant where there are several."""
-        return [
-            rfc.Member(self._instances.get(name, name), worker)
-            for name, worker in self._fleet.workers.items()
-            if worker.events and (credential is None or self._is_open or worker.tenant == credential.tenant)
-        ]
+        if self._version != self._fleet.version:
+            self._version = self._fleet.version
+            self._known = [
+                rfc.Member(
+                    self._instances.get(name, name),
+                    worker,
+                    tuple((stream.rank, stream.source) for stream in worker.streams()),
+                )
+                for name, worker in self._fleet.workers.items()
+                if worker.events
+            ]
+        if credential is None or self._is_open:
+            return self._known
+        return [each for each in self._known if each.worker.tenant == credential.tenant]
 
     def _tenant(self, asked: rfc.Asked, credential: Credential) -> str | None:
         """Whom the request is for; None: for somebody else."""
