@@ -1,6 +1,6 @@
-"""What a way of routing is worth: the 99th percentile of the time to the first token, ours beside each rival's.
+"""What a way of routing is worth: the time to the first token (99th percentile), ours beside each rival's.
 
-    .venv/bin/python benchmarks/bench_routing.py [TRACE.npz ...] [--workers 16] [--speed 4] [--json] [--quick]
+    .venv/bin/python benchmarks/bench_routing.py [TRACE.npz ...] [--workers 16] [--speed 4]
 
 A simulation (docs/routing-simulation.md), so the figures are the same on every machine; ``ratio`` is the
 rival's time over ours, or our hit rate over its. Without a trace, one is generated. Only how many choices a

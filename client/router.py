@@ -27,10 +27,11 @@ from kvcache.credentials import Credentials
 from kvcache.fleet import Fleet, Role
 from kvcache.locality import LocalityIndex
 from kvcache.locator import Locator
-from kvcache.routing.fleet_state import Asked, FleetState, NoWorker, Routed
+from kvcache.routing.fleet_state import Asked, FleetState, NoWorker, Placement, Routed
 from kvcache.routing.names import Query, TenantKey
 from kvcache.routing.view import NoView, View
 from kvcache.routing.views import IndexView, LocatorView
+from kvcache.routing.waiting import Waiting
 from kvcache.routing.weights import Weights
 
 __all__ = ["NoWorker", "Query", "Routed", "Router", "Sent", "Weights"]
@@ -68,6 +69,7 @@ class Router:
         key = Credentials.default().tenant_key if tenant_key is None else tenant_key
         self._state = FleetState(fleet, Weights() if weights is None else weights, key, seed)
         self._view = self._seen(index)
+        self._waiting: Waiting[Placement] = Waiting()
         self._lock = threading.Lock()
 
     def choose(
@@ -126,17 +128,22 @@ class Router:
     def begin(self, routed: Routed) -> int:
         """The request is sent now. Returns its number; an end that nobody tells comes by itself in time."""
         with self._lock:
-            return self._state.begin(routed, self._clock.now_ns())
+            now_ns = self._clock.now_ns()
+            number = self._state.begin(routed, now_ns)
+            self._waiting.begin(number, routed.placements, now_ns)
+            return number
 
     def first_token(self, routed: Routed, number: int) -> None:
         with self._lock:
             self._state.loads.first_token(number)
             self._state.health.succeeded(routed.worker.name)
+            self._place(self._waiting.first_token(number))
 
     def end(self, number: int) -> None:
         """May be called twice."""
         with self._lock:
             self._state.loads.end(number)
+            self._waiting.end(number)
 
     def failed(self, routed: Routed, why: str) -> None:
         """The worker did not answer: for a while it is passed over. Choose again, with it in ``avoid``."""
@@ -149,11 +156,16 @@ class Router:
             self._state.replace(fleet)
 
     def _chosen(self, asked: Asked, avoid: Collection[str]) -> Routed:
+        now_ns = self._clock.now_ns()
+        self._place(self._waiting.due(now_ns))
         found = self._view.find(asked.queries)
-        routed = self._state.choose(asked, found, self._view, self._clock.now_ns(), avoid=avoid)
-        for each in routed.placements:
-            self._view.place(each.source, each.namespace, each.hints)
+        routed = self._state.choose(asked, found, self._view, now_ns, avoid=avoid)
+        self._place(routed.placements)
         return routed
+
+    def _place(self, placements: Sequence[Placement]) -> None:
+        for each in placements:
+            self._view.place(each.source, each.namespace, each.hints)
 
     def _seen(self, index: LocalityIndex | Locator | View | None) -> View:
         if index is None:

@@ -130,6 +130,28 @@ def test_a_choice_is_placed_so_that_the_next_one_knows_of_it() -> None:
     assert "only routed there" in second.why
 
 
+def test_a_placement_lasts_as_long_as_the_request_waits() -> None:
+    told, clock = Told(), Clock()
+    for name in "ab":
+        told.starts(engine(name), ENGINE)
+    here = router(told, fleet("a", "b"), clock)
+    first = here.choose("m", TOKENS)
+    number = here.begin(first)
+
+    def others(seconds: int) -> None:
+        for at in range(0, seconds, 4):
+            clock.ns += 4 * S
+            here.choose("m", [at] * len(TOKENS))
+
+    others(40)
+    again = here.choose("m", TOKENS)
+    assert again.worker == first.worker and placed(again, first.worker.name) == len(TOKENS)
+    here.first_token(first, number)
+    here.end(number)
+    others(20)
+    assert not any(each.placed for each in here.choose("m", TOKENS).choice.candidates)
+
+
 def test_requests_in_flight_count_until_their_end_and_never_for_ever() -> None:
     told, clock = Told(), Clock()
     for name in "ab":

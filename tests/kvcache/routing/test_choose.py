@@ -52,6 +52,15 @@ def test_without_temperature_it_is_the_cheapest(w: Weights, prompt: int, fleet: 
     assert choice.cost <= min(choice.costs) + w.tie_tokens
 
 
+def test_a_queue_is_worth_avoiding_while_others_have_none() -> None:
+    """To compute 1,000 tokens twice is right where nobody waits for it, and wrong where everybody does."""
+    holder = Candidate("holder", (1_000, 0, 0), waiting_prefill_tokens=2_000)
+    idle = [Candidate(f"w{number}") for number in range(15)]
+    busy = [replace(each, waiting_prefill_tokens=500) for each in idle]
+    assert Chooser(Weights()).choose(1_100, [holder, *idle]).worker != "holder"
+    assert Chooser(Weights()).choose(1_100, [holder, *busy]).worker == "holder"
+
+
 @settings(deadline=None)
 @given(
     w=all_weights(),
