@@ -112,9 +112,9 @@ def test_a_source_that_started_anew_says_so_at_once(world: World) -> None:
     world.part()
     world.telling = Telling(Publisher("node", 8), dict)
     world.telling.announce(SPACE)
-    world.store(2)
+    world.store(2, 3, 4)
     assert all(page.snapshot and page.incarnation == 8 for page in world.watch())
-    assert world.agrees() and world.index.entries == 1
+    assert world.agrees() and world.index.entries == 3
 
 
 def test_a_seq_that_was_never_told_is_answered_with_everything(world: World) -> None:
