@@ -2,7 +2,8 @@
 //
 // Many read or one writes: a read-write lock in which a waiting writer goes first. A call that turns out
 // long goes on without the interpreter's lock, and a long write gives readers their turn every
-// `write_blocks`. Nobody waits for the interpreter's lock while holding the other: that would be a deadlock.
+// `write_blocks`. Nobody waits for the interpreter's lock while holding the other: that would be a deadlock. So
+// nothing that may collect garbage is done under it: what that runs may ask the index, or wait for a thread that does.
 
 #include <algorithm>
 #include <chrono>
@@ -54,7 +55,7 @@ public:
         const Items<u64> blocks(hashes);
         const bool has_parent = !parent.is_none();
         const u64 before = has_parent ? parent.cast<u64>() : 0;
-        return written(blocks, [&](u32 from, u32 count) {
+        return stored(blocks, [&](u32 from, u32 count) {
             const u64* known = from > 0 ? blocks.data() + from - 1 : has_parent ? &before : nullptr;
             return runs_.store(holder_of(holder, tier), blocks.data() + from, count, known, true);
         });
@@ -88,16 +89,19 @@ public:
 
     u32 store_loose(u64 holder, u32 tier, py::handle hashes) {
         const Items<u64> blocks(hashes);
-        return written(blocks, [&](u32 from, u32 count) {
+        return stored(blocks, [&](u32 from, u32 count) {
             return runs_.store(holder_of(holder, tier), blocks.data() + from, count, nullptr, false);
         });
     }
 
     u32 remove(u64 holder, u32 tier, py::handle hashes) {
         const Items<u64> blocks(hashes);
-        return written(blocks, [&](u32 from, u32 count) {
-            return runs_.remove(holder_of(holder, tier), blocks.data() + from, count);
+        u32 removed = 0;
+        written(blocks, [&](u32 from, u32 count) {
+            removed += runs_.remove(holder_of(holder, tier), blocks.data() + from, count);
+            return true;
         });
+        return removed;
     }
 
     void clear(u64 holder, u32 tier) {
@@ -179,8 +183,11 @@ public:
     }
 
     py::tuple digest(u64 holder, u32 tier) {
-        const Reading reading(lock_);
-        const Digest& digest = runs_.rows()[row_of(holder)].digests[holder_of(holder, tier) % tier_count];
+        Digest digest;
+        {
+            const Reading reading(lock_);
+            digest = runs_.rows()[row_of(holder)].digests[holder_of(holder, tier) % tier_count];
+        }
         return py::make_tuple(digest.count, digest.joined_xor, digest.sum);
     }
 
@@ -354,18 +361,28 @@ private:
         return row_of(holder) * tier_count + tier;
     }
 
-    // What `write(from, count)` returns for each part, summed.
+    // `store(from, count)` part by part, until one refuses some of its last. Returns how many of the last were.
+    template <typename Store>
+    u32 stored(const Items<u64>& blocks, Store store) {
+        u32 refused = 0;
+        written(blocks, [&](u32 from, u32 count) {
+            const u32 over = store(from, count);
+            if (over > 0) refused = blocks.count() - from - count + over;
+            return over == 0;
+        });
+        return refused;
+    }
+
+    // Calls `write(from, count)` part by part, until it returns false.
     template <typename Write>
-    u32 written(const Items<u64>& blocks, Write write) {
-        u32 result = 0;
+    void written(const Items<u64>& blocks, Write write) {
         const auto all = [&] {
             u32 from = 0;
-            do {
+            for (bool more = true; more;) {
                 const u32 count = std::min(write_blocks, blocks.count() - from);
                 const Writing writing(lock_);
-                result += write(from, count);
-                from += count;
-            } while (from < blocks.count());
+                more = write(from, count) && (from += count) < blocks.count();
+            }
         };
         if (blocks.count() <= quick_blocks) {
             all();
@@ -373,7 +390,6 @@ private:
             const py::gil_scoped_release released;
             all();
         }
-        return result;
     }
 
     // REQUIRES: it was retired, so nobody else writes to it.

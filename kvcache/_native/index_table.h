@@ -6,6 +6,9 @@
 // between. So a lookup ends at the first larger tag, growing is one pass over the array that reads no
 // chain, and erasing leaves no tombstone. A shard grows alone, 1/1024 of the table at a time, from 4/5 full
 // to 16/25, and shrinks from 1/2 to 5/8: where what is held only changes, its size does not creep up.
+//
+// Hashes are mixed by a factor that each table draws for itself, so nobody outside can choose hashes that
+// meet in one shard or behind one tag, and make look-ups long.
 
 #pragma once
 
@@ -13,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <random>
 
 #include "index_arena.h"
 
@@ -115,7 +119,11 @@ private:
     static constexpr u32 shard_count = 1024;
     static constexpr int shard_shift = 54;
 
-    static u64 mix(u64 hash) { return (hash ^ hash >> 31) * 0x9E3779B97F4A7C15; }
+    u64 mix(u64 hash) const { return (hash ^ hash >> 31) * factor_; }
+    static u64 drawn() {
+        std::random_device random;
+        return static_cast<u64>(random()) << 32 | random() | 1;
+    }
     static u64 tag_of(u64 mixed) { return mixed >> (shard_shift - tag_bits) & ((1u << tag_bits) - 1); }
     static u64 tag_in(u64 slot) { return slot >> (chain_bits + offset_bits); }
     static u64 home(const Shard& shard, u64 tag) { return tag * shard.homes >> tag_bits; }
@@ -169,6 +177,7 @@ private:
     std::size_t& bytes_;
     Arena& arena_;
     std::unique_ptr<Shard[]> shards_;
+    const u64 factor_ = drawn();
     std::size_t largest_ = 0;
 };
 

@@ -249,6 +249,21 @@ class IndexContract:
         index.clear(holder, 0)
         assert index.store(holder, 0, blocks(path([9] * 32))) == 0
 
+    @pytest.mark.parametrize("as_runs", [False, True])
+    def test_what_is_refused_are_the_last_blocks(self, as_runs: bool) -> None:
+        index, generator = type(self).make(600_000), random.Random(5)
+        holder, refusals = index.open(1), 0
+        while refusals < 4:
+            told = array("Q", [generator.getrandbits(64) for _ in range(600)])
+            if as_runs:
+                refused = index.store_runs(holder, 0, told, array("H", [200] * 3))
+            else:
+                refused = index.store(holder, 0, told)
+            held = set(index.held(holder, 0))
+            assert [block in held for block in told] == [True] * (600 - refused) + [False] * refused
+            refusals += refused > 0
+        index.check()
+
     def test_churn_leaves_no_growth(self) -> None:
         pair, generator = self.pair(), random.Random(3)
         holders = [pair.open(worker) for worker in range(4)]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable
@@ -177,3 +179,52 @@ def test_one_answer_is_read_by_many_threads(make: Callable[[int], Index]) -> Non
     for reader in readers:
         reader.join()
     assert not wrong
+
+
+@needs_native
+@pytest.mark.parametrize("run", [16, 256, 2_000])
+def test_nothing_is_refused_while_much_of_the_memory_is_left(run: int) -> None:
+    made, generator = index.make_index(600_000), random.Random(run)
+    holder = made.open(1)
+    while not made.store(holder, 0, array("Q", [generator.getrandbits(64) for _ in range(run)])):
+        pass
+    assert made.bytes > 0.9 * made.bytes_max
+
+
+@needs_native
+def test_nobody_can_choose_hashes_that_fill_one_part_of_the_table() -> None:
+    """These meet in one of 1,024 shards of a table whose factor is known, the golden ratio's."""
+    made, generator = index.make_index(4 << 20), random.Random(9)
+    mask, inverse = (1 << 64) - 1, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+    chosen = array("Q")
+    for _ in range(50_000):
+        mixed = (5 << 54 | generator.getrandbits(54)) * inverse & mask
+        chosen.append(mixed ^ mixed >> 31 ^ mixed >> 62)
+    assert made.store(made.open(1), 0, chosen) == 0
+    made.check()
+
+
+@needs_native
+def test_nothing_collects_garbage_under_the_lock() -> None:
+    """What a collection runs may write to the index: it would wait for itself. Hence a process apart."""
+    program = """
+import gc
+from array import array
+from kvcache.index import make_index
+index, one = make_index(1 << 20), array("Q", [1])
+holder = index.open(0)
+def ask(phase, info):
+    index.store(holder, 0, one)
+calls = [(index.digest, holder, 0), (index.held, holder, 0), (index.runs, holder, 0), (index.match, one)]
+for call, *given in [*calls, (index.match_many, one, one), (index.stats,)]:
+    kept = [call(*given) for _ in range(5_000)]
+    for allocations in range(1, 6):
+        gc.collect()
+        gc.callbacks.append(ask)
+        gc.set_threshold(allocations)
+        for _ in range(8):
+            kept.append(call(*given))
+        gc.set_threshold(100_000)
+        gc.callbacks.clear()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
