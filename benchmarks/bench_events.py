@@ -202,22 +202,22 @@ async def delays(config: NodeConfig, events: int) -> list[Figure]:
 async def delays_at(node: Node, address: str, events: int) -> list[float]:
     """Microseconds from before an event is published to when a look-up in the other process has it."""
     command = [sys.executable, str(Path(__file__).resolve()), "--follower", address, str(events)]
-    follower = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    follower = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert follower.stdout is not None
     try:
         async with asyncio.timeout(PATIENCE_S):
-            assert await follower.stdout.readline() == b"ready\n"
+            assert await asyncio.to_thread(follower.stdout.readline) == b"ready\n"
         told_ns: list[int] = []
         for change in runs(events * EVENT_BLOCKS, EVENT_BLOCKS, os.getpid()):
             await asyncio.sleep(PAUSE_S)
             told_ns.append(time.monotonic_ns())
             node.core.telling.publish([change], TIER_HOST)
         async with asyncio.timeout(PATIENCE_S):
-            lines = (await follower.stdout.read()).split()
+            lines = (await asyncio.to_thread(follower.stdout.read)).split()
     finally:
-        if follower.returncode is None:
-            follower.kill()
-        await follower.wait()
+        follower.kill()
+        follower.wait()
+        follower.stdout.close()
     assert len(lines) == events, len(lines)
     return [(int(line) - at) / 1e3 for line, at in zip(lines, told_ns, strict=True)]
 

@@ -44,7 +44,7 @@ WORKERS_MAX = 65_536
 RANKS_MAX = 1_024
 FILE_BYTES_MAX = 64 << 20
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[!-~]+$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[!-~]+\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 Engine = Literal["vllm", "sglang", "rfc1527"]
 Role = Literal["any", "prefill", "decode"]
@@ -183,6 +183,7 @@ class Fleet(Strict, frozen=True, kw_only=True):
         name, count = next(iter(Counter(worker.name for worker in self.worker).most_common(1)), ("", 0))
         if count > 1:
             raise _bad(f"worker {name!r}", "name", name, "another worker has it")
+        self._check_sources()
         for address, files in self._token_files().items():
             if len(files) > 1:
                 raise BadInput(
@@ -191,6 +192,16 @@ class Fleet(Strict, frozen=True, kw_only=True):
                     "it is followed once, with one token",
                     "give the same token_file wherever it is named, or only once",
                 )
+
+    def _check_sources(self) -> None:
+        """The streams of two workers are two sources."""
+        owners: dict[str, str] = {}
+        for worker in self.worker:
+            for stream in worker.streams():
+                other = owners.setdefault(stream.source, worker.name)
+                if other != worker.name:
+                    why = f"its events would be the source {stream.source}, as those of {other!r} are"
+                    raise _bad(f"worker {worker.name!r}", "name", worker.name, why)
 
     def followed(self) -> dict[str, str]:
         """The control address of each node, and the file of its token (empty: none)."""

@@ -174,9 +174,10 @@ class LocalityIndex:
         """To be called some times a beat. Who missed a beat is suspect, who missed three is dropped: what it
         told is forgotten, and its state unknown. Returns who was dropped just now. Placements end.
 
-        After a pause of three beats between two calls nobody is dropped yet: it was we who were away."""
+        After a pause of a beat between two calls nobody is dropped yet: it was we who were away, and what was
+        told meanwhile may be there to be read."""
         with self._lock:
-            was_here = self._ticked_ns is None or now_ns - self._ticked_ns <= 3 * BEAT_NS
+            was_here = self._ticked_ns is None or now_ns - self._ticked_ns <= BEAT_NS
             self._ticked_ns = now_ns
             dropped = [each for each in self._sources.values() if each.tick(now_ns, was_here)]
             for source in dropped:

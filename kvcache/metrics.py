@@ -210,7 +210,16 @@ STATS: tuple[Stat, ...] = (
     Stat("namespaces", "gauge", "Namespaces opened since the start."),
     Stat("arenas", "gauge", "Trust domains with memory of their own."),
     Stat("watchers", "gauge", "Followers of this node's events."),
+    Stat(
+        "watches",
+        "counter",
+        "Followers told what they missed, or everything.",
+        "answer",
+        ("replay", "snapshot"),
+    ),
     Stat("events", "counter", "Event batches published."),
+    Stat("events_ring_bytes", "gauge", "Bytes of the last batches, kept for followers that missed some."),
+    Stat("events_kept_bytes", "gauge", "Bytes taken to know what was told, for snapshots and digests."),
     Stat("uptime_seconds", "gauge", "Seconds since the node started."),
 )
 
@@ -275,7 +284,7 @@ class HttpMetrics:
         self._looked_up = 0
         self.index_resyncs = Counter(
             "kvcache_index_resyncs",
-            "Times the locality index asked for everything anew, by reason.",
+            "Times the stream of a node's events ended and was taken up again, by reason.",
             ["reason"],
             registry=self.registry,
         )

@@ -146,6 +146,14 @@ class FleetIndex:
                 "too_large", "one worker too many", f"at most {WORKERS_MAX:,}", "use another index"
             )
         streams = worker.streams()
+        for stream in streams:
+            if (taken := self._ranks.get(stream.source)) is not None:
+                raise BadInput(
+                    "bad_config",
+                    f"the events of worker {worker.name[:120]!r} would be the source {stream.source[:160]}",
+                    f"those of {taken.worker.name[:120]!r} are",
+                    "give it another name",
+                )
         if streams and self._make_engine is None:
             self._make_engine = self._engine_maker(worker)
         engines = [self._make_engine(worker, each) for each in streams] if self._make_engine else []

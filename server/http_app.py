@@ -125,6 +125,8 @@ class HttpApp:
         except web.HTTPException as error:
             status = HTTPStatus(error.status)
             return _problem(BadInput("bad_message", "a request that cannot be read", error.reason), status)
+        except web.RequestPayloadError:
+            return _problem(BadInput("bad_message", "a body that cannot be read", "see its headers"))
 
     def _check_host(self, request: web.Request) -> None:
         """Without tokens, a page in somebody's browser must not get here by a name that it controls."""

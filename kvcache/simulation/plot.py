@@ -21,6 +21,9 @@ LEGEND = 46
 COLUMNS = 2
 _MARK = 5.5
 
+_Box = tuple[float, float, float, float]
+_Place = tuple[float, float, str]
+
 # Colours that differ for colour-blind eyes too (Okabe and Ito), and shapes, so that neither is needed alone.
 _LOOKS = {
     "random": ("#999999", "circle"),
@@ -102,7 +105,7 @@ def _panel(rows: Sequence[Figures]) -> Iterator[str]:
     points = [
         (each.router, across.at(each.hit_tokens), up.at(time)) for each, time in zip(rows, times, strict=True)
     ]
-    yield from _marks(points)
+    yield from _marks(points, across.at(ideal))
 
 
 def _axes(across: Scale, up: Scale) -> Iterator[str]:
@@ -131,25 +134,41 @@ def _axes(across: Scale, up: Scale) -> Iterator[str]:
     )
 
 
-def _marks(points: Sequence[tuple[str, float, float]]) -> Iterator[str]:
-    """Each with its name beside it, where no other name or mark is in the way."""
-    taken = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
+def _marks(points: Sequence[tuple[str, float, float]], line: float) -> Iterator[str]:
+    """Each with its name beside it, where no other name or mark is near; if it can be, off the line across
+    ``line`` too. A name that has no place is in the legend."""
+    marks = {name: (x - 11, y - 8, x + 11, y + 8) for name, x, y in points}
+    ruled: list[_Box] = [(line - 1, TOP, line + 1, HEIGHT - BOTTOM), (line - 70, TOP, line, TOP + 15)]
+    names: list[_Box] = []
     for name, x, y in sorted(points, key=lambda point: point[0] != OURS):
         yield _mark(name, x, y)
-        wide = 6.0 * len(name)
-        for dx, dy, anchor in _PLACES:
-            start = x + dx - (wide if anchor == "end" else wide / 2 if anchor == "middle" else 0)
-            box = (start, y + dy - 9, start + wide, y + dy + 2)
-            if box[0] > LEFT and box[2] < WIDTH - RIGHT and not any(_cross(box, each) for each in taken):
-                break
-        else:
-            continue  # Its colour and shape are in the legend.
-        taken.append(box)
+        near = [box for other, box in marks.items() if other != name] + names
+        place = _place(name, x, y, near + ruled) or _place(name, x, y, near)
+        if place is None:
+            continue
+        dx, dy, anchor = place
+        names.append(_box(name, x, y, place))
         weight = ' font-weight="bold"' if name == OURS else ""
         yield f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}"{weight}>{escape(name)}</text>'
 
 
-_PLACES = (
+def _place(name: str, x: float, y: float, near: Sequence[_Box]) -> _Place | None:
+    """The first of ``_PLACES`` that is free."""
+    for place in _PLACES:
+        box = _box(name, x, y, place)
+        if _inside(box) and not any(_cross(box, each) for each in near):
+            return place
+    return None
+
+
+def _box(name: str, x: float, y: float, place: _Place) -> _Box:
+    dx, dy, anchor = place
+    wide = 6.0 * len(name)
+    start = x + dx - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+    return (start, y + dy - 9, start + wide, y + dy + 2)
+
+
+_PLACES: tuple[_Place, ...] = (
     (9, 4, "start"),
     (-9, 4, "end"),
     (0, -10, "middle"),
@@ -161,13 +180,17 @@ _PLACES = (
 )
 
 
-def _cross(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def _inside(box: _Box) -> bool:
+    return box[0] > LEFT and box[2] < WIDTH - RIGHT and box[1] > TOP and box[3] < HEIGHT - BOTTOM
+
+
+def _cross(one: _Box, other: _Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _mark(name: str, x: float, y: float) -> str:
     colour, shape = _LOOKS[name]
-    fill = f'fill="{colour}" stroke="#ffffff" stroke-width="0.8"'
+    fill = f'fill="{colour}" fill-opacity="0.85" stroke="#ffffff" stroke-width="0.8"'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{_MARK - 0.5}" {fill}/>'
     if shape == "square":

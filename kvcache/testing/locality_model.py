@@ -162,7 +162,7 @@ class LocalityModel:
             self._unplace(source)
 
     def tick(self, now_ns: int) -> list[str]:
-        was_away = self._ticked_ns is not None and now_ns > self._ticked_ns + 3 * BEAT_NS
+        was_away = self._ticked_ns is not None and now_ns > self._ticked_ns + BEAT_NS
         self._ticked_ns = now_ns
         dropped = []
         for name, told in self._told.items():

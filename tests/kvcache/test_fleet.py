@@ -66,6 +66,12 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         ("[[worker]]\nname = 'a'\n[[worker]]\nname = 7", "worker 2, name.*Expected `str`"),
         ("[[worker]]\nname = 'a'\nengine = 'tgi'", "worker 1, engine"),
         ("[[worker]]\nname = 'a b'", "worker 1, name"),
+        ('[[worker]]\nname = "a\\n"', "worker 1, name"),
+        (
+            "[[worker]]\nname = 'a'\nevents = 'tcp://h:1'\nranks = 2\n"
+            "[[worker]]\nname = 'a/1'\nevents = 'tcp://h:9'",
+            "the source engine:a/1, as those of 'a' are",
+        ),
         ("[[worker]]\nname = 'a'\n[[worker]]\nname = 'a'", "another worker has it"),
         ("[[worker]]\nname = 'a'\nnode = 'here'", "node of worker 'a'"),
         ("[[worker]]\nname = 'a'\nurl = 'ftp://x'", "url of worker 'a'"),

@@ -68,6 +68,20 @@ def test_three_beats_missed_and_what_was_told_is_forgotten() -> None:
     assert blocks(index) == {ONE: 9} and not is_suspect(index, "n")
 
 
+def test_nobody_is_dropped_because_we_were_away() -> None:
+    """What was told meanwhile is still to be read."""
+    index, source = holding()
+    for quarter in range(4):
+        assert index.tick(quarter * BEAT_NS // 4) == []
+    assert index.tick(3 * BEAT_NS + 1) == [], "nobody ticked for more than a beat"
+    assert is_suspect(index, "n") and blocks(index) == {ONE: 8}
+    assert tell(index, [source.publisher.beat()], 3 * BEAT_NS + 2) == [Applied.TAKEN]
+    assert index.tick(3 * BEAT_NS + 3) == [] and not is_suspect(index, "n")
+    for quarter in range(13, 24):
+        assert index.tick(quarter * BEAT_NS // 4) == []
+    assert index.tick(6 * BEAT_NS + 3) == ["n"], "and now we were here all the time"
+
+
 def test_who_tells_no_beats_is_kept_by_whoever_hears_it() -> None:
     index, _ = holding()
     for beat in range(1, 9):
