@@ -10,7 +10,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 native = Path("kvcache/_native")
-index_headers = [f"index_{name}.h" for name in ("runs", "sets", "table", "tokens", "walk")]
+index_headers = sorted(native.glob("index_*.h"))
 
 setup(
     ext_modules=[
@@ -24,8 +24,8 @@ setup(
         ),
         Pybind11Extension(
             "kvcache._native.index",
-            [str(native / name) for name in ("index.cpp", "index_runs.cpp")],
-            depends=[str(native / name) for name in (*index_headers, "xxh3.h")],
+            [str(native / name) for name in ("index.cpp", "index_reads.cpp", "index_runs.cpp")],
+            depends=[str(path) for path in (*index_headers, native / "xxh3.h")],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
             optional=True,

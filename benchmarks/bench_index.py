@@ -1,17 +1,20 @@
 """The index of leading blocks beside Dynamo's RadixTree, through Python, answers compared.
 
-    python benchmarks/bench_index.py [--json] [--quick] [--workers 64] [--blocks 1000000]
+    python benchmarks/bench_index.py [--json] [--quick] [--rows 16,64,256,1024,hot] [--blocks 1000000]
+    python benchmarks/bench_index.py --churn 600
 
 Dynamo takes part where ``pip install ai-dynamo-runtime==1.6.1`` was done (a virtual environment of its
-own does, with xxhash: only this tree has to be importable, its C++ modules built). A family of prompts shares
-a root of 256 blocks and has branches of 128 to 8,192; a branch is on one worker or more, geometrically many,
-of which half lost a tail. Events are of 64 blocks. Ours gets ``array('Q')``, gives the columns of
-workers and of blocks; Dynamo gets a list and JSON made beforehand, and gives ``scores``. ``cold`` is the
-C++ core alone on prompts of one holder, 78 blocks, each asked once.
+own does, with xxhash: only this tree has to be importable, its C++ modules built). A row is a number of
+workers (index_workload.py); ``hot`` is 1,024 of which 834 hold the root that is asked for. Events are of 64
+blocks. Ours gets ``array('Q')``, gives the columns of workers and of blocks; Dynamo gets a list and JSON
+made beforehand, and gives ``scores``. They take turns of 50 queries. ``cold`` is the C++ core alone on
+prompts of one holder, 78 blocks, each asked once. ``--churn`` changes everything for so many seconds
+(index_churn.py).
 
-On paper: a match is a call (0.4 us), a look-up of three cache misses for each chain on the way, and an
-answer of 30 bytes a worker: 1 to 2 us whatever the length. A stored block is 8 bytes copied and a miss in the
-table, 50 to 100 ns. ``ratio`` is Dynamo's time over ours; where there is no Dynamo, the goal's over ours.
+On paper: a match is a call (0.3 us), a cache miss or two for each chain on the way, some more where a prompt
+leaves a chain in the middle, and an answer of 28 bytes a worker: 1 to 2 us whatever the length. A stored
+block is 8 bytes copied and a miss in the table, 50 to 100 ns. ``ratio`` is Dynamo's time over ours; where
+there is no Dynamo, the goal's over ours.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ import subprocess
 import sys
 import time
 from array import array
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -32,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where th
 
 import harness
 from harness import Figure
+from index_churn import churn, rss_bytes
+from index_workload import Event, Workload, hashes, queries_of, workload
 
 from kvcache import index
 
@@ -40,66 +44,16 @@ try:
 except ImportError:
     RadixTree = None
 
-EVENT_BLOCKS = 64
 TURN = 50
-ROOT_BLOCKS = 256
-BRANCHES = (128, 512, 1024, 2048, 8192)
+ROWS = ("16", "64", "256", "1024", "hot")
+HOT_WORKERS = 1024
+MAIN_ROW = "64"  # The one whose events and memory are measured.
 LENGTHS = (128, 1024, 2048, 8192)
 OVERLAPS = (1.0, 0.5, 0.0)
 GOAL_US = {128: 2.0, 1024: 2.0, 2048: 3.0, 8192: 3.0}
 GOAL_STORE, GOAL_REMOVE, GOAL_RSS, GOAL_COLD_NS = 6.0, 5.4, 40.0, 960.0
 BYTES_MAX = 1 << 36
 COLD_BLOCKS = 78
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    worker: int
-    hashes: array[int]
-    parent: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    events: list[Event]
-    prompts: list[array[int]]
-    unique: int
-
-
-def workload(workers: int, blocks: int) -> Workload:
-    generator = Random(1)
-    events: list[Event] = []
-    prompts: list[array[int]] = []
-    unique = 0
-    while unique < blocks:
-        root, rooted = hashes(generator, ROOT_BLOCKS), set()
-        unique += ROOT_BLOCKS
-        for length in BRANCHES:
-            branch = hashes(generator, length)
-            unique += length
-            prompts.append(root + branch)
-            replicas = 1
-            while generator.random() < 0.44 and replicas < workers:
-                replicas += 1
-            for number, worker in enumerate(generator.sample(range(workers), replicas)):
-                if worker not in rooted:
-                    events += told(worker, root, None)
-                    rooted.add(worker)
-                kept = length if not number or generator.random() < 0.5 else generator.randrange(1, length)
-                events += told(worker, branch[:kept], root[-1])
-    return Workload(events, prompts, unique)
-
-
-def hashes(generator: Random, count: int) -> array[int]:
-    made = array("Q", generator.randbytes(8 * count))
-    return array("Q", [value >> 1 for value in made])
-
-
-def told(worker: int, run: array[int], parent: int | None) -> list[Event]:
-    return [
-        Event(worker, run[at : at + EVENT_BLOCKS], run[at - 1] if at else parent)
-        for at in range(0, len(run), EVENT_BLOCKS)
-    ]
 
 
 class Ours:
@@ -196,6 +150,8 @@ def rates(
 def asked(contestants: list[Ours | Dynamo], queries: list[array[int]]) -> dict[str, list[float]]:
     """Microseconds of each query. Contestants take turns of ``TURN`` queries; their answers are compared."""
     found: dict[str, list[float]] = {each.name: [] for each in contestants}
+    gc.collect()
+    gc.freeze()
     for at in range(0, len(queries), TURN):
         answers = []
         for each in contestants[:: -1 if at // TURN % 2 else 1]:
@@ -206,27 +162,18 @@ def asked(contestants: list[Ours | Dynamo], queries: list[array[int]]) -> dict[s
     return found
 
 
-def queries_of(load: Workload, length: int, overlap: float, count: int) -> list[array[int]]:
-    generator = Random(length)
-    long_enough = [prompt for prompt in load.prompts if len(prompt) >= length]
-    made = []
-    for _ in range(count):
-        known = int(length * overlap)
-        made.append(generator.choice(long_enough)[:known] + hashes(generator, length - known))
-    return made
+def workers_of(row: str) -> int:
+    return HOT_WORKERS if row == "hot" else int(row)
 
 
-def rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def memory(kind: str, workers: int, blocks: int) -> float:
+def memory(kind: str, blocks: int) -> float:
     """Resident bytes a unique block, in a process of its own."""
-    command = [sys.executable, __file__, "--rss", kind, "--workers", str(workers), "--blocks", str(blocks)]
+    command = [sys.executable, __file__, "--rss", kind, "--blocks", str(blocks)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_memory(kind: str, workers: int, blocks: int) -> None:
+def print_memory(kind: str, blocks: int) -> None:
+    workers = workers_of(MAIN_ROW)
     load = workload(workers, blocks)
     each = Ours(workers) if kind == "ours" else Dynamo(workers)
     gc.collect()
@@ -252,59 +199,101 @@ def cold(chains: int) -> tuple[list[int], float]:
     return sorted(made.match_times(joined, ends)), made.bytes / len(joined)
 
 
-def measure(parsed: argparse.Namespace, chosen: harness.Options) -> list[Figure]:
-    machine = harness.machine()
-    contestants: list[Ours | Dynamo] = [Ours(parsed.workers)]
-    if RadixTree is not None:
-        contestants.append(Dynamo(parsed.workers))
-    load = workload(parsed.workers, parsed.blocks)
-    figures: list[Figure] = []
+class Table:
+    """The figures so far. ``found``: by contestant, what was measured."""
+
+    def __init__(self) -> None:
+        self.figures: list[Figure] = []
+        self._machine = harness.machine()
 
     def add(
-        name: str, unit: str, found: dict[str, list[float]], value: float, goal: float, higher: bool
+        self, name: str, unit: str, found: dict[str, list[float]], value: float, goal: float, higher: bool
     ) -> None:
         theirs = median(found["dynamo"]) if "dynamo" in found else goal
         ratio = value / theirs if higher else theirs / value
-        against = "dynamo" if "dynamo" in found else "goal"
-        figures.append(Figure(f"index.{name}", value, unit, ratio, against, len(found["ours"]), machine))
+        self.note(name, unit, value, ratio, "dynamo" if "dynamo" in found else "goal", len(found["ours"]))
 
+    def note(self, name: str, unit: str, value: float, ratio: float, against: str, count: int) -> None:
+        self.figures.append(Figure(f"index.{name}", value, unit, ratio, against, count, self._machine))
+
+
+def contestants_of(row: str) -> list[Ours | Dynamo]:
+    contestants: list[Ours | Dynamo] = [Ours(workers_of(row))]
+    if RadixTree is not None:
+        contestants.append(Dynamo(workers_of(row)))
+    return contestants
+
+
+def measure_row(table: Table, row: str, blocks: int, chosen: harness.Options) -> None:
+    load = workload(workers_of(row), blocks, row == "hot")
+    contestants = contestants_of(row)
     found = rates(contestants, "store", load.events, chosen.rounds(12, 4))
-    add("store", "Mblocks/s", found, median(found["ours"]), GOAL_STORE, True)
+    if row == MAIN_ROW:
+        table.add("store", "Mblocks/s", found, median(found["ours"]), GOAL_STORE, True)
     for length in LENGTHS:
         for overlap in OVERLAPS:
             found = asked(contestants, queries_of(load, length, overlap, chosen.rounds(1500, 150)))
-            name = f"match.{length}.{overlap}"
-            add(f"{name}.p50", "us", found, median(found["ours"]), GOAL_US[length], False)
+            name = f"match.{row}.{length}.{overlap}"
+            table.add(f"{name}.p50", "us", found, median(found["ours"]), GOAL_US[length], False)
             p99 = {each: [sorted(times)[len(times) * 99 // 100]] for each, times in found.items()}
-            add(f"{name}.p99", "us", p99, p99["ours"][0], 20.0, False)
-    events = load.events[:: 1 if chosen.quick else -1][: len(load.events) // 3]
-    found = rates(contestants, "remove", events[::-1] if chosen.quick else events, chosen.rounds(12, 4))
-    add("remove", "Mblocks/s", found, median(found["ours"]), GOAL_REMOVE, True)
-    taken = {each.name: [memory(each.name, parsed.workers, parsed.blocks)] for each in contestants}
-    add("rss", "B/unique", taken, taken["ours"][0], GOAL_RSS, False)
+            table.add(f"{name}.p99", "us", p99, p99["ours"][0], 20.0, False)
+    if row == MAIN_ROW:
+        measure_remove(table, contestants, load, chosen)
+
+
+def measure_remove(
+    table: Table, contestants: list[Ours | Dynamo], load: Workload, chosen: harness.Options
+) -> None:
+    """Of the last third, last first: Dynamo loses blocks whose parents went before."""
+    events = load.events[-len(load.events) // 3 :][::-1]
+    found = rates(contestants, "remove", events, chosen.rounds(12, 4))
+    table.add("remove", "Mblocks/s", found, median(found["ours"]), GOAL_REMOVE, True)
+
+
+def measure_cold(table: Table, chosen: harness.Options) -> None:
+    times, per_block = cold(chosen.rounds(40_000, 10_000))
+    for name, at in (("p50", len(times) // 2), ("p99", len(times) * 99 // 100)):
+        table.note(f"cold.{name}", "ns", times[at], GOAL_COLD_NS / times[at], "goal", len(times))
+    table.note("cold.counted", "B/block", per_block, 28 / per_block, "goal", 1)
+
+
+def measure_churn(table: Table, seconds: float) -> None:
+    """Growth is the largest of the last third over the largest of the first."""
+    samples = churn(seconds)
+    third = len(samples) // 3
+    for name in ("rss_bytes", "index_bytes", "members"):
+        values = [float(getattr(sample, name)) for sample in samples]
+        growth = max(values[-third:]) / max(values[:third])
+        table.note(f"churn.{name}", "at the end", values[-1], 1 / growth, "begin", len(samples))
+    rate = samples[-1].stored / samples[-1].seconds / 1e6
+    table.note("churn.store", "Mblocks/s", rate, 1.0, "itself", len(samples))
+
+
+def measure(parsed: argparse.Namespace, chosen: harness.Options) -> list[Figure]:
+    table = Table()
+    if parsed.churn:
+        measure_churn(table, parsed.churn)
+        return table.figures
+    for row in parsed.rows.split(","):
+        measure_row(table, row, parsed.blocks, chosen)
+    taken = {name: [memory(name, parsed.blocks)] for name in ("ours", *(["dynamo"] if RadixTree else []))}
+    table.add("rss", "B/unique", taken, taken["ours"][0], GOAL_RSS, False)
     if index.NATIVE:
-        times, per_block = cold(chosen.rounds(40_000, 10_000))
-        for name, at in (("p50", len(times) // 2), ("p99", len(times) * 99 // 100)):
-            value = times[at]
-            figures.append(
-                Figure(f"index.cold.{name}", value, "ns", GOAL_COLD_NS / value, "goal", len(times), machine)
-            )
-        figures.append(Figure("index.cold.counted", per_block, "B/block", 28 / per_block, "goal", 1, machine))
-    return figures
+        measure_cold(table, chosen)
+    return table.figures
 
 
 def main() -> None:
     parser = harness.parser("the index of leading blocks, beside Dynamo's")
-    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--rows", default=",".join(ROWS), help="numbers of workers, and hot")
     parser.add_argument("--blocks", type=int, default=0, help="unique ones; 1,000,000, with --quick 200,000")
-    parser.add_argument(
-        "--rss", default="", help="of the contestant named, its bytes a block and nothing else"
-    )
+    parser.add_argument("--rss", default="", help="of the contestant named, its bytes a block, nothing else")
+    parser.add_argument("--churn", type=float, default=0, help="change everything for so many seconds")
     parsed = parser.parse_args()
     chosen = harness.choose(parsed)
     parsed.blocks = parsed.blocks or chosen.rounds(1_000_000, 200_000)
     if parsed.rss:
-        print_memory(parsed.rss, parsed.workers, parsed.blocks)
+        print_memory(parsed.rss, parsed.blocks)
     else:
         harness.report(measure(parsed, chosen), chosen)
 

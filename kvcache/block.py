@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isqrt
@@ -39,6 +39,7 @@ NamespaceId = NewType("NamespaceId", bytes)
 Slot = NewType("Slot", int)
 
 HASH_BYTES = 16
+HINT_BYTES = 8
 KEY_BYTES = 32
 CHUNK_BYTES_MAX = 65_536
 CHUNK_COUNT_MAX = 65_536
@@ -171,7 +172,20 @@ def extra_keys(parts: Sequence[tuple[str, bytes]]) -> bytes:
 
 def routing_hint(block: BlockHash) -> int:
     """The low 64 bits of the hash, read little-endian: what the locality index compares."""
-    return int.from_bytes(block[:8], "little")
+    return int.from_bytes(block[:HINT_BYTES], "little")
+
+
+def hints(blocks: Iterable[bytes]) -> bytes:
+    """Their routing hints, joined: a buffer of u64."""
+    return b"".join([block[:HINT_BYTES] for block in blocks])
+
+
+def split_hints(joined: bytes) -> list[bytes]:
+    """RAISES BadInput when the length is not a multiple of 8."""
+    if len(joined) % HINT_BYTES:
+        what = f"{len(joined)} bytes of routing hints"
+        raise BadInput("bad_message", what, f"each has {HINT_BYTES} bytes")
+    return [joined[at : at + HINT_BYTES] for at in range(0, len(joined), HINT_BYTES)]
 
 
 def storage_key(namespace: NamespaceId, block: BlockHash) -> StorageKey:

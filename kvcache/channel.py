@@ -32,6 +32,7 @@ __all__ = ["AsyncChannel", "BlockingChannel"]
 
 _SEND_PIECE_BYTES = 256 << 10
 _EVENT_BATCHES_MAX = 256
+_EVENT_BYTES_MAX = 8 << 20
 
 
 class AsyncChannel(asyncio.BufferedProtocol):
@@ -50,7 +51,7 @@ class AsyncChannel(asyncio.BufferedProtocol):
         self._sending = asyncio.Lock()
         self._drained = asyncio.Event()
         self._drained.set()
-        self._watch: tuple[int, asyncio.Queue[EventBatch | None]] | None = None
+        self._watch: tuple[int, _Events] | None = None
 
     @classmethod
     async def connect(
@@ -95,20 +96,22 @@ class AsyncChannel(asyncio.BufferedProtocol):
             raise failure_error(arrival.reply)
         return arrival.reply
 
-    async def events(self) -> AsyncIterator[EventBatch]:
+    async def events(self, incarnation: int = 0, seq: int = 0) -> AsyncIterator[EventBatch]:
         """Send Watch, then yield what comes; leaving the iteration closes the channel. Once a connection.
+        Who has everything up to a batch names it, and is told what came behind it if that is still kept.
 
         RAISES BadInput or NotAllowed when refused, Unavailable when the connection ends. There is no
-        deadline: nothing may happen for long.
+        deadline: a node that lives says so every second (``EventBatch.beat``); the caller sees to that.
         """
         assert self._watch is None, "one Watch a connection"
-        queue: asyncio.Queue[EventBatch | None] = asyncio.Queue()
-        number, answer = await self._start(Watch(), (), ())
-        self._watch = (number, queue)
-        answer.add_done_callback(lambda _: queue.put_nowait(None))  # Refused, or the connection ended.
+        events = _Events()
+        number, answer = await self._start(Watch(incarnation, seq), (), ())
+        self._watch = (number, events)
+        answer.add_done_callback(lambda _: events.end())  # Refused, or the connection ended.
         try:
-            while (batch := await queue.get()) is not None:
-                if queue.qsize() == _EVENT_BATCHES_MAX // 2 and self._transport is not None:
+            while (batch := await events.get()) is not None:
+                if events.is_full and events.has_room and self._transport is not None:
+                    events.is_full = False
                     self._transport.resume_reading()
                 yield batch
             arrival = await answer
@@ -202,15 +205,49 @@ class AsyncChannel(asyncio.BufferedProtocol):
 
     def _deliver(self, arrival: Arrival) -> None:
         if self._watch is not None and isinstance(arrival.reply, EventBatch):
-            number, queue = self._watch
+            number, events = self._watch
             if arrival.call == number:
-                queue.put_nowait(arrival.reply)
-                if queue.qsize() >= _EVENT_BATCHES_MAX and self._transport is not None:
+                events.put(arrival.reply)
+                if events.is_full and self._transport is not None:
                     self._transport.pause_reading()
                 return
         answer = self._waiting.pop(arrival.call, None)
         if answer is not None and not answer.done():
             answer.set_result(arrival)
+
+
+class _Events:
+    """Batches that came and were not taken yet. Bounded by who asks ``is_full`` and reads no more."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self._bytes = 0
+        self._queue: asyncio.Queue[EventBatch | None] = asyncio.Queue()
+
+    @property
+    def has_room(self) -> bool:
+        """Half of what makes it full is gone."""
+        return self._queue.qsize() <= _EVENT_BATCHES_MAX // 2 and self._bytes <= _EVENT_BYTES_MAX // 2
+
+    def put(self, batch: EventBatch) -> None:
+        self._queue.put_nowait(batch)
+        self._bytes += _size(batch)
+        full = self._queue.qsize() >= _EVENT_BATCHES_MAX or self._bytes >= _EVENT_BYTES_MAX
+        self.is_full = self.is_full or full
+
+    def end(self) -> None:
+        self._queue.put_nowait(None)
+
+    async def get(self) -> EventBatch | None:
+        """None: no more will come."""
+        batch = await self._queue.get()
+        if batch is not None:
+            self._bytes -= _size(batch)
+        return batch
+
+
+def _size(batch: EventBatch) -> int:
+    return sum([len(event.hashes) for event in batch.events])
 
 
 def _greeting(

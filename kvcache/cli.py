@@ -29,9 +29,14 @@ class Subcommand:
 
 SUBCOMMANDS: dict[str, Subcommand] = {
     "serve": Subcommand("kvcache.server.cli:serve", "Run one node."),
+    "route": Subcommand("kvcache.server.route_cli:route", "Send requests to the workers that suit them."),
+    "index": Subcommand("kvcache.server.index_cli:index", "Say which worker holds how much of a prompt."),
     "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),
     "check": Subcommand("kvcache.cli_check:check", "Verify every block on NVMe, and drop what is wrong."),
+    "simulate": Subcommand(
+        "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from kvcache.address import parse
+from kvcache.address import UNIX_PATH_BYTES_MAX, parse
 from kvcache.errors import BadInput
 
 ENVIRONMENT_PREFIX = "KVCACHE_"
@@ -24,6 +24,8 @@ ENVIRONMENT_PREFIX = "KVCACHE_"
 ENVIRONMENT_ELSEWHERE = frozenset(
     {"KVCACHE_SOCKET", "KVCACHE_NATIVE", "KVCACHE_TOKEN", "KVCACHE_CONFIG", "KVCACHE_FAULT_FACTOR"}
 )
+
+INDEX_BYTES_MIN = 1 << 20
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -38,6 +40,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     socket: str = ""
     tcp: str = "none"
     http: str = "127.0.0.1:8210"
+    index_listen: str = "auto"
+    index_bytes: str = "256MiB"
     name: str = ""
     capacity: str = "1GiB"
     unit: str = "auto"
@@ -100,6 +104,18 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 why = f"{error.what}: {error.why}".removesuffix(": ")
                 raise BadInput(error.code, f"peers is {self.peers!r}", why, error.todo) from error
         return found
+
+    @property
+    def index_addresses(self) -> list[str]:
+        """Where raw look-ups are answered. ``auto``: a unix socket beside the node's, if the name fits."""
+        if self.index_listen != "auto":
+            return [] if self.index_listen == "none" else _parse_addresses(self.index_listen, "index_listen")
+        beside = f"{self.socket.removesuffix('.sock')}.index.sock"
+        return [f"unix://{beside}"] if self.socket and len(beside) <= UNIX_PATH_BYTES_MAX else []
+
+    @property
+    def index_bytes_max(self) -> int:
+        return parse_size(self.index_bytes, "index_bytes")
 
     @property
     def replicate_bytes_s(self) -> int:
@@ -186,6 +202,12 @@ def _check(config: NodeConfig) -> None:
     if config.nvme_places:
         _check_nvme(config)
     _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s
+    for address in config.index_addresses:
+        parse(address)
+    if config.index_bytes_max < INDEX_BYTES_MIN:
+        raise BadInput(
+            "bad_config", f"index_bytes is {config.index_bytes!r}", "an index takes 1 MiB at least"
+        )
     if config.unit_bytes % 4096 or config.unit_bytes > config.capacity_bytes:
         raise BadInput(
             "bad_config",

@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "bad_reservation": "the reservation is unknown, already ended, or another's",
     "bad_lease": "the lease is unknown, already ended, or another's",
     "bad_holder": "the index has no such holder, or not any more",
+    "unknown_model": "no worker of the fleet serves this model",
     "bad_weights": "nothing identifies the model's weights",
     "bad_trace": "a trace file cannot be read",
     "bad_tier": "a directory of the NVMe tier cannot be used as it is",

@@ -1,14 +1,18 @@
 """Following a node: its events into an index, for as long as somebody wants it.
 
-    apart ──connected──► loading ──snapshot taken──► following
-      ▲   │                 │                            │
-      │   └─ stop ──► over  │                            │
-      └──── pause, doubling ┴──── lost, late, garbage ───┘
+    apart ──connected, from the index's cursor──► following ──batch, beat──► following
+      ▲   │                                          │
+      │   └─ stop ──► over                           │
+      └──── pause, doubling ◄── lost, silent, garbage┘
 
-Two connections: one only for events, so that a reader that lags never holds up a reply. What the index
-holds stays while the node is away, marked as suspect; a node with another name takes its place.
+The node is asked for what came behind the batch that the index has, and sends a snapshot where it cannot do
+so. It says every second that it lives; one that is silent for three is left. What the index holds stays
+meanwhile, marked as suspect, until the index drops it; a node with another name takes its place.
 
-The sum: a probe a second, and what ``LocalityIndex.apply`` costs.
+Who asks the node more than its events gives a ``probe``, and there is a second connection for that: a reader
+of events that lags never holds up a reply.
+
+The sum: what ``LocalityIndex.apply`` costs, and a task that wakes up twice a second.
 """
 
 from __future__ import annotations
@@ -19,17 +23,20 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
-from kvcache.clock import Clock
+from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.locality import LOST, LocalityIndex
 from kvcache.wire import EventBatch, Reply, Request, Welcome
+from kvcache.wire_events import BEAT_NS
 
 log = logging.getLogger("kvcache.following")
 
 PAUSE_S_MIN = 0.05
 PAUSE_S_MAX = 0.9
 """With the time of a connection, so long after a network has healed its nodes may be apart: 3 s at most."""
-POLL_S = 1.0
+POLL_S = 0.5
+SILENT_POLLS_MAX = 3 * BEAT_NS // (NS_PER_S // 2)
+"""Polls and not a clock: when it was we who stood still, what the node said meanwhile is still to be read."""
 
 
 class Channel(Protocol):
@@ -40,7 +47,7 @@ class Channel(Protocol):
 
     async def call(self, request: Request, deadline_ns: int) -> Reply: ...
 
-    def events(self) -> AsyncIterator[EventBatch]: ...
+    def events(self, incarnation: int = 0, seq: int = 0) -> AsyncIterator[EventBatch]: ...
 
     def close(self) -> None: ...
 
@@ -51,11 +58,12 @@ class Watched(Protocol):
     def met(self, welcome: Welcome) -> None:
         """A connection was made. RAISES KVCacheError when this node is not to be followed."""
 
-    async def probe(self, calls: Channel) -> None:
-        """Ask the node something. RAISES KVCacheError when it does not answer."""
-
     def parted(self, reason: str) -> None:
         """The connections ended."""
+
+
+Probe = Callable[[Channel], Awaitable[None]]
+"""Asks the node something. RAISES KVCacheError when it does not answer."""
 
 
 class Following:
@@ -69,12 +77,13 @@ class Following:
         watched: Watched,
         clock: Clock,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        probe: Probe | None = None,
     ) -> None:
-        """``name``: what the log calls the node."""
+        """``name``: what the log calls the node. ``probe`` is called twice a second."""
         self.node = ""
         self.incarnation = 0
         self.calls: Channel | None = None
-        """While there is a connection."""
+        """While there is a connection; to ask on it, give a ``probe``."""
         self.trouble = "no connection was made yet"
         self._name = name
         self._connect = connect
@@ -82,6 +91,9 @@ class Following:
         self._watched = watched
         self._clock = clock
         self._pause = pause
+        self._probe = probe
+        self._heard = 0  # Batches, on this connection.
+        self._given_up = ""  # Why we ended this connection.
         self._steady = False
         self._stopped = False
         self._said = ""
@@ -101,7 +113,8 @@ class Following:
             try:
                 reason = await self._follow()
             except KVCacheError as error:
-                reason, self.trouble = "connection", str(error)
+                reason = "silent" if self._given_up else "connection"
+                self.trouble = self._given_up or str(error)
             self._part(reason)
             if self._stopped:
                 return
@@ -112,19 +125,22 @@ class Following:
             await self._pause(pause_s)
 
     async def _follow(self) -> str:
-        """One pair of connections, to its end. Returns why events must be asked for anew."""
+        """From connecting to the end of it. Returns why events must be asked for anew."""
         async with contextlib.AsyncExitStack() as stack:
-            self._steady = False
-            events = await self._connect()
-            stack.callback(events.close)
-            calls = await self._connect()
-            stack.callback(calls.close)
-            self._watched.met(events.welcome)
+            self._steady, self._given_up = False, ""
+            channel = calls = await self._connect()
+            stack.callback(channel.close)
+            self._watched.met(channel.welcome)
+            if self._probe is not None:
+                calls = await self._connect()
+                stack.callback(calls.close)
             self.calls = calls
-            self._meet(events.welcome)
-            poll = asyncio.get_running_loop().create_task(self._poll(events, calls))
+            self._meet(channel.welcome)
+            poll = asyncio.get_running_loop().create_task(self._poll(channel, calls))
             stack.push_async_callback(_ended, poll)
-            async for batch in events.events():
+            self._heard = 0
+            async for batch in channel.events(*self._index.cursor(self.node) or (0, 0)):
+                self._heard += 1
                 if batch.source != self.node:
                     raise BadInput(
                         "bad_message", f"events of {batch.source!r:.60}", f"{self.node} tells of itself only"
@@ -133,6 +149,8 @@ class Following:
                 if applied in LOST:
                     self.trouble = f"events of {batch.source} were lost"
                     return applied.value
+                if batch.snapshot:
+                    await asyncio.sleep(0)  # A page takes milliseconds, and the next may be there already.
         raise Unavailable("unavailable", "the node ended the stream of events")
 
     def _meet(self, welcome: Welcome) -> None:
@@ -147,21 +165,29 @@ class Following:
         self._index.suspect(self.node)
 
     async def _poll(self, events: Channel, calls: Channel) -> None:
-        """Prove that the node lives; without an answer, end the stream of events as well."""
-        while True:
-            asked_ns = self._clock.now_ns()
+        """See that the node lives; when it does not, end the stream of events."""
+        heard, silent = 0, 0
+        while silent < SILENT_POLLS_MAX:
             try:
-                await self._watched.probe(calls)
+                if self._probe is not None:
+                    await self._probe(calls)
             except KVCacheError:
-                self.trouble = "it does not answer"
-                events.close()
-                return
-            self._index.heard(self.node, asked_ns)
+                self._given_up = "it does not answer"
+                break
             await self._pause(POLL_S)
-            self._steady = True
-            if self._said:
-                log.info("following %s again", self._name)
-                self._said = ""
+            silent = silent + 1 if self._heard == heard else 0
+            heard = self._heard
+            self._settle()
+        else:
+            self._given_up = "nothing was heard of it for three beats"
+        events.close()
+
+    def _settle(self) -> None:
+        """The connection has lasted."""
+        self._steady = True
+        if self._said:
+            log.info("following %s again", self._name)
+            self._said = ""
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

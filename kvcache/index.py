@@ -27,13 +27,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Protocol
 
-from kvcache import index_twin, index_twin_runs
+from kvcache import index_twin, index_twin_chain, index_twin_runs
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 ALL_TIERS = index_twin.ALL_TIERS
 TIER_COUNT = index_twin_runs.TIER_COUNT
+RUN_BLOCKS_MAX = index_twin_chain.RUN_BLOCKS_MAX
 
 
 class Match(Protocol):
@@ -85,6 +86,10 @@ class Index(Protocol):
         is the block before the first (it need not be held, nor told yet). A prefix that diverges from what
         was so told is found out by its hashes; a run that is none can credit blocks that nobody holds."""
 
+    def store_runs(self, holder: int, tier: int, hashes: Buffer, lengths: Buffer) -> int:
+        """``store`` of many runs, which lie in ``hashes`` one behind the other; ``lengths`` is of u16. After
+        the first block that is refused nothing is stored."""
+
     def store_loose(self, holder: int, tier: int, hashes: Buffer) -> int:
         """As ``store``, for blocks in any order; each is compared in each match, so this is slower."""
 
@@ -94,20 +99,50 @@ class Index(Protocol):
     def clear(self, holder: int, tier: int) -> None:
         """It holds nothing any more in this tier."""
 
-    def match(self, hashes: Buffer, tiers: int = ALL_TIERS) -> Match:
-        """Who holds how many of the first blocks, in the tiers of the mask ``tiers`` (bit 0: tier 0)."""
+    def match(
+        self,
+        hashes: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        """Who holds how many of the first blocks, in the tiers of the mask ``tiers`` (bit 0: tier 0).
 
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
+        ``candidates`` (u32): only these workers, with all their ranks. ``limit``: if there are more answers,
+        only so many, best first: those with the most blocks, of equals the lowest worker and rank."""
+
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
         """``match`` of ``name_blocks``, for sources that name their blocks so."""
 
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
-        """Query i is ``hashes[ends[i - 1]:ends[i]]``. Others may write between two of them."""
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        """Query i is ``hashes[ends[i - 1]:ends[i]]``, ``limit`` is of each. Others may write between two of
+        them."""
 
     def digest(self, holder: int, tier: int) -> tuple[int, int, int]:
         """Of what it holds: count, xor of the hashes, and their sum modulo 2 ** 64."""
 
     def held(self, holder: int, tier: int) -> memoryview:
         """What it holds, as u64 in no order."""
+
+    def runs(self, holder: int, tier: int) -> tuple[memoryview, memoryview]:
+        """What it holds as runs for ``store_runs``: all the hashes (u64), and how many are in each run (u16),
+        at most RUN_BLOCKS_MAX. Blocks that were stored behind one another are in one run, first block first;
+        the runs are in no order, those of ``store_loose`` are of one block each."""
 
     def stats(self) -> dict[str, int]:
         """Counts: blocks, ghosts (kept, though nobody holds them), members, chains, spans, sets, rows.

@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Literal
 
 from kvcache.errors import BadInput
 from kvcache.index_twin_runs import FREE, TIER_COUNT, Runs
@@ -26,6 +26,7 @@ ALL_TIERS = (1 << TIER_COUNT) - 1
 ROWS_MAX = 1 << 20
 
 _ROW_MASK = (1 << 32) - 1
+_FORMATS: dict[int, Literal["H", "I", "Q"]] = {2: "H", 4: "I", 8: "Q"}
 
 
 class Answers:
@@ -106,6 +107,18 @@ class PrefixIndex:
         with self._lock:
             return self._runs.store(self._holder_of(holder, tier), blocks, None, linked=False)
 
+    def store_runs(self, holder: int, tier: int, hashes: Buffer, lengths: Buffer) -> int:
+        blocks, ends = items(hashes, 8).tolist(), list(accumulate(items(lengths, 2)))
+        if (ends[-1] if ends else 0) != len(blocks):
+            raise _refusal("bad_prefix", "the runs are not as long as the blocks")
+        for start, end in pairwise((0, *ends, len(blocks))):
+            with self._lock:
+                row = self._holder_of(holder, tier)
+                refused = self._runs.store(row, blocks[start:end], None, linked=True)
+            if refused:
+                return len(blocks) - end + refused
+        return 0
+
     def remove(self, holder: int, tier: int, hashes: Buffer) -> int:
         blocks = items(hashes, 8).tolist()
         with self._lock:
@@ -115,16 +128,38 @@ class PrefixIndex:
         with self._lock:
             self._runs.clear(self._holder_of(holder, tier))
 
-    def match(self, hashes: Buffer, tiers: int = ALL_TIERS) -> Match:
-        query = items(hashes, 8)
+    def match(
+        self,
+        hashes: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        query, chosen = items(hashes, 8), _chosen(candidates)
         with self._lock:
-            return Answers(self._runs.walk(query, tiers))
+            found = self._runs.walk(query, tiers, chosen)
+        return Answers(_best(found, limit))
 
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = ALL_TIERS) -> Match:
-        return self.match(name_blocks(tokens, block_tokens, root), tiers)
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        return self.match(name_blocks(tokens, block_tokens, root), tiers, candidates, limit)
 
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = ALL_TIERS) -> Match:
-        queries, limits = items(hashes, 8), items(ends, 8)
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = ALL_TIERS,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match:
+        queries, limits, chosen = items(hashes, 8), items(ends, 8), _chosen(candidates)
         for number, (last, end) in enumerate(pairwise((0, *limits))):
             if not last <= end <= len(queries):
                 raise _refusal("bad_prefix", f"end {number} of a query is before the last, or too far")
@@ -132,7 +167,8 @@ class PrefixIndex:
         ended = []
         for last, end in pairwise((0, *limits)):
             with self._lock:
-                answers += self._runs.walk(queries[last:end], tiers)
+                found = self._runs.walk(queries[last:end], tiers, chosen)
+            answers += _best(found, limit)
             ended.append(len(answers))
         return Answers(answers, ended)
 
@@ -144,6 +180,12 @@ class PrefixIndex:
     def held(self, holder: int, tier: int) -> memoryview:
         with self._lock:
             return memoryview(array("Q", self._runs.held(self._holder_of(holder, tier)))).toreadonly()
+
+    def runs(self, holder: int, tier: int) -> tuple[memoryview, memoryview]:
+        with self._lock:
+            runs = self._runs.pieces(self._holder_of(holder, tier))
+        hashes = array("Q", chain.from_iterable(runs))
+        return memoryview(hashes).toreadonly(), memoryview(array("H", map(len, runs))).toreadonly()
 
     def stats(self) -> dict[str, int]:
         with self._lock:
@@ -182,18 +224,28 @@ def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
     return memoryview(array("Q", chain_sums(packed, 4 * block_tokens, root))).toreadonly()
 
 
+def _chosen(candidates: Buffer | None) -> frozenset[int] | None:
+    return None if candidates is None else frozenset(items(candidates, 4))
+
+
+def _best(found: list[tuple[int, ...]], limit: int | None) -> list[tuple[int, ...]]:
+    if limit is None or len(found) <= limit:
+        return found
+    return sorted(found, key=lambda answer: (-answer[2], answer[0], answer[1]))[:limit]
+
+
 def items(buffer: Buffer, size: int) -> memoryview:
     """The unsigned integers in a buffer of them, or in bytes. RAISES BadInput, TypeError."""
     view = memoryview(buffer)
     if not view.c_contiguous:
         raise _refusal("bad_prefix", "the buffer is not contiguous")
     fits = view.format.lstrip("<@=") in ("B", "b", "c") and view.itemsize == 1
-    fits = fits or (view.itemsize == size and view.format.lstrip("<@=") in tuple("QqLlIi"))
+    fits = fits or (view.itemsize == size and view.format.lstrip("<@=") in tuple("QqLlIiHh"))
     if not fits or view.nbytes % size:
         raise _refusal("bad_prefix", f"the buffer is not of {8 * size}-bit integers")
     if not view.nbytes:
         return memoryview(array("Q"))
-    return view.cast("B").cast("Q") if size == 8 else view.cast("B").cast("I")
+    return view.cast("B").cast(_FORMATS[size])
 
 
 def _check_tier(tier: int) -> None:

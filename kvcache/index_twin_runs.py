@@ -6,8 +6,10 @@ Nothing here locks or looks at buffers: kvcache/index_twin.py does.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+
+from kvcache.index_twin_chain import Chain, Holders
 
 TIER_COUNT = 4
 BLOCK_BYTES = 250
@@ -23,47 +25,7 @@ _OFFSET_BITS = 18
 _CHAIN_BLOCKS_MAX = (1 << _OFFSET_BITS) - 1
 _LOOSE_BLOCKS_MAX = 64
 _MASK = (1 << 64) - 1
-_EMPTY: frozenset[int] = frozenset()
-
-Holders = frozenset[int]  # Each TIER_COUNT * row + tier.
-
-
-class _Chain:
-    """Blocks that follow one another (``linked``), and their spans: where each ends, and its holders."""
-
-    __slots__ = ("ends", "ghosts", "hashes", "linked", "sets")
-
-    def __init__(self, linked: bool) -> None:
-        self.hashes: list[int] = []
-        self.ends: list[int] = []
-        self.sets: list[Holders] = []
-        self.ghosts = 0
-        self.linked = linked
-
-    def spans(self) -> Iterator[tuple[int, int, Holders]]:
-        start = 0
-        for end, holders in zip(self.ends, self.sets, strict=True):
-            yield start, end, holders
-            start = end
-
-    def equal_run(self, offset: int, query: Sequence[int], place: int, exact: bool) -> int:
-        """How many blocks of ``query`` from ``place`` on are these. REQUIRES: the first is."""
-        longest = min(len(self.hashes) - offset, len(query) - place)
-        if exact or not self.linked:
-            run = 1
-            while run < longest and self.hashes[offset + run] == query[place + run]:
-                run += 1
-            return run
-        if self.hashes[offset + longest - 1] == query[place + longest - 1]:
-            return longest
-        equal, unequal = 0, longest - 1
-        while unequal - equal > 1:
-            middle = (equal + unequal) // 2
-            if self.hashes[offset + middle] == query[place + middle]:
-                equal = middle
-            else:
-                unequal = middle
-        return equal + 1
+_EMPTY: Holders = frozenset()
 
 
 class Row:
@@ -82,7 +44,7 @@ class Runs:
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self._places: dict[int, int] = {}  # By hash: the chain's number and the offset in it.
-        self._chains: dict[int, _Chain] = {}
+        self._chains: dict[int, Chain] = {}
         self._next_chain = 1
         self._sets: dict[Holders, Holders] = {}
         self._references: dict[Holders, int] = {}
@@ -169,13 +131,16 @@ class Runs:
                 self._settle(number)
 
     def held(self, holder: int) -> list[int]:
-        held: list[int] = []
+        return [block for piece in self.pieces(holder) for block in piece]
+
+    def pieces(self, holder: int) -> list[list[int]]:
+        """What it holds as runs of blocks that follow one another, as long as can be."""
+        pieces: list[list[int]] = []
         for number in sorted(self.rows[holder // TIER_COUNT].chains[holder % TIER_COUNT]):
             chain = self._chains.get(number)
-            for start, end, holders in chain.spans() if chain is not None else ():
-                if holder in holders:
-                    held += chain.hashes[start:end] if chain is not None else []
-        return held
+            if chain is not None:
+                pieces += chain.pieces(holder)
+        return pieces
 
     def store(self, holder: int, blocks: Sequence[int], parent: int | None, linked: bool) -> int:
         """Returns how many of the last were refused."""
@@ -233,10 +198,10 @@ class Runs:
         self._own(number, holder, chain.hashes[start:], 1)
         return number, len(chain.hashes) - start
 
-    def _new_chain(self, linked: bool) -> tuple[int, _Chain]:
+    def _new_chain(self, linked: bool) -> tuple[int, Chain]:
         number = self._next_chain
         self._next_chain += 1
-        chain = self._chains[number] = _Chain(linked)
+        chain = self._chains[number] = Chain(linked)
         return number, chain
 
     def _own(self, number: int, holder: int, blocks: Sequence[int], sign: int) -> None:
@@ -268,7 +233,7 @@ class Runs:
             self._own(number, holder, changed, 1 if held else -1)
         return len(changed)
 
-    def _set_spans(self, chain: _Chain, spans: Sequence[tuple[int, Holders]]) -> None:
+    def _set_spans(self, chain: Chain, spans: Sequence[tuple[int, Holders]]) -> None:
         former = chain.sets
         self._spans -= len(former)
         chain.ends, chain.sets = [], []
@@ -318,7 +283,7 @@ class Runs:
 
     def _split(self, number: int) -> None:
         whole = self._chains.pop(number)
-        piece: _Chain | None = None
+        piece: Chain | None = None
         at = 0
         for start, end, holders in whole.spans():
             if not holders:
@@ -338,7 +303,9 @@ class Runs:
         self._ghosts -= whole.ghosts
         self._set_spans(whole, [])
 
-    def walk(self, query: Sequence[int], tiers: int) -> list[tuple[int, ...]]:
+    def walk(
+        self, query: Sequence[int], tiers: int, workers: frozenset[int] | None = None
+    ) -> list[tuple[int, ...]]:
         """Chain by chain and span by span, as index_walk.h does."""
         live: dict[int, int] = {}  # By row: the tiers that have the block now.
         counts: dict[int, list[int]] = {}  # By row: blocks in all, and in each tier.
@@ -355,6 +322,8 @@ class Runs:
                 if not place or chain.sets[number] is not former:
                     former = chain.sets[number]
                     live = self._going_on(former, tiers, live if place else None)
+                    if workers is not None and not place:
+                        live = {row: mask for row, mask in live.items() if self.rows[row].worker in workers}
                 run = min(chain.ends[number], last) - offset
                 for row, mask in live.items():
                     of_row = counts.setdefault(row, [0] * (1 + TIER_COUNT))

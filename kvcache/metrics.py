@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from kvcache import __version__
 from kvcache.errors import CODES
+from kvcache.metrics_route import RouteMetrics
 from kvcache.wire import Request
 
 PREFIX = "kvcache_"
@@ -209,7 +210,16 @@ STATS: tuple[Stat, ...] = (
     Stat("namespaces", "gauge", "Namespaces opened since the start."),
     Stat("arenas", "gauge", "Trust domains with memory of their own."),
     Stat("watchers", "gauge", "Followers of this node's events."),
+    Stat(
+        "watches",
+        "counter",
+        "Followers told what they missed, or everything.",
+        "answer",
+        ("replay", "snapshot"),
+    ),
     Stat("events", "counter", "Event batches published."),
+    Stat("events_ring_bytes", "gauge", "Bytes of the last batches, kept for followers that missed some."),
+    Stat("events_kept_bytes", "gauge", "Bytes taken to know what was told, for snapshots and digests."),
     Stat("uptime_seconds", "gauge", "Seconds since the node started."),
 )
 
@@ -256,16 +266,25 @@ class HttpMetrics:
         self.index_synced = self._gauge(
             "kvcache_index_synced", "1 while the locality index follows the node."
         )
-        self.index_entries = self._gauge("kvcache_index_entries", "Blocks in the locality index.")
+        self.index_entries = self._gauge(
+            "kvcache_index_entries", "Blocks in the locality index, each counted once a namespace and tier."
+        )
+        self.index_bytes = self._gauge("kvcache_index_bytes", "Memory that the locality index takes.")
         self.index_refused = Counter(
             "kvcache_index_refused_blocks",
             "Blocks the locality index had no room for.",
             registry=self.registry,
         )
         self._refused = 0
+        self.index_lookups = Counter(
+            "kvcache_index_lookups", "Questions answered in raw frames.", registry=self.registry
+        )
+        self.index_connections = self._gauge("kvcache_index_connections", "Connections for raw frames.")
+        self._lookups: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._looked_up = 0
         self.index_resyncs = Counter(
             "kvcache_index_resyncs",
-            "Times the locality index asked for everything anew, by reason.",
+            "Times the stream of a node's events ended and was taken up again, by reason.",
             ["reason"],
             registry=self.registry,
         )
@@ -280,8 +299,16 @@ class HttpMetrics:
         self.index_refused.inc(blocks - self._refused)
         self._refused = blocks
 
+    def watch_lookups(self, lookups: Callable[[], tuple[int, int]]) -> None:
+        """``lookups`` tells how many questions there were so far, and how many connections there are."""
+        self._lookups = lookups
+
     def render(self) -> bytes:
         """The page that Prometheus reads."""
+        asked, connections = self._lookups()
+        self.index_lookups.inc(asked - self._looked_up)
+        self._looked_up = asked
+        self.index_connections.set(connections)
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -300,7 +327,8 @@ def document() -> str:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         label = labels.get(name) or ", ".join(_own_labels(family))
         rows.append(f"| `{name}` | {family.type} | {label} | {family.documentation} |")
-    return _DOCUMENT.format(rows="\n".join(rows), reasons="\n".join(_value_rows()))
+    route = "\n".join(RouteMetrics.rows())
+    return _DOCUMENT.format(rows="\n".join(rows), reasons="\n".join(_value_rows()), route=route)
 
 
 def _own_labels(family: Metric) -> list[str]:
@@ -350,6 +378,12 @@ The values a label can have:
 | metric | label | values |
 | --- | --- | --- |
 {reasons}
+
+`GET /metrics` of [`kvcache route`](routing.md):
+
+| metric | kind | labels | meaning |
+| --- | --- | --- | --- |
+{route}
 """
 
 if __name__ == "__main__":

@@ -42,18 +42,21 @@ def pack(value: object) -> bytes:
     return packed
 
 
-def unpack(body: bytes | memoryview) -> object:
-    """RAISES ValueError for anything that is not one value within the limits."""
+def unpack(
+    body: bytes | memoryview, lists_max: int = LISTS_MAX, items_max: int = PREFIX_BLOCKS_MAX
+) -> object:
+    """RAISES ValueError for anything that is not one value within the limits: at most ``lists_max`` lists,
+    of at most ``items_max`` items each."""
     try:
         plain: object = msgpack.unpackb(
             body,
             raw=False,
             strict_map_key=True,
-            list_hook=_Limit("lists", LISTS_MAX),
+            list_hook=_Limit("lists", lists_max),
             object_hook=_Limit("maps", MAPS_MAX),
             max_str_len=TEXT_CHARS_MAX,
             max_bin_len=BODY_BYTES_MAX,
-            max_array_len=min(len(body), PREFIX_BLOCKS_MAX),
+            max_array_len=min(len(body), items_max),
             max_map_len=min(len(body), TEXT_CHARS_MAX),
             max_ext_len=0,
         )

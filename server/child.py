@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 
+import msgspec
+
 from kvcache.config import NodeConfig, parse_bind
 from kvcache.errors import BadInput
 
@@ -69,7 +71,9 @@ class HttpChild:
     async def _launch(self) -> str:
         """RAISES BadInput when it does not serve; then no process of it is left."""
         command = [sys.executable, "-m", "kvcache.server.http", "--node", self._node_address]
-        command += ["--bind", self._bind]
+        command += ["--bind", self._bind, "--index-bytes", str(self._config.index_bytes_max)]
+        for address in self._index_addresses():
+            command += ["--listen", address]
         if self._config.credentials:
             command += ["--credentials", self._config.credentials]
         try:
@@ -95,6 +99,11 @@ class HttpChild:
                 "give another --http, or --http none",
             )
         return line.decode().strip()
+
+    def _index_addresses(self) -> list[str]:
+        """The node's socket may be the default one, which the settings do not name."""
+        beside = self._node_address.removeprefix("unix://")
+        return msgspec.structs.replace(self._config, socket=beside).index_addresses
 
     async def _watch(self) -> None:
         pause_s = PAUSE_S_MIN

@@ -26,6 +26,8 @@ SETTINGS: dict[str, str] = {
     "socket": "path of the unix socket (default: $KVCACHE_SOCKET, else the user's runtime directory)",
     "tcp": "HOST:PORT for clients of other hosts, or none",
     "http": "HOST:PORT for routers, metrics and operators, or none",
+    "index_listen": "where raw look-ups are answered (unix:// or tcp://), auto (beside the socket), or none",
+    "index_bytes": "most memory for the locality index, for instance 1GiB",
     "name": "what events and replies call this node",
     "capacity": "memory for blocks, for instance 4GiB",
     "unit": "bytes an extent, a power of two, or auto",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,13 +26,14 @@ from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
 from kvcache.server.bringing import Bringing
 from kvcache.server.progress import Progress
+from kvcache.server.telling import Telling
 from kvcache.server.tickets import Tickets
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space, make_slot
 from kvcache.tiers.stack import Stack
-from kvcache.wire import TEXT_CHARS_MAX, EventBatch
+from kvcache.wire import TEXT_CHARS_MAX
 
 log = logging.getLogger("kvcache.server")
 
@@ -89,13 +90,12 @@ class Core:
         self.plane = plane
         self.tickets = Tickets(plane, clock, self.counters)
         self._space = space
-        self._publisher = publisher
+        self.telling = Telling(publisher, self.load)
         self._telling = False
         self._untold: deque[tuple[str, Change]] = deque()
         self._newest_lease = 0
         self._namespaces: dict[NamespaceId, Opened] = {}
         self._arenas: dict[tuple[int, str], int] = {}
-        self._watchers: dict[int, Callable[[EventBatch], None]] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
         self.uses = Uses(self._freed)
         self.progress = Progress()
@@ -115,7 +115,7 @@ class Core:
             self._check_room(spec)
         verdict = self._verdict(opened)
         if not known:
-            self._publisher.announce(namespace)
+            self.telling.announce(namespace)
         self._namespaces.setdefault(opened.namespace_id, opened)
         return self._namespaces[opened.namespace_id], verdict
 
@@ -141,7 +141,7 @@ class Core:
             log.warning("a namespace on NVMe cannot be used: %s", error)
             return
         if opened.namespace_id not in self._namespaces and len(self._namespaces) < self.config.namespaces_max:
-            self._publisher.announce(namespace)
+            self.telling.announce(namespace)
             self._namespaces[opened.namespace_id] = opened
 
     def spec_of(self, namespace_id: NamespaceId) -> tuple[BlockSpec, Mapping[str, str | int]] | None:
@@ -259,7 +259,8 @@ class Core:
             self._telling = True
             asyncio.get_running_loop().call_soon(self._tell)
 
-    def _tell_all(self) -> None:
+    def tell_all(self) -> None:
+        """Tell followers everything that has changed until now."""
         self._collect()
         while self._untold:
             self._tell_some()
@@ -283,24 +284,8 @@ class Core:
             while self._untold and self._untold[0][0] == tier and told < TOLD_AT_ONCE:
                 changes.append(self._untold.popleft()[1])
                 told += len(changes[-1].keys)
-            self._publish(changes, tier)
-
-    def _publish(self, changes: Sequence[Change], tier: str) -> None:
-        if not changes:
-            return
-        for batch in self._publisher.publish(changes, tier):
-            self.counters["events"] += 1
-            for watcher in list(self._watchers.values()):
-                watcher(batch)
-
-    def watch(self, owner: int, watcher: Callable[[EventBatch], None]) -> Iterable[EventBatch]:
-        """From now on ``watcher`` gets every batch; the batches returned say what is here already."""
-        self._tell_all()
-        self._watchers[owner] = watcher
-        return self._publisher.snapshot()
-
-    def unwatch(self, owner: int) -> None:
-        self._watchers.pop(owner, None)
+            if changes:
+                self.counters["events"] += self.telling.publish(changes, tier)
 
     def _freed(self, owner: Owner) -> None:
         self.ledger.writes_ended(owner)
@@ -315,6 +300,7 @@ class Core:
         if self.stack is not None:
             self.stack.tick()
         self.settle()
+        self.telling.beat(self.clock.now_ns())
 
     # --- bytes ----------------------------------------------------------------------------------
 
@@ -361,6 +347,7 @@ class Core:
         held = self.ledger.stats()
         return {
             **self.bringing.stats(),
+            **self.telling.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -368,10 +355,20 @@ class Core:
             "capacity_bytes:host": float(self._space.capacity_bytes),
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
-            "watchers": float(len(self._watchers)),
             "tickets": float(len(self.tickets)),
             "followers": float(self.progress.bell.waiting),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
+        }
+
+    def load(self) -> dict[str, float]:
+        """The numbers of ``event_load.NODE_LOAD``, and no others."""
+        held, coming = self.ledger.stats(), self.bringing.stats()
+        return {
+            "capacity_bytes": float(self._space.capacity_bytes),
+            "free_bytes": float(held["free_bytes"]),
+            "leases": float(held["leases"]),
+            "reservations": float(held["reservations"]),
+            "coming_bytes": coming.get("nvme_coming_bytes", 0.0) + coming.get("peer_coming_bytes", 0.0),
         }
 
     def troubles(self) -> list[str]:
@@ -380,13 +377,13 @@ class Core:
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
-        self._tell_all()
+        self.tell_all()
         if self.stack is not None:
             self.stack.check()
         self.ledger.check()
         self.progress.check()
         self._space.check()
-        self._publisher.check()
+        self.telling.check()
 
     def close(self) -> None:
         self._summing.shutdown(wait=True, cancel_futures=True)

@@ -23,8 +23,8 @@ from kvcache.server.written import Written
 class Connection:
     """The Responder of one session."""
 
-    def __init__(self, core: Core, identity: Identity, push: Callable[[wire.EventBatch, int], None]) -> None:
-        """``push`` sends an event batch under the call number of the Watch."""
+    def __init__(self, core: Core, identity: Identity, push: Callable[[bytes, int], None]) -> None:
+        """``push`` sends a packed event batch under the call number of the Watch."""
         self._core = core
         self._identity = identity
         written = Written()
@@ -71,7 +71,7 @@ class Connection:
                 identity.require("reader", "writer", "router", "operator")
                 return wire.StatsReply(core.stats(), core.troubles())
             case wire.Watch():
-                return self._watching.begin(call)
+                return self._watching.begin(call, request)
             case wire.Export():
                 return self._exports.export(request)
             case wire.Post():
@@ -95,7 +95,7 @@ class Connection:
     def ended(self) -> None:
         """The connection is gone: give back what it held. Unmapped, the node wrote, and has stopped."""
         self._core.counters["connections_closed"] += 1
-        self._core.unwatch(self._identity.owner)
+        self._core.telling.unwatch(self._identity.owner)
         self._core.tickets.leave(self._identity.owner)
         self._core.progress.leave(self._identity.owner)
         self._core.bringing.arriving.leave(self._identity.owner)

@@ -1,6 +1,7 @@
 """The HTTP process of a node: ``python -m kvcache.server.http``, started by the node as its child.
 
-It is a client of the node like any other, and holds the locality index. The token that it says Hello with
+It is a client of the node like any other, and holds the locality index, of which routers ask over HTTP and in
+raw frames. The token that it says Hello with
 is in the environment (``KVCACHE_TOKEN``), never among the arguments. When it listens, it writes its
 address as one line to standard output. When standard input is a pipe, the process ends when that does:
 the node holds the other end, so no child outlives it, however it went.
@@ -16,28 +17,28 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
-from aiohttp import web
-
+from kvcache.address import parse
 from kvcache.channel import AsyncChannel
 from kvcache.clock import NS_PER_S, SystemClock
-from kvcache.config import is_loopback, parse_bind
 from kvcache.credentials import Credentials
-from kvcache.errors import BadInput, KVCacheError
+from kvcache.errors import KVCacheError
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
+from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_follow import Follower
+from kvcache.server.http_serving import HttpSite, checked_bind
+from kvcache.server.locate_answers import IndexAnswers
+from kvcache.server.locate_frames import LocateFrames
 from kvcache.wire import PROTOCOL_VERSION, Hello
 
 log = logging.getLogger("kvcache.server.http")
 
-ENTRIES_MAX = 4 << 20
+INDEX_BYTES_MAX = 256 << 20
 CONNECT_NS = 5 * NS_PER_S
-SHUTDOWN_S = 1.0
-BACKLOG = 128
 FAILED = 1
 
 
@@ -49,7 +50,8 @@ class Settings:
     bind: str
     credentials: str
     token: str
-    entries_max: int
+    index_bytes: int
+    listen: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,47 +74,46 @@ async def serve(settings: Settings) -> None:
     credentials = (
         Credentials.from_file(settings.credentials) if settings.credentials else Credentials.default()
     )
-    host, port = _checked_bind(settings.bind, credentials)
+    host, port = checked_bind(settings.bind, credentials, "bind")
     clock, metrics = SystemClock(), HttpMetrics()
+    index = LocalityIndex(settings.index_bytes)
 
     async def connect() -> AsyncChannel:
         hello = Hello(PROTOCOL_VERSION, token=settings.token, client="http")
         return await AsyncChannel.connect(settings.node, hello, clock.now_ns() + CONNECT_NS)
 
-    follower = Follower(connect, LocalityIndex(settings.entries_max), metrics, clock)
-    app = HttpApp(follower, metrics, credentials, clock).application()
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
-    await runner.setup()
+    follower = Follower(connect, index, metrics, clock)
+    fleet = FleetIndex(index, clock)  # Engines may register here, and somebody has to say how late it is.
+    answers = IndexAnswers(index, clock, fleet.worker_sources)
+    fleet.changed = answers.workers_changed
+    frames = LocateFrames(answers, credentials)
+    metrics.watch_lookups(lambda: (frames.asked, frames.connections))
+    site = HttpSite(HttpApp(follower, fleet, metrics, credentials, clock).application())
     try:
-        await _listen(runner, host, port)
-        await _until_stopped(asyncio.get_running_loop().create_task(follower.run()))
+        for address in settings.listen:
+            frames.listen(parse(address))
+        sys.stdout.write(await site.listen(host, port) + "\n")
+        sys.stdout.flush()
+        await _until_stopped(follower.run(), fleet.run())
     finally:
-        await runner.cleanup()
+        await site.close()
+        frames.close()
+        await fleet.close()
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
-    try:
-        await site.start()
-    except OSError as error:
-        raise BadInput(
-            "address_in_use", f"http://{host}:{port} cannot be bound", str(error), "give another --http"
-        ) from error
-    chosen = runner.addresses[0][1]
-    sys.stdout.write(f"http://[{host}]:{chosen}\n" if ":" in host else f"http://{host}:{chosen}\n")
-    sys.stdout.flush()
-
-
-async def _until_stopped(following: asyncio.Task[None]) -> None:
-    """Until a signal; an error in following is our own, and ends the process."""
-    stop = asyncio.Event()
+async def _until_stopped(*work: Coroutine[None, None, None]) -> None:
+    """Until a signal; an error in the work is our own, and ends the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    following.add_done_callback(lambda _: stop.set())
+        loop.add_signal_handler(number, stop.set)
+    tasks = [loop.create_task(each) for each in work]
+    for task in tasks:
+        task.add_done_callback(lambda _: stop.set())
     await stop.wait()
-    if following.done():
-        await following
-    following.cancel()
+    for task in tasks:
+        if task.done():
+            await task
+        task.cancel()
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:
@@ -122,24 +123,15 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     )
     parser.add_argument("--bind", default="127.0.0.1:8210", help="HOST:PORT to serve on")
     parser.add_argument("--credentials", default="", help="TOML file of tokens and users")
-    parser.add_argument("--entries-max", type=int, default=ENTRIES_MAX, help="most blocks to index")
+    parser.add_argument(
+        "--index-bytes", type=int, default=INDEX_BYTES_MAX, help="most memory for the locality index"
+    )
+    parser.add_argument(
+        "--listen", action="append", default=[], help="where raw look-ups are answered (unix:// or tcp://)"
+    )
     given = parser.parse_args(arguments)
     token = os.environ.pop("KVCACHE_TOKEN", "")
-    return Settings(given.node, given.bind, given.credentials, token, given.entries_max)
-
-
-def _checked_bind(bind: str, credentials: Credentials) -> tuple[str, int]:
-    address = parse_bind(bind, "bind")
-    if address is None:
-        raise BadInput("bad_config", "no address to serve on", "--bind is none", "give HOST:PORT")
-    if not is_loopback(address[0]) and not credentials.has_tokens:
-        raise BadInput(
-            "unsafe_bind",
-            f"HTTP would listen on {address[0]}, which others can reach",
-            "no token is configured, so anybody could ask what is stored",
-            "bind 127.0.0.1, or give --credentials with at least one token",
-        )
-    return address
+    return Settings(given.node, given.bind, given.credentials, token, given.index_bytes, tuple(given.listen))
 
 
 def _end_with_input(descriptor: int) -> None:

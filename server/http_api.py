@@ -1,6 +1,7 @@
-"""What can be asked over HTTP, and what is answered: the structs that validate, and the table of routes.
+"""What can be asked over HTTP, and what is answered: the structs that validate.
 
-The OpenAPI document (``kvcache.server.openapi``) is made from these; nothing is described twice.
+The OpenAPI document (``kvcache.server.openapi``) is made from these and the table of routes
+(``http_routes``); nothing is described twice.
 """
 
 from __future__ import annotations
@@ -17,9 +18,26 @@ from kvcache.wire import PREFIX_BLOCKS_MAX
 LOCATE_TOKENS_MAX = 1 << 20
 BODY_BYTES_MAX = 16 << 20
 REQUESTS_MAX = 64
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Server": "kvcache",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Of every answer."""
 DEADLINE_S = 5.0
 
 Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$", max_length=32, description="16 bytes as hex")]
+Hint = Annotated[
+    str,
+    msgspec.Meta(
+        pattern="^([0-9a-f]{16}|[0-9a-f]{32})$",
+        max_length=32,
+        description="a block's name as hex: 16 bytes, or the first 8, as u64 LE",
+    ),
+]
 Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -48,13 +66,16 @@ class Model(Strict, frozen=True, kw_only=True):
 class LocateRequest(Strict, frozen=True, kw_only=True):
     """Who holds the blocks of this prompt? Either ``hashes``, or ``tokens`` with ``model`` or ``namespace``.
 
-    With ``namespace`` only blocks of that namespace count: one engine shape, one rank.
+    With ``namespace`` only blocks of that namespace count: one engine shape, one rank. With ``model``, also
+    what engines told themselves of that model, if its weights are not known to be others'. ``cache_salt``: of
+    the request, for tokens.
     """
 
     namespace: Hash | None = None
     model: Model | None = None
     tokens: Annotated[list[Token], msgspec.Meta(max_length=LOCATE_TOKENS_MAX)] | None = None
-    hashes: Annotated[list[Hash], msgspec.Meta(max_length=PREFIX_BLOCKS_MAX)] | None = None
+    hashes: Annotated[list[Hint], msgspec.Meta(max_length=PREFIX_BLOCKS_MAX)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
 
 class Tiers(Answer, frozen=True, kw_only=True):
@@ -108,10 +129,60 @@ class LocateReply(Answer, frozen=True, kw_only=True):
 
 
 class IndexState(Answer, frozen=True, kw_only=True):
+    """``entries``: blocks held, each counted once a namespace and tier. ``bytes``: memory taken for them."""
+
     entries: int
-    entries_max: int
+    bytes: int
+    bytes_max: int
     refused_blocks: int
     sources: dict[str, AsOf]
+
+
+class PlacementRequest(Strict, frozen=True, kw_only=True):
+    """A request was sent to a worker that loads from ``source``: predict the blocks there for a while."""
+
+    source: Name
+    namespace: Hash
+    hashes: Annotated[list[Hint], msgspec.Meta(max_length=PREFIX_BLOCKS_MAX)] | None = None
+    tokens: Annotated[list[Token], msgspec.Meta(max_length=LOCATE_TOKENS_MAX)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(max_length=512)] = ""
+
+
+class PlacementReply(Answer, frozen=True, kw_only=True):
+    """How many of the blocks are predicted now; fewer where the index has no room, or no such source."""
+
+    placed: int
+
+
+class SourceState(Answer, frozen=True, kw_only=True):
+    """One source of the index. ``load``: how busy it said it is, ``load_age_ms`` ago (-1: it never said)."""
+
+    source: str
+    state: Literal["synced", "suspect", "unknown"]
+    partial: bool
+    as_of: AsOf
+    blocks: int
+    load: dict[str, float]
+    load_age_ms: int
+
+
+class Stream(Answer, frozen=True, kw_only=True):
+    """What is followed: a node, or an engine's own events. ``source``: empty while it was never reached."""
+
+    kind: str
+    address: str
+    source: str
+    connected: bool
+    trouble: str
+    workers: list[str]
+
+
+class WorkersReply(Answer, frozen=True, kw_only=True):
+    """``workers``: the sources that each can load from."""
+
+    workers: dict[str, list[str]]
+    sources: list[SourceState]
+    followed: list[Stream]
 
 
 class StatsReply(Answer, frozen=True, kw_only=True):
@@ -158,26 +229,9 @@ class Route:
     name: str
     summary: str
     roles: frozenset[str]
-    request: type[Strict] | None
+    request: type[msgspec.Struct] | None
     reply: type[Answer] | None
 
-
-ROUTES: tuple[Route, ...] = (
-    Route("GET", "/healthz", "healthz", "Is this process alive?", frozenset(), None, Health),
-    Route("GET", "/readyz", "readyz", "Can it answer?", frozenset(), None, Readiness),
-    Route("GET", "/metrics", "metrics", "Metrics for Prometheus.", READERS_OF_PLACES, None, None),
-    Route("GET", "/openapi.json", "openapi", "This document.", READERS_OF_PLACES, None, None),
-    Route("GET", "/v1/stats", "stats", "The node's numbers.", READERS_OF_PLACES, None, StatsReply),
-    Route(
-        "POST",
-        "/v1/locate",
-        "locate",
-        "Which source holds how many leading blocks of a prompt?",
-        READERS_OF_PLACES,
-        LocateRequest,
-        LocateReply,
-    ),
-)
 
 _STATUSES = {
     "not_allowed": HTTPStatus.NOT_FOUND,

@@ -1,6 +1,6 @@
 """The HTTP application: routes, who may use them, their limits, and errors as problems.
 
-It serves what ``http_api.ROUTES`` lists, to whom the credentials file allows; without a file, to loopback
+It serves what ``http_routes.ROUTES`` lists, to whom the credentials file allows; without a file, to loopback
 only. Without a good token all paths look the same; with one, so do those that are not there and those
 that it may not use.
 
@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -28,50 +29,57 @@ from kvcache.credentials import Credential, Credentials
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
 from kvcache.metrics import CONTENT_TYPE, HttpMetrics
 from kvcache.server import http_api as api
-from kvcache.server.http_follow import Follower
+from kvcache.server.fleet_index import FleetIndex
+from kvcache.server.http_fleet import Subject, place, workers
 from kvcache.server.http_locate import as_of, locate
+from kvcache.server.http_rfc1403_app import Rfc1403
+from kvcache.server.http_routes import ROUTES
 from kvcache.server.openapi import document
 
 log = logging.getLogger("kvcache.server.http")
 
 ROUTE_UNKNOWN = "other"
 
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Server": "kvcache",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Allowed = Callable[[web.Request, Credential], Awaitable[web.StreamResponse]]
+
+T = TypeVar("T", bound=api.Strict)
 
 
 class HttpApp:
-    """The routes, who may use them, and their limits. ``follower`` is what they answer from."""
+    """The routes, who may use them, and their limits. ``subject`` and ``fleet`` are what
+    they answer from: one index."""
 
     def __init__(
-        self, follower: Follower, metrics: HttpMetrics, credentials: Credentials, clock: Clock
+        self,
+        subject: Subject,
+        fleet: FleetIndex,
+        metrics: HttpMetrics,
+        credentials: Credentials,
+        clock: Clock,
     ) -> None:
-        self._follower = follower
+        self._subject = subject
+        self._fleet = fleet
         self._metrics = metrics
         self._credentials = credentials
         self._clock = clock
-        self._document = document(api.ROUTES)
+        self._document = document(ROUTES)
         self._running = 0
 
     def application(self) -> web.Application:
-        handlers: dict[str, Callable[[web.Request, Credential], Awaitable[web.Response]]] = {
+        handlers: dict[str, Allowed] = {
             "healthz": self._healthz,
             "readyz": self._readyz,
             "metrics": self._show_metrics,
             "openapi": self._openapi,
             "stats": self._stats,
             "locate": self._locate,
+            "workers": self._workers,
+            "placements": self._place,
+            **Rfc1403(self._fleet, self._credentials).handlers(),
         }
         app = web.Application(client_max_size=api.BODY_BYTES_MAX, middlewares=[self._around])
-        for route in api.ROUTES:
+        for route in ROUTES:
             app.router.add_route(route.method, route.path, self._guarded(route, handlers[route.name]))
         return app
 
@@ -82,7 +90,7 @@ class HttpApp:
         """Limits, errors as problems, security headers, and the count of it all."""
         started = time.monotonic()
         response = await self._limited(request, handler)
-        response.headers.update(HEADERS)
+        response.headers.update(api.HEADERS)
         resource = request.match_info.route.resource
         route = ROUTE_UNKNOWN if resource is None else resource.canonical
         self._metrics.answered(route, response.status, time.monotonic() - started)
@@ -117,6 +125,8 @@ class HttpApp:
         except web.HTTPException as error:
             status = HTTPStatus(error.status)
             return _problem(BadInput("bad_message", "a request that cannot be read", error.reason), status)
+        except web.RequestPayloadError:
+            return _problem(BadInput("bad_message", "a body that cannot be read", "see its headers"))
 
     def _check_host(self, request: web.Request) -> None:
         """Without tokens, a page in somebody's browser must not get here by a name that it controls."""
@@ -128,9 +138,7 @@ class HttpApp:
                 "use 127.0.0.1, or give the node a credentials file with tokens",
             )
 
-    def _guarded(
-        self, route: api.Route, handler: Callable[[web.Request, Credential], Awaitable[web.Response]]
-    ) -> Handler:
+    def _guarded(self, route: api.Route, handler: Allowed) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
             credential = self._credential(request) if route.roles else _NOBODY
             if route.roles and not route.roles & credential.roles:
@@ -157,37 +165,38 @@ class HttpApp:
         return _json(api.Health(alive=True))
 
     async def _readyz(self, request: web.Request, _: Credential) -> web.Response:
-        unready = self._follower.degraded()
+        unready = self._subject.degraded()
         status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
-        degraded = [*unready, *self._follower.troubles]
+        degraded = [*unready, *self._subject.troubles]
         return _json(api.Readiness(ready=not unready, degraded=degraded), status)
 
     async def _show_metrics(self, request: web.Request, _: Credential) -> web.Response:
         """What the index and this process count is there even while the node is not."""
         try:
-            await self._follower.stats()
+            await self._subject.stats()
         except Unavailable:
             log.info("metrics without a node")
-        self._follower.show()
+        self._subject.show()
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _openapi(self, request: web.Request, _: Credential) -> web.Response:
         return web.Response(body=self._document, content_type="application/json")
 
     async def _stats(self, request: web.Request, _: Credential) -> web.Response:
-        values, age_ms = await self._follower.stats()
-        index = self._follower.index
+        values, age_ms = await self._subject.stats()
+        index = self._subject.index
         now_ns = self._clock.now_ns()
         state = api.IndexState(
             entries=index.entries,
-            entries_max=index.entries_max,
+            bytes=index.bytes,
+            bytes_max=index.bytes_max,
             refused_blocks=index.refused_blocks,
             sources={each.source: as_of(each, now_ns) for each in index.sources()},
         )
         return _json(
             api.StatsReply(
-                node=self._follower.node,
-                incarnation=self._follower.incarnation,
+                node=self._subject.node,
+                incarnation=self._subject.incarnation,
                 release=__version__,
                 age_ms=age_ms,
                 values=values,
@@ -196,14 +205,17 @@ class HttpApp:
         )
 
     async def _locate(self, request: web.Request, credential: Credential) -> web.Response:
-        try:
-            asked = msgspec.json.decode(await request.read(), type=api.LocateRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadInput(
-                "bad_message", "a body that is no locate request", str(error)[:200], "see /openapi.json"
-            ) from error
+        asked = await _asked(request, api.LocateRequest)
         key = self._credentials.tenant_key(credential.tenant)
-        return _json(locate(self._follower.index, credential.tenant, key, asked, self._clock.now_ns()))
+        return _json(locate(self._subject.index, credential.tenant, key, asked, self._clock.now_ns()))
+
+    async def _place(self, request: web.Request, credential: Credential) -> web.Response:
+        asked = await _asked(request, api.PlacementRequest)
+        key = self._credentials.tenant_key(credential.tenant)
+        return _json(place(self._subject.index, credential.tenant, key, asked, self._clock))
+
+    async def _workers(self, request: web.Request, _: Credential) -> web.Response:
+        return _json(workers(self._fleet, self._clock))
 
 
 class _Unauthorised(NotAllowed):
@@ -228,6 +240,15 @@ def _nothing_here() -> NotAllowed:
 
 def _unavailable(why: str) -> Unavailable:
     return Unavailable("unavailable", "this cannot be answered now", why, "ask again in a moment")
+
+
+async def _asked(request: web.Request, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInput(
+            "bad_message", "a body that is not what this path takes", str(error)[:200], "see /openapi.json"
+        ) from error
 
 
 def _json(answer: api.Answer, status: HTTPStatus = HTTPStatus.OK) -> web.Response:

@@ -32,7 +32,7 @@ class Follower:
         self.index = index
         self.troubles: list[str] = []
         """What the node said last of itself that does not work; it serves all the same."""
-        self._following = Following("the node", connect, index, self, clock, pause)
+        self._following = Following("the node", connect, index, self, clock, pause, self._probe)
         self._metrics = metrics
         self._clock = clock
         self._values: dict[str, float] = {}
@@ -87,6 +87,7 @@ class Follower:
         self._metrics.node_connected.set(self._following.calls is not None)
         self._metrics.index_synced.set(bool(states) and all(state.synced for state in states))
         self._metrics.index_entries.set(self.index.entries)
+        self._metrics.index_bytes.set(self.index.bytes)
         self._metrics.count_refused(self.index.refused_blocks)
 
     # What ``Following`` tells and asks.
@@ -94,7 +95,7 @@ class Follower:
     def met(self, welcome: Welcome) -> None:
         """Any node will do: its address was given to us."""
 
-    async def probe(self, calls: Channel) -> None:
+    async def _probe(self, calls: Channel) -> None:
         _, age_ms = await self.stats()
         if age_ms:
             raise Unavailable("unavailable", "the node does not answer")

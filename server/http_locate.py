@@ -5,20 +5,24 @@ Only namespaces of the caller's tenant are looked at: a hash that leaked tells n
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import msgspec
 
-from kvcache.block import BlockHash, NamespaceId, chain
+from kvcache.block import HINT_BYTES, NamespaceId, chain, hints
 from kvcache.clock import NS_PER_MS
+from kvcache.engine_events.naming import ANY, salted
 from kvcache.errors import BadInput
 from kvcache.locality import TIERS, LocalityIndex, Located
 from kvcache.locality import AsOf as SourceState
 from kvcache.namespace import Namespace
+from kvcache.sequence import PUBLIC, sequence_hashes
 from kvcache.server import http_api as api
 
 RANK_FIELDS = frozenset({"tp_rank", "pp_rank", "cp_rank", "layer_first", "layer_count", "shape"})
-ANY = "any"  # Stands where a field does not touch the root of the hashes.
+_NO_NAMESPACE = Namespace(model=ANY, weights=ANY, dtype=ANY, layout=ANY, block_tokens=1, shape=ANY)
 
 
 def locate(
@@ -32,14 +36,16 @@ def locate(
     }
     if request.namespace is not None:
         visible = _one(visible, request.namespace)
-    prefix = _prefix(request, visible, tenant_key)
+    asked_blocks = 0
     found: dict[str, list[Located]] = {}
-    for each in index.locate(prefix, visible):
-        found.setdefault(each.source, []).append(each)
+    for names, namespaces in _questions(request, visible, tenant_key):
+        asked_blocks = max(asked_blocks, len(names) // HINT_BYTES)
+        for each in index.locate(names, namespaces):
+            found.setdefault(each.source, []).append(each)
     states = index.sources()
     return api.LocateReply(
         complete=bool(states) and all(state.synced and not state.partial for state in states),
-        asked_blocks=len(prefix),
+        asked_blocks=asked_blocks,
         sources=[_source(state, found.get(state.source, []), visible, now_ns) for state in states],
     )
 
@@ -64,24 +70,67 @@ def _one(visible: dict[NamespaceId, Namespace], wanted: str) -> dict[NamespaceId
     return {namespace_id: visible[namespace_id]}
 
 
-def _prefix(
-    request: api.LocateRequest, visible: dict[NamespaceId, Namespace], tenant_key: bytes
-) -> Sequence[BlockHash]:
-    if (request.tokens is None) == (request.hashes is None):
+def named(
+    namespace: Namespace,
+    tenant_key: bytes,
+    tokens: Sequence[int] | None,
+    hashes: Sequence[str] | None,
+    cache_salt: str = "",
+) -> bytes:
+    """The hints of a prefix in this namespace. RAISES BadInput unless there are tokens, or hashes."""
+    if (tokens is None) == (hashes is None):
         raise _unclear("a request with both tokens and hashes, or neither")
-    if request.hashes is not None:
-        if request.model is not None:
+    if hashes is not None:
+        return b"".join(bytes.fromhex(each)[:HINT_BYTES] for each in hashes)
+    assert tokens is not None
+    extra = salted(cache_salt)
+    if namespace.layout == PUBLIC:
+        return bytes(sequence_hashes(array("I", tokens), namespace.block_tokens, extra))
+    root = namespace.root(tenant_key)
+    return hints(chain(root, tenant_key, tokens, namespace.block_tokens, extra))
+
+
+def _questions(
+    request: api.LocateRequest, visible: dict[NamespaceId, Namespace], tenant_key: bytes
+) -> list[tuple[bytes, dict[NamespaceId, Namespace]]]:
+    """Hints, and in which namespaces they are names: nodes name blocks otherwise than engines are named."""
+    tokens, hashes, model = request.tokens, request.hashes, request.model
+    if hashes is not None or tokens is None:
+        if model is not None:
             raise _unclear("a request with hashes and a model")
-        return [BlockHash(bytes.fromhex(each)) for each in request.hashes]
-    assert request.tokens is not None
-    if (request.model is None) == (request.namespace is None):
+        return [(named(_NO_NAMESPACE, tenant_key, tokens, hashes), visible)]
+    if (model is None) == (request.namespace is None):
         raise _unclear("a request with tokens and both a model and a namespace, or neither")
-    if request.model is not None:
-        named = msgspec.to_builtins(request.model)
-        namespace = Namespace(**named, dtype=ANY, layout=ANY, shape=ANY)
+    if model is not None:
+        fields = msgspec.to_builtins(model)
+        keyed = Namespace(**fields, dtype=ANY, layout=ANY, shape=ANY)
     else:
-        [namespace] = visible.values()
-    return chain(namespace.root(tenant_key), tenant_key, request.tokens, namespace.block_tokens)
+        [keyed] = visible.values()
+    split = _split(visible, keyed)
+    schemes = [(keyed, split[False])] if keyed.layout != PUBLIC else []
+    if keyed.layout == PUBLIC or split[True]:
+        schemes.append((replace(keyed, layout=PUBLIC), split[True]))
+    return [(named(names, tenant_key, tokens, None, request.cache_salt), spaces) for names, spaces in schemes]
+
+
+def _split(
+    visible: dict[NamespaceId, Namespace], meant: Namespace
+) -> dict[bool, dict[NamespaceId, Namespace]]:
+    """Those of nodes, and those of engines that are of this model."""
+    found: dict[bool, dict[NamespaceId, Namespace]] = {False: {}, True: {}}
+    for each, namespace in visible.items():
+        is_public = namespace.layout == PUBLIC
+        if not is_public or _is_same_model(namespace, meant):
+            found[is_public][each] = namespace
+    return found
+
+
+def _is_same_model(engine: Namespace, meant: Namespace) -> bool:
+    """Engines do not tell their weights; who runs them may have said."""
+    same = (engine.model, engine.adapter, engine.block_tokens)
+    return same == (meant.model, meant.adapter, meant.block_tokens) and (
+        engine.weights == meant.weights or ANY in (engine.weights, meant.weights)
+    )
 
 
 def _unclear(what: str) -> BadInput:

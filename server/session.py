@@ -46,9 +46,10 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """Replies to one call, in order. What is pushed before they have left comes after them."""
+    """Replies to one call, packed, in order; each is made when it is about to leave. What is pushed
+    meanwhile comes after them."""
 
-    messages: Iterable[wire.Reply]
+    messages: Iterable[bytes]
 
 
 Answer = wire.Reply | Outgoing | Following
@@ -138,8 +139,9 @@ class Session(asyncio.BufferedProtocol):
 
     # --- frames ---------------------------------------------------------------------------------
 
-    def push(self, message: wire.EventBatch, call: int) -> None:
-        """One event batch to a watcher; a watcher that lags too far is disconnected and must ask anew."""
+    def push(self, packed: bytes, call: int) -> None:
+        """One event batch to a watcher; a watcher that lags too far is disconnected, and asks for what it
+        missed."""
         if self._transport is None or self._transport.is_closing():
             return
         if self._transport.get_write_buffer_size() + self._events_bytes > WATCH_BYTES_MAX:
@@ -147,7 +149,7 @@ class Session(asyncio.BufferedProtocol):
             log.warning("a watcher lags by over %d bytes; it is disconnected", WATCH_BYTES_MAX)
             self._transport.abort()
             return
-        frame = wire.encode(call, message)
+        frame = wire.frame(call, packed)
         if self._streaming:
             self._events.append(frame)
             self._events_bytes += len(frame)
@@ -253,9 +255,10 @@ class Session(asyncio.BufferedProtocol):
         if isinstance(answer, Outgoing):
             await self._send_payload(call, answer)
         else:
-            for message in answer.messages:
+            for packed in answer.messages:
                 await self._writable.wait()
-                self._write(wire.encode(call, message))
+                self._write(wire.frame(call, packed))
+                await asyncio.sleep(0)
         for frame in self._events:
             self._write(frame)
         self._events.clear()

@@ -2,22 +2,19 @@
 //
 // Many read or one writes: a read-write lock in which a waiting writer goes first. A call that turns out
 // long goes on without the interpreter's lock, and a long write gives readers their turn every
-// `write_blocks`. Nobody waits for the interpreter's lock while holding the other: that would be a deadlock.
+// `write_blocks`. Nobody waits for the interpreter's lock while holding the other: that would be a deadlock. So
+// nothing that may collect garbage is done under it: what that runs may ask the index, or wait for a thread that does.
 
-#include <pthread.h>
-#include <pybind11/pybind11.h>
-
+#include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "index_tokens.h"
-#include "index_walk.h"
-
-namespace py = pybind11;
+#include "index_lock.h"
+#include "index_match.h"
+#include "index_names.h"
 
 namespace {
 
@@ -26,176 +23,6 @@ using namespace kvcache::index;
 constexpr u32 write_blocks = 256;       // Under one hold of the lock.
 constexpr u32 quick_blocks = 512;       // A write of more releases the interpreter's lock.
 constexpr u32 quick_chains = 128;       // A read of more does.
-constexpr std::size_t blocks_max = 1u << 30;
-constexpr u32 answer_columns = sizeof(Answer) / sizeof(u32);
-
-// Becomes BadInput.
-struct Refusal {
-    const char* code;
-    std::string what;
-};
-
-class Lock {
-public:
-    Lock() {
-        pthread_rwlockattr_t attributes;
-        pthread_rwlockattr_init(&attributes);
-#if defined(__GLIBC__)
-        pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-#endif
-        pthread_rwlock_init(&lock_, &attributes);
-        pthread_rwlockattr_destroy(&attributes);
-    }
-    ~Lock() { pthread_rwlock_destroy(&lock_); }
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-
-    void read() { pthread_rwlock_rdlock(&lock_); }
-    void write() { pthread_rwlock_wrlock(&lock_); }
-    void unlock() { pthread_rwlock_unlock(&lock_); }
-
-private:
-    pthread_rwlock_t lock_;
-};
-
-class Reading {
-public:
-    explicit Reading(Lock& lock) : lock_(lock) { lock_.read(); }
-    ~Reading() { lock_.unlock(); }
-    Reading(const Reading&) = delete;
-    Reading& operator=(const Reading&) = delete;
-
-private:
-    Lock& lock_;
-};
-
-class Writing {
-public:
-    explicit Writing(Lock& lock) : lock_(lock) { lock_.write(); }
-    ~Writing() { lock_.unlock(); }
-    Writing(const Writing&) = delete;
-    Writing& operator=(const Writing&) = delete;
-
-private:
-    Lock& lock_;
-};
-
-// Integers of `Item`'s size, or bytes that are whole ones; copied only where they are not aligned.
-template <typename Item>
-class Items {
-public:
-    explicit Items(py::handle owner) {
-        if (PyObject_GetBuffer(owner.ptr(), &buffer_, PyBUF_ND | PyBUF_FORMAT) != 0) {
-            if (PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
-            PyErr_Clear();
-            throw Refusal{"bad_prefix", "the buffer is not contiguous"};
-        }
-        const auto bytes = static_cast<std::size_t>(buffer_.len);
-        if (!fits() || bytes % sizeof(Item) != 0 || bytes / sizeof(Item) > blocks_max) {
-            PyBuffer_Release(&buffer_);
-            throw Refusal{"bad_prefix", "the buffer is not of " + std::to_string(8 * sizeof(Item)) +
-                                            "-bit integers"};
-        }
-        count_ = static_cast<u32>(bytes / sizeof(Item));
-        items_ = static_cast<const Item*>(buffer_.buf);
-        if (reinterpret_cast<std::uintptr_t>(items_) % alignof(Item) == 0) return;
-        copied_.resize(count_);
-        std::memcpy(copied_.data(), buffer_.buf, bytes);
-        items_ = copied_.data();
-    }
-    ~Items() { PyBuffer_Release(&buffer_); }
-    Items(const Items&) = delete;
-    Items& operator=(const Items&) = delete;
-
-    const Item* data() const { return items_; }
-    u32 count() const { return count_; }
-
-private:
-    bool fits() const {
-        const char* format = buffer_.format == nullptr ? "B" : buffer_.format;
-        if (*format == '<' || *format == '@' || *format == '=') ++format;
-        if (std::strlen(format) != 1) return false;
-        if (buffer_.itemsize == 1) return std::strchr("Bbc", *format) != nullptr;
-        return buffer_.itemsize == sizeof(Item) && std::strchr("QqLlIi", *format) != nullptr;
-    }
-
-    Py_buffer buffer_{};
-    std::vector<Item> copied_;
-    const Item* items_ = nullptr;
-    u32 count_ = 0;
-};
-
-class Match {
-public:
-    std::vector<Answer> answers;
-    std::vector<u32> ends;  // Of `match_many`: where the answers of each query end.
-};
-
-// All of it: `answer_columns` u32 an answer.
-int match_buffer(PyObject* self, Py_buffer* view, int flags) {
-    static Py_ssize_t strides[] = {sizeof(u32)};
-    if ((flags & PyBUF_WRITABLE) != 0) {
-        PyErr_SetString(PyExc_BufferError, "answers are read-only");
-        return -1;
-    }
-    auto& answers = py::handle(self).cast<Match&>().answers;
-    *view = Py_buffer{};
-    view->buf = answers.data();
-    view->len = static_cast<Py_ssize_t>(answers.size() * sizeof(Answer));
-    view->itemsize = sizeof(u32);
-    view->readonly = 1;
-    view->ndim = 1;
-    view->format = (flags & PyBUF_FORMAT) != 0 ? const_cast<char*>("I") : nullptr;
-    if ((flags & PyBUF_ND) != 0) {
-        view->shape = reinterpret_cast<Py_ssize_t*>(&view->internal);
-        view->internal = reinterpret_cast<void*>(view->len / static_cast<Py_ssize_t>(sizeof(u32)));
-    }
-    if ((flags & PyBUF_STRIDES) == PyBUF_STRIDES) view->strides = strides;
-    view->obj = self;
-    Py_INCREF(self);
-    return 0;
-}
-
-py::object view_of_match(py::handle self) {
-    auto whole = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(self.ptr()));
-    if (!whole) throw py::error_already_set();
-    return whole;
-}
-
-py::object column(py::handle self, u32 number) {
-    const py::object whole = view_of_match(self);
-    const py::slice every(static_cast<py::ssize_t>(number), std::nullopt, static_cast<py::ssize_t>(answer_columns));
-    return whole[every];
-}
-
-py::object view_of(const void* items, std::size_t bytes, const char* format) {
-    const py::bytes copied(static_cast<const char*>(items), bytes);
-    return py::memoryview(copied).attr("cast")(format);
-}
-
-py::dict as_dict(const Match& match) {
-    py::dict made;
-    for (const Answer& answer : match.answers)
-        made[py::make_tuple(answer.worker, answer.rank)] = answer.blocks;
-    return made;
-}
-
-std::vector<u64> names_of(const Items<u32>& tokens, u32 block_tokens, u64 root) {
-    if (block_tokens == 0) throw Refusal{"bad_prefix", "a block of no tokens"};
-    std::vector<u64> names(tokens.count() / block_tokens);
-    const std::size_t step = block_tokens * sizeof(u32);
-    const u8* at = reinterpret_cast<const u8*>(tokens.data());
-    for (u64& name : names) {
-        name = root = seeded_sum(at, step, root);
-        at += step;
-    }
-    return names;
-}
-
-py::object name_blocks(py::handle tokens, u32 block_tokens, u64 root) {
-    const auto names = names_of(Items<u32>(tokens), block_tokens, root);
-    return view_of(names.data(), names.size() * sizeof(u64), "Q");
-}
 
 class Index {
 public:
@@ -228,24 +55,53 @@ public:
         const Items<u64> blocks(hashes);
         const bool has_parent = !parent.is_none();
         const u64 before = has_parent ? parent.cast<u64>() : 0;
-        return written(blocks, [&](u32 from, u32 count) {
+        return stored(blocks, [&](u32 from, u32 count) {
             const u64* known = from > 0 ? blocks.data() + from - 1 : has_parent ? &before : nullptr;
             return runs_.store(holder_of(holder, tier), blocks.data() + from, count, known, true);
         });
     }
 
+    u32 store_runs(u64 holder, u32 tier, py::handle hashes, py::handle lengths) {
+        const Items<u64> blocks(hashes);
+        const Items<u16> runs(lengths);
+        const u64 sum = std::accumulate(runs.data(), runs.data() + runs.count(), u64{0});
+        if (sum != blocks.count()) throw Refusal{"bad_prefix", "the runs are not as long as the blocks"};
+        const py::gil_scoped_release released;
+        u32 at = 0;
+        u32 run = 0;
+        u32 end = 0;  // Of the run before `run`.
+        do {
+            const Writing writing(lock_);
+            const u32 number = holder_of(holder, tier);
+            for (u32 left = write_blocks; left > 0 && at < blocks.count();) {
+                const u32 start = at == end ? at : end - runs.data()[run - 1];
+                if (at == end) end += runs.data()[run++];
+                const u32 count = std::min(left, end - at);
+                const u64* before = at > start ? blocks.data() + at - 1 : nullptr;
+                const u32 refused = runs_.store(number, blocks.data() + at, count, before, true);
+                if (refused > 0) return blocks.count() - at - count + refused;
+                at += count;
+                left -= count;
+            }
+        } while (at < blocks.count());
+        return 0;
+    }
+
     u32 store_loose(u64 holder, u32 tier, py::handle hashes) {
         const Items<u64> blocks(hashes);
-        return written(blocks, [&](u32 from, u32 count) {
+        return stored(blocks, [&](u32 from, u32 count) {
             return runs_.store(holder_of(holder, tier), blocks.data() + from, count, nullptr, false);
         });
     }
 
     u32 remove(u64 holder, u32 tier, py::handle hashes) {
         const Items<u64> blocks(hashes);
-        return written(blocks, [&](u32 from, u32 count) {
-            return runs_.remove(holder_of(holder, tier), blocks.data() + from, count);
+        u32 removed = 0;
+        written(blocks, [&](u32 from, u32 count) {
+            removed += runs_.remove(holder_of(holder, tier), blocks.data() + from, count);
+            return true;
         });
+        return removed;
     }
 
     void clear(u64 holder, u32 tier) {
@@ -256,26 +112,52 @@ public:
         }
     }
 
-    Match match(py::handle hashes, u32 tiers) {
-        const Items<u64> query(hashes);
-        return matched(query.data(), query.count(), tiers);
+    // What Python calls, without pybind11 in between: match(hashes, tiers, candidates, limit).
+    static PyObject* match(PyObject* self, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+        try {
+            PyObject* given[match_arguments] = {};
+            if (!parsed(arguments, count, names, given)) return nullptr;
+            const Items<u64> query(given[0]);
+            Wanted wanted;
+            if (count > 1 || names != nullptr) wanted = wanted_of(given);
+            return of_python(self).matched(query.data(), query.count(), wanted);
+        } catch (...) {
+            raise_thrown();
+            return nullptr;
+        }
     }
 
-    Match match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers) {
+    py::object match_tokens(py::handle tokens, u32 block_tokens, u64 root, u32 tiers, py::handle candidates,
+                            std::optional<u32> limit) {
         const auto names = names_of(Items<u32>(tokens), block_tokens, root);
-        return matched(names.data(), static_cast<u32>(names.size()), tiers);
+        const Wanted wanted = wanted_of(tiers, candidates, limit);
+        return py::reinterpret_steal<py::object>(
+            matched(names.data(), static_cast<u32>(names.size()), wanted));
     }
 
-    Match match_many(py::handle hashes, py::handle ends, u32 tiers) {
+    py::object match_many(py::handle hashes, py::handle ends, u32 tiers, py::handle candidates,
+                          std::optional<u32> limit) {
         const Items<u64> queries(hashes);
         const Items<u64> limits(ends);
         check_ends(queries, limits);
-        Match made;
-        each_query(queries, limits, tiers, [&](const Walk& walk) {
-            walk.answer(runs_, made.answers);
-            made.ends.push_back(static_cast<u32>(made.answers.size()));
+        std::vector<u32> columns[column_count];
+        std::vector<u32> ended;
+        each_query(queries, limits, wanted_of(tiers, candidates, limit), [&](Walk& walk) {
+            const std::size_t before = columns[0].size();
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) {
+                columns[i].resize(before + walk.answer_count());
+                at[i] = columns[i].data() + before;
+            }
+            walk.answer(runs_, at);
+            ended.push_back(static_cast<u32>(columns[0].size()));
         });
-        return made;
+        Values* made = new_match(static_cast<u32>(columns[0].size()));
+        const Columns at = columns_of(made);
+        for (u32 i = 0; i < column_count; ++i) std::copy(columns[i].begin(), columns[i].end(), at[i]);
+        auto result = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(made));
+        made->ends = view_of(std::move(ended)).release().ptr();
+        return result;
     }
 
     // For measurements: the nanoseconds that each query took, its answer made and thrown away.
@@ -284,23 +166,28 @@ public:
         const Items<u64> limits(ends);
         check_ends(queries, limits);
         std::vector<u32> times;
-        std::vector<Answer> answers;
+        std::vector<u32> answers;
         auto before = std::chrono::steady_clock::now();
         times.reserve(limits.count());
-        each_query(queries, limits, 0xF, [&](const Walk& walk) {
-            answers.clear();
-            walk.answer(runs_, answers);
+        each_query(queries, limits, Wanted(), [&](Walk& walk) {
+            answers.resize(std::size_t{walk.answer_count()} * column_count);
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) at[i] = answers.data() + std::size_t{i} * walk.answer_count();
+            walk.answer(runs_, at);
             const auto now = std::chrono::steady_clock::now();
             const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
             times.push_back(static_cast<u32>(spent));
             before = std::chrono::steady_clock::now();
         });
-        return view_of(times.data(), times.size() * sizeof(u32), "I");
+        return view_of(std::move(times));
     }
 
     py::tuple digest(u64 holder, u32 tier) {
-        const Reading reading(lock_);
-        const Digest& digest = runs_.rows()[row_of(holder)].digests[holder_of(holder, tier) % tier_count];
+        Digest digest;
+        {
+            const Reading reading(lock_);
+            digest = runs_.rows()[row_of(holder)].digests[holder_of(holder, tier) % tier_count];
+        }
         return py::make_tuple(digest.count, digest.joined_xor, digest.sum);
     }
 
@@ -311,7 +198,18 @@ public:
             const Reading reading(lock_);
             hashes = runs_.held(holder_of(holder, tier));
         }
-        return view_of(hashes.data(), hashes.size() * sizeof(u64), "Q");
+        return view_of(std::move(hashes));
+    }
+
+    py::tuple runs(u64 holder, u32 tier) {
+        std::vector<u64> hashes;
+        std::vector<u16> lengths;
+        {
+            const py::gil_scoped_release released;
+            const Reading reading(lock_);
+            runs_.runs(holder_of(holder, tier), hashes, lengths);
+        }
+        return py::make_tuple(view_of(std::move(hashes)), view_of(std::move(lengths)));
     }
 
     py::dict stats() {
@@ -350,18 +248,84 @@ public:
     }
 
 private:
-    Match matched(const u64* query, u32 count, u32 tiers) {
-        Match made;
-        Walk& walk = scratch();
-        walk.start(query, count, tiers);
-        std::optional<py::gil_scoped_release> released;
-        const Reading reading(lock_);  // Ends first, before the interpreter's lock is taken again.
-        if (!walk.advance(runs_, quick_chains)) {
-            released.emplace();
-            while (!walk.advance(runs_, blocks_max)) {}
+    static constexpr Py_ssize_t match_arguments = 4;
+
+    static Index& of_python(PyObject* self) {
+        auto* instance = reinterpret_cast<py::detail::instance*>(self);
+        return *static_cast<Index*>(instance->get_value_and_holder().value_ptr());
+    }
+
+    // The arguments by their place in `given`; false with Python's error set.
+    static bool parsed(PyObject* const* arguments, Py_ssize_t count, PyObject* names, PyObject** given) {
+        static const char* const known[match_arguments] = {"hashes", "tiers", "candidates", "limit"};
+        std::copy(arguments, arguments + std::min(count, match_arguments), given);
+        bool fits = count <= match_arguments;
+        for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
+            Py_ssize_t at = 0;
+            while (at < match_arguments &&
+                   PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, i), known[at]) != 0)
+                ++at;
+            if (at == match_arguments || given[at] != nullptr) {
+                fits = false;
+            } else {
+                given[at] = arguments[count + i];
+            }
         }
-        walk.answer(runs_, made.answers);
-        return made;
+        if (fits && given[0] != nullptr) return true;
+        PyErr_SetString(PyExc_TypeError, "match takes hashes, tiers, candidates and limit");
+        return false;
+    }
+
+    static Wanted wanted_of(PyObject* const* given) {
+        const py::handle candidates = given[2] == nullptr ? Py_None : given[2];
+        const bool limited = given[3] != nullptr && given[3] != Py_None;
+        return wanted_of(given[1] == nullptr ? 0xF : py::cast<u32>(given[1]), candidates,
+                         limited ? std::optional<u32>(py::cast<u32>(given[3])) : std::nullopt);
+    }
+
+    static Wanted wanted_of(u32 tiers, py::handle candidates, std::optional<u32> limit) {
+        static thread_local Chosen chosen;
+        Wanted wanted{tiers, nullptr, limit.value_or(0xFFFFFFFF)};
+        if (candidates.is_none()) return wanted;
+        const Items<u32> workers(candidates);
+        chosen.assign(workers.data(), workers.count());
+        wanted.candidates = &chosen;
+        return wanted;
+    }
+
+    // Making an object of ours never waits for the interpreter's lock, so the short way may do it under this one.
+    PyObject* matched(const u64* query, u32 count, const Wanted& wanted) {
+        Walk& walk = scratch();
+        walk.start(query, count, wanted);
+        {
+            const Reading reading(lock_);
+            if (walk.advance(runs_, quick_chains)) {
+                Values* made = new_match(walk.answer_count());
+                walk.answer(runs_, columns_of(made));
+                return reinterpret_cast<PyObject*>(made);
+            }
+        }
+        return matched_long(query, count, wanted);
+    }
+
+    PyObject* matched_long(const u64* query, u32 count, const Wanted& wanted) {
+        Walk& walk = scratch();
+        std::vector<u32> answers;
+        u32 found = 0;
+        {
+            const py::gil_scoped_release released;
+            const Reading reading(lock_);
+            walk.start(query, count, wanted);
+            while (!walk.advance(runs_, blocks_max)) {}
+            found = walk.answer_count();
+            answers.resize(std::size_t{found} * column_count);
+            Columns at;
+            for (u32 i = 0; i < column_count; ++i) at[i] = answers.data() + std::size_t{i} * found;
+            walk.answer(runs_, at);
+        }
+        Values* made = new_match(found);
+        std::copy(answers.begin(), answers.end(), made->items);
+        return reinterpret_cast<PyObject*>(made);
     }
 
     static Walk& scratch() {
@@ -397,18 +361,28 @@ private:
         return row_of(holder) * tier_count + tier;
     }
 
-    // What `write(from, count)` returns for each part, summed.
+    // `store(from, count)` part by part, until one refuses some of its last. Returns how many of the last were.
+    template <typename Store>
+    u32 stored(const Items<u64>& blocks, Store store) {
+        u32 refused = 0;
+        written(blocks, [&](u32 from, u32 count) {
+            const u32 over = store(from, count);
+            if (over > 0) refused = blocks.count() - from - count + over;
+            return over == 0;
+        });
+        return refused;
+    }
+
+    // Calls `write(from, count)` part by part, until it returns false.
     template <typename Write>
-    u32 written(const Items<u64>& blocks, Write write) {
-        u32 result = 0;
+    void written(const Items<u64>& blocks, Write write) {
         const auto all = [&] {
             u32 from = 0;
-            do {
+            for (bool more = true; more;) {
                 const u32 count = std::min(write_blocks, blocks.count() - from);
                 const Writing writing(lock_);
-                result += write(from, count);
-                from += count;
-            } while (from < blocks.count());
+                more = write(from, count) && (from += count) < blocks.count();
+            }
         };
         if (blocks.count() <= quick_blocks) {
             all();
@@ -416,7 +390,6 @@ private:
             const py::gil_scoped_release released;
             all();
         }
-        return result;
     }
 
     // REQUIRES: it was retired, so nobody else writes to it.
@@ -440,13 +413,13 @@ private:
     }
 
     template <typename Each>
-    void each_query(const Items<u64>& queries, const Items<u64>& limits, u32 tiers, Each each) {
+    void each_query(const Items<u64>& queries, const Items<u64>& limits, const Wanted& wanted, Each each) {
         const py::gil_scoped_release released;
         Walk& walk = scratch();
         u64 from = 0;
         for (u32 i = 0; i < limits.count(); ++i) {
             const u64 to = limits.data()[i];
-            walk.start(queries.data() + from, static_cast<u32>(to - from), tiers);
+            walk.start(queries.data() + from, static_cast<u32>(to - from), wanted);
             const Reading reading(lock_);
             while (!walk.advance(runs_, blocks_max)) {}
             each(walk);
@@ -458,14 +431,6 @@ private:
     Lock lock_;
 };
 
-void refuse(const Refusal& refusal) {
-    const py::object bad_input = py::module_::import("kvcache.errors").attr("BadInput");
-    const py::object error =
-        bad_input(refusal.code, refusal.what, "the index takes u64 buffers, open holders and tiers 0 to 3",
-                  "nothing was changed; see kvcache.index");
-    PyErr_SetObject(bad_input.ptr(), error.ptr());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(index, module) {
@@ -473,49 +438,48 @@ PYBIND11_MODULE(index, module) {
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
-        } catch (const Refusal& refusal) {
-            refuse(refusal);
+        } catch (const Refusal&) {
+            raise_thrown();
         }
     });
-    const auto with_buffer = py::custom_type_setup([](PyHeapTypeObject* type) {
-        type->as_buffer.bf_getbuffer = match_buffer;
-        type->ht_type.tp_as_buffer = &type->as_buffer;
-    });
-    py::class_<Match>(module, "Match", with_buffer)
-        .def("__len__", [](const Match& match) { return match.answers.size(); })
-        .def_property_readonly("table", [](py::handle self) { return view_of_match(self); })
-        .def_property_readonly("workers", [](py::handle self) { return column(self, 0); })
-        .def_property_readonly("dp_ranks", [](py::handle self) { return column(self, 1); })
-        .def_property_readonly("blocks", [](py::handle self) { return column(self, 2); })
-        .def("tier", [](py::handle self, u32 tier) {
-            if (tier >= tier_count) throw Refusal{"bad_holder", "there is no tier " + std::to_string(tier)};
-            return column(self, 3 + tier);
-        })
-        .def_property_readonly("ends", [](const Match& match) {
-            return view_of(match.ends.data(), match.ends.size() * sizeof(u32), "I");
-        })
-        .def("as_dict", &as_dict);
+    define_column<u16>(module, "ColumnOf16", "H");
+    define_column<u32>(module, "ColumnOf32", "I");
+    define_column<u64>(module, "ColumnOf64", "Q");
+    MatchTypes::make(module);
     module.def("name_blocks", &name_blocks, py::arg("tokens"), py::arg("block_tokens"), py::arg("root") = 0);
-    py::class_<Index>(module, "PrefixIndex")
-        .def(py::init<std::size_t>(), py::arg("bytes_max"))
+    module.def("local_hashes", &local_hashes, py::arg("tokens"), py::arg("block_tokens"),
+               py::arg("extra") = py::tuple());
+    module.def("chain_locals", &chain_locals, py::arg("locals"), py::arg("parent") = py::none());
+    module.def("sequence_hashes", &sequence_hashes, py::arg("tokens"), py::arg("block_tokens"),
+               py::arg("extra") = py::tuple(), py::arg("parent") = py::none());
+    py::class_<Index> index(module, "PrefixIndex");
+    index.def(py::init<std::size_t>(), py::arg("bytes_max"))
         .def("open", &Index::open, py::arg("worker"), py::arg("dp_rank") = 0)
         .def("open_shadow", &Index::open_shadow, py::arg("worker"), py::arg("dp_rank") = 0)
         .def("serve", &Index::serve, py::arg("holder"))
         .def("close", &Index::close, py::arg("holder"))
         .def("store", &Index::store, py::arg("holder"), py::arg("tier"), py::arg("hashes"),
              py::arg("parent") = py::none())
+        .def("store_runs", &Index::store_runs, py::arg("holder"), py::arg("tier"), py::arg("hashes"),
+             py::arg("lengths"))
         .def("store_loose", &Index::store_loose, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("remove", &Index::remove, py::arg("holder"), py::arg("tier"), py::arg("hashes"))
         .def("clear", &Index::clear, py::arg("holder"), py::arg("tier"))
-        .def("match", &Index::match, py::arg("hashes"), py::arg("tiers") = 0xF)
         .def("match_tokens", &Index::match_tokens, py::arg("tokens"), py::arg("block_tokens"),
-             py::arg("root") = 0, py::arg("tiers") = 0xF)
-        .def("match_many", &Index::match_many, py::arg("hashes"), py::arg("ends"), py::arg("tiers") = 0xF)
+             py::arg("root") = 0, py::arg("tiers") = 0xF, py::arg("candidates") = py::none(),
+             py::arg("limit") = py::none())
+        .def("match_many", &Index::match_many, py::arg("hashes"), py::arg("ends"), py::arg("tiers") = 0xF,
+             py::arg("candidates") = py::none(), py::arg("limit") = py::none())
         .def("match_times", &Index::match_times, py::arg("hashes"), py::arg("ends"))
         .def("digest", &Index::digest, py::arg("holder"), py::arg("tier"))
         .def("held", &Index::held, py::arg("holder"), py::arg("tier"))
+        .def("runs", &Index::runs, py::arg("holder"), py::arg("tier"))
         .def("stats", &Index::stats)
         .def_property_readonly("bytes", &Index::bytes)
         .def_property_readonly("bytes_max", &Index::bytes_max)
         .def("check", &Index::check);
+    static PyMethodDef match = {"match", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Index::match)),
+                                METH_FASTCALL | METH_KEYWORDS, "As kvcache.index.Index says."};
+    index.attr("match") = py::reinterpret_steal<py::object>(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(index.ptr()), &match));
 }

@@ -1,9 +1,22 @@
+from collections.abc import Sequence
+
 from typing_extensions import Buffer
 
 from kvcache.index import Match
 
 def name_blocks(tokens: Buffer, block_tokens: int, root: int = 0) -> memoryview:
     """As ``kvcache.index.name_blocks``."""
+
+def local_hashes(tokens: Buffer, block_tokens: int, extra: Sequence[bytes] = ()) -> memoryview:
+    """As ``kvcache.sequence.local_hashes``."""
+
+def chain_locals(locals: Buffer, parent: int | None = None) -> memoryview:
+    """As ``kvcache.sequence.chain_locals``."""
+
+def sequence_hashes(
+    tokens: Buffer, block_tokens: int, extra: Sequence[bytes] = (), parent: int | None = None
+) -> memoryview:
+    """As ``kvcache.sequence.sequence_hashes``."""
 
 class PrefixIndex:
     """As ``kvcache.index.Index``."""
@@ -14,17 +27,36 @@ class PrefixIndex:
     def serve(self, holder: int) -> None: ...
     def close(self, holder: int) -> None: ...
     def store(self, holder: int, tier: int, hashes: Buffer, parent: int | None = None) -> int: ...
+    def store_runs(self, holder: int, tier: int, hashes: Buffer, lengths: Buffer) -> int: ...
     def store_loose(self, holder: int, tier: int, hashes: Buffer) -> int: ...
     def remove(self, holder: int, tier: int, hashes: Buffer) -> int: ...
     def clear(self, holder: int, tier: int) -> None: ...
-    def match(self, hashes: Buffer, tiers: int = 15) -> Match: ...
-    def match_tokens(self, tokens: Buffer, block_tokens: int, root: int = 0, tiers: int = 15) -> Match: ...
-    def match_many(self, hashes: Buffer, ends: Buffer, tiers: int = 15) -> Match: ...
+    def match(
+        self, hashes: Buffer, tiers: int = 15, candidates: Buffer | None = None, limit: int | None = None
+    ) -> Match: ...
+    def match_tokens(
+        self,
+        tokens: Buffer,
+        block_tokens: int,
+        root: int = 0,
+        tiers: int = 15,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match: ...
+    def match_many(
+        self,
+        hashes: Buffer,
+        ends: Buffer,
+        tiers: int = 15,
+        candidates: Buffer | None = None,
+        limit: int | None = None,
+    ) -> Match: ...
     def match_times(self, hashes: Buffer, ends: Buffer) -> memoryview:
         """For measurements: the nanoseconds of each query, its answer made and thrown away."""
 
     def digest(self, holder: int, tier: int) -> tuple[int, int, int]: ...
     def held(self, holder: int, tier: int) -> memoryview: ...
+    def runs(self, holder: int, tier: int) -> tuple[memoryview, memoryview]: ...
     def stats(self) -> dict[str, int]: ...
     def check(self) -> None: ...
     @property

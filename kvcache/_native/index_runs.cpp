@@ -1,7 +1,9 @@
+// What changes the runs: rows that come and go, and blocks stored and removed.
+
 #include "index_runs.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <memory>
 
 namespace kvcache::index {
 namespace {
@@ -14,18 +16,16 @@ constexpr std::size_t tidy_chains_min = 256;
 constexpr u32 probes = 16;
 
 u32 spans_room(u32 count) {
-    u32 room = 2;
+    u32 room = 2 * spans_inside;
     while (room < count) room *= 2;
     return room;
 }
 
 std::size_t span_bytes(u32 count) {
-    return count < 2 ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
+    return count <= spans_inside ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
 }
 
 std::size_t hash_bytes(u32 room) { return room == 0 ? 0 : room * sizeof(u64) + allocation_bytes; }
-
-u64 rank_key(Name name) { return static_cast<u64>(name.worker) << 32 | name.rank; }
 
 u32 exact_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     const u32 longest = std::min(chain.length - offset, count);
@@ -41,18 +41,24 @@ u32 backward_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     return run;
 }
 
-void require(bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(invariant);
-}
-
 }  // namespace
 
 u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     if (!chain.linked) return exact_run(chain, offset, hashes, count);
     const u64* mine = chain.hashes + offset;
-    u32 unequal = std::min(chain.length - offset, count) - 1;
-    if (mine[unequal] == hashes[unequal]) return unequal + 1;
+    const u32 rest = chain.length - offset;
+    u32 unequal = std::min(rest, count) - 1;
+    if ((rest <= count ? chain.last : mine[unequal]) == hashes[unequal]) return unequal + 1;
     u32 equal = 0;
+    if (const u32 fork = chain.fork - offset; chain.fork > offset && fork <= unequal) {
+        if (fork < unequal && mine[fork] == hashes[fork]) {
+            equal = fork;
+        } else if (mine[fork - 1] == hashes[fork - 1]) {
+            return fork;
+        } else {
+            unequal = fork - 1;
+        }
+    }
     while (unequal - equal > 2 * probes) {  // Several at once: their cache misses overlap.
         const u32 step = (unequal - equal) / probes;
         u32 steps = 0;
@@ -64,43 +70,23 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
     return equal + 1;
 }
 
-Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_), sets_(bytes_) {}
-
-Runs::~Runs() {
-    for (u32 number = 1; number < chains_made_; ++number) {
-        Chain& each = chain(number);
-        delete[] each.hashes;
-        if (each.span_count > 1) delete[] each.spans.many;
-    }
-}
-
-Counts Runs::counts() const {
-    Counts counts{};
-    counts.ghosts = ghosts_;
-    counts.blocks = table_.used() - ghosts_;
-    counts.chains = chains_made_ - 1 - free_chains_.size();
-    for (u32 number = 1; number < chains_made_; ++number) counts.spans += chain(number).span_count;
-    counts.sets = sets_.count();
-    for (const Row& row : rows_) {
-        if (row.state != State::free) ++counts.rows;
-        for (const Digest& digest : row.digests) counts.members += digest.count;
-    }
-    return counts;
-}
+Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_, arena_), sets_(bytes_) {}
 
 u32 Runs::open(u32 worker, u32 rank) {
     if (free_rows_.empty()) {
         if (rows_.size() == rows_max) return no_row;
         free_rows_.push_back(static_cast<u32>(rows_.size()));
         rows_.emplace_back();
-        names_.push_back({});
+        workers_.push_back(0);
+        ranks_.push_back(0);
         serving_.resize((rows_.size() + word_rows - 1) / word_rows, 0);
-        bytes_ += sizeof(Row) + sizeof(Name);
+        bytes_ += sizeof(Row) + 2 * sizeof(u32);
     }
     const u32 number = free_rows_.back();
     free_rows_.pop_back();
     Row& row = rows_[number];
-    names_[number] = {worker, rank};
+    workers_[number] = worker;
+    ranks_[number] = rank;
     ++row.generation;
     row.state = State::shadow;
     return number;
@@ -109,10 +95,10 @@ u32 Runs::open(u32 worker, u32 rank) {
 u32 Runs::serve(u32 number) {
     Row& row = rows_[number];
     if (row.state == State::serving) return no_row;
-    const auto [entry, fresh] = answering_.try_emplace(rank_key(names_[number]), number);
+    const auto [entry, fresh] = answering_.try_emplace(rank_key(number), number);
     const u32 former = fresh ? no_row : entry->second;
     if (!fresh) retire(former);
-    answering_[rank_key(names_[number])] = number;
+    answering_[rank_key(number)] = number;
     row.state = State::serving;
     serving_[number / word_rows] |= 0xFull << number % word_rows * tier_count;
     return former;
@@ -120,7 +106,7 @@ u32 Runs::serve(u32 number) {
 
 void Runs::retire(u32 number) {
     Row& row = rows_[number];
-    if (row.state == State::serving) answering_.erase(rank_key(names_[number]));
+    if (row.state == State::serving) answering_.erase(rank_key(number));
     row.state = State::shadow;
     ++row.generation;
     serving_[number / word_rows] &= ~(0xFull << number % word_rows * tier_count);
@@ -131,12 +117,22 @@ void Runs::free(u32 number) {
     free_rows_.push_back(number);
 }
 
-// Whether it is certain that `count` blocks more fit, whatever has to grow for them.
-bool Runs::has_room(u32 holder, u32 count) const {
+// How many of `count` blocks more it is certain fit: all, or a half, a quarter and so on; else none.
+u32 Runs::fitting(u32 holder, u32 count, Place previous) const {
+    while (count > 0 && !has_room(holder, count, previous)) count /= 2;
+    return count;
+}
+
+// Whether it is certain that `count` blocks more fit behind that one, whatever has to grow for them.
+bool Runs::has_room(u32 holder, u32 count, Place previous) const {
     const std::vector<u32>& owned = rows_[holder / tier_count].chains[holder % tier_count];
     const std::size_t lists = (owned.capacity() + count) * sizeof(u32);
     const std::size_t sets = count * (2 * (sets_.words_max() + 1) * sizeof(Word) + 512);
-    const std::size_t chains = count * (4 * sizeof(u64) + 4 * sizeof(Span)) + page_chains * sizeof(Chain) + 1024;
+    const std::size_t numbers = std::max<std::size_t>(1, pages_.size() * page_chains);
+    const bool has_chains = count <= free_chains_.size() + numbers - chains_made_;
+    const std::size_t pages = has_chains ? 0 : (count / page_chains + 1) * page_chains * sizeof(Chain);
+    const std::size_t grown = previous ? chain(previous.chain).length / 4 * sizeof(u64) : 0;
+    const std::size_t chains = count * (4 * sizeof(u64) + 4 * sizeof(Span)) + grown + pages + 1024;
     return bytes_ + table_.growth(count) + chains + lists + sets <= bytes_max_;
 }
 
@@ -144,15 +140,16 @@ u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, boo
     Place previous = parent != nullptr ? find(*parent) : Place{};
     for (u32 i = 0; i < std::min(count, prefetch_blocks); ++i) table_.prefetch(hashes[i]);
     for (u32 i = 0; i < count;) {
-        if (!has_room(holder, count - i)) return count - i;
+        const u32 sure = fitting(holder, count - i, previous);
+        if (sure == 0) return count - i;
         if (const Place at = find(hashes[i])) {
-            const u32 run = exact_run(chain(at.chain), at.offset, hashes + i, count - i);
+            const u32 run = exact_run(chain(at.chain), at.offset, hashes + i, sure);
             change(at.chain, at.offset, at.offset + run, holder, true);
             previous = {at.chain, at.offset + run - 1};
             i += run;
         } else {
             const u32 number = chain_after(previous, linked);
-            i += append(number, holder, hashes + i, count - i);
+            i += append(number, holder, hashes + i, sure);
             previous = {number, chain(number).length - 1};
         }
     }
@@ -199,30 +196,19 @@ bool Runs::clear_some(u32 holder) {
     return false;
 }
 
-std::vector<u64> Runs::held(u32 holder) const {
-    const Row& row = rows_[holder / tier_count];
-    std::vector<u32> chains = row.chains[holder % tier_count];
-    std::sort(chains.begin(), chains.end());
-    chains.erase(std::unique(chains.begin(), chains.end()), chains.end());
-    std::vector<u64> hashes;
-    hashes.reserve(row.digests[holder % tier_count].count);
-    for (const u32 number : chains) {
-        const Chain& each = chain(number);
-        u32 start = 0;
-        for (const Span& span : each) {
-            if (sets_.contains(span.set, holder))
-                hashes.insert(hashes.end(), each.hashes + start, each.hashes + span.end);
-            start = span.end;
-        }
-    }
-    return hashes;
+Chain* Runs::new_page() {
+    void* page = arena_.take<Chain>(page_chains + 1);
+    std::size_t bytes = (page_chains + 1) * sizeof(Chain);
+    auto* chains = static_cast<Chain*>(std::align(alignof(Chain), page_chains * sizeof(Chain), page, bytes));
+    std::uninitialized_default_construct_n(chains, page_chains);
+    return chains;
 }
 
 u32 Runs::new_chain(bool linked) {
     if (free_chains_.empty()) {
         if (chains_made_ == chains_max) throw std::bad_alloc();
         if (chains_made_ / page_chains >= pages_.size()) {
-            pages_.push_back(std::make_unique<Chain[]>(page_chains));
+            pages_.push_back(new_page());
             bytes_ += page_chains * sizeof(Chain);
         }
         free_chains_.push_back(chains_made_++);
@@ -243,6 +229,7 @@ u32 Runs::chain_after(Place previous, bool linked) {
         const u32 longest = linked ? chain_blocks_max : loose_blocks_max;
         const bool fits = (there.linked != 0) == linked && there.length < longest;
         if (fits && previous.offset + 1 == there.length) return previous.chain;
+        if (previous.offset + 1 < there.length) chain(previous.chain).fork = previous.offset + 1;
     }
     return new_chain(linked);
 }
@@ -255,12 +242,14 @@ u32 Runs::append(u32 number, u32 holder, const u64* hashes, u32 count) {
     count = std::min(count, longest - start);
     if (target.room < start + count)
         resize(target, std::min(longest, start == 0 ? count : std::max(start + count, start + start / 4)));
+    if (start == 0) target.first = hashes[0];
     u32 taken = 0;
     do {
         if (taken + prefetch_blocks < count) table_.prefetch(hashes[taken + prefetch_blocks]);
         target.hashes[target.length] = hashes[taken];
         table_.insert(hashes[taken], {number, target.length++});
     } while (++taken < count && !find(hashes[taken]));
+    target.last = target.hashes[target.length - 1];
     scratch_.clear();
     for (const Span& span : target) push_span(span.end, span.set);
     push_span(target.length, sets_.with(0, holder, true));
@@ -328,11 +317,10 @@ void Runs::set_spans(Chain& target) {
     const bool moves = span_bytes(count) != span_bytes(target.span_count);
     if (moves) {
         bytes_ += span_bytes(count) - span_bytes(target.span_count);
-        if (target.span_count > 1) delete[] target.spans.many;
-        if (count > 1) target.spans.many = new Span[spans_room(count)];
+        if (target.span_count > spans_inside) arena_.give(target.spans.many);
+        if (count > spans_inside) target.spans.many = arena_.take<Span>(spans_room(count));
     }
-    if (count == 1) target.spans.one = scratch_[0];
-    if (count > 1) std::copy(scratch_.begin(), scratch_.end(), target.spans.many);
+    std::copy(scratch_.begin(), scratch_.end(), count > spans_inside ? target.spans.many : target.spans.few);
     target.span_count = count;
 }
 
@@ -376,6 +364,8 @@ void Runs::settle(u32 number) {
         ghosts_ -= target.length - length;
         target.length = length;
         if (length == 0) return free_chain(number);
+        target.last = target.hashes[length - 1];
+        if (target.fork >= length) target.fork = 0;
         scratch_.clear();
         for (const Span& span : target)
             if (span.end <= length) push_span(span.end, span.set);
@@ -404,6 +394,8 @@ void Runs::split(u32 number) {
             table_.move(whole.hashes[at], {number, at}, {piece, target.length});
             target.hashes[target.length++] = whole.hashes[at];
         }
+        target.first = target.hashes[0];
+        target.last = target.hashes[target.length - 1];
         scratch_.clear();
         for (const Span& each : target) push_span(each.end, each.set);
         push_span(target.length, span.set);
@@ -418,11 +410,11 @@ void Runs::split(u32 number) {
 }
 
 void Runs::resize(Chain& target, u32 room) {
-    u64* hashes = new u64[room];
+    u64* hashes = arena_.take<u64>(room);
     std::copy(target.hashes, target.hashes + target.length, hashes);
     bytes_ += hash_bytes(room);
     bytes_ -= hash_bytes(target.room);
-    delete[] target.hashes;
+    arena_.give(target.hashes);
     target.hashes = hashes;
     target.room = room;
 }
@@ -432,65 +424,11 @@ void Runs::free_chain(u32 number) {
     scratch_.clear();
     set_spans(target);
     bytes_ -= hash_bytes(target.room);
-    delete[] target.hashes;
+    arena_.give(target.hashes);
     target = Chain{};
     target.ghosts = 0;
     target.linked = 0;
     free_chains_.push_back(number);
-}
-
-void Runs::check() const {
-    std::vector<u32> references(sets_.size(), 0);
-    std::unordered_map<u32, Digest> digests;
-    u64 blocks = 0;
-    u64 ghosts = 0;
-    for (u32 number = 1; number < chains_made_; ++number) {
-        const Chain& each = chain(number);
-        require((each.length == 0) == (each.span_count == 0), "a chain has spans exactly when it has blocks");
-        u32 start = 0;
-        u32 dead = 0;
-        u32 former = 0xFFFFFFFF;
-        for (const Span& span : each) {
-            require(span.end > start && span.set != former, "spans are maximal and in order");
-            if (span.set == 0) dead += span.end - start;
-            ++references[span.set];
-            for (const Word* word = sets_.begin(span.set); word != sets_.end(span.set); ++word)
-                for (u64 bits = word->bits; bits != 0; bits &= bits - 1) {
-                    Digest& digest = digests[word->at * 64 + static_cast<u32>(__builtin_ctzll(bits))];
-                    for (u32 at = start; at < span.end; ++at) {
-                        ++digest.count;
-                        digest.joined_xor ^= each.hashes[at];
-                        digest.sum += each.hashes[at];
-                    }
-                }
-            start = span.end;
-            former = span.set;
-        }
-        require(start == each.length && each.length <= each.room + (each.length == 0), "spans cover a chain");
-        require(dead == each.ghosts && dead <= each.length / 2, "ghosts are counted, and at most half");
-        require(each.length == 0 || each.end()[-1].set != 0, "a chain ends with a block that is held");
-        for (u32 at = 0; at < each.length; ++at) {
-            const Place found = find(each.hashes[at]);
-            require(found.chain == number && found.offset == at, "the table finds each block in its place");
-        }
-        blocks += each.length;
-        ghosts += dead;
-    }
-    require(blocks == table_.used() && ghosts == ghosts_, "blocks and ghosts are counted");
-    std::size_t live = 0;
-    for (u32 set = 1; set < references.size(); ++set) {
-        require(references[set] == sets_.references(set), "a set counts the spans that name it");
-        live += references[set] != 0;
-    }
-    require(live == sets_.count(), "a set that no span names is gone");
-    for (u32 number = 0; number < rows_.size(); ++number)
-        for (u32 tier = 0; tier < tier_count; ++tier) {
-            const Digest& told = rows_[number].digests[tier];
-            const Digest& found = digests[number * tier_count + tier];
-            require(told.count == found.count && told.joined_xor == found.joined_xor && told.sum == found.sum,
-                    "a digest is of what is held");
-            require(held(number * tier_count + tier).size() == told.count, "a holder finds all it holds");
-        }
 }
 
 }  // namespace kvcache::index

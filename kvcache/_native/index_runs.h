@@ -16,7 +16,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -25,24 +24,32 @@
 
 namespace kvcache::index {
 
+constexpr u32 run_blocks_max = 16384;  // As `kvcache.index.RUN_BLOCKS_MAX`.
+
 struct Span {
     u32 end;
     u32 set;
 };
 
-struct Chain {
+constexpr u32 spans_inside = 2;
+
+// One cache line: a chain is accepted whole without looking at its hashes.
+struct alignas(64) Chain {
     u64* hashes = nullptr;
+    u64 first = 0;  // Of its hashes.
+    u64 last = 0;
     u32 length = 0;  // 0: the number is free.
     u32 room = 0;
     union {
-        Span one;
+        Span few[spans_inside];
         Span* many;
     } spans{};
     u32 span_count = 0;
     u32 ghosts : 31;
     u32 linked : 1;  // Its blocks follow one another; else each has to be compared.
+    u32 fork = 0;    // Where a prefix that was told last leaves it; 0: none does.
 
-    const Span* begin() const { return span_count == 1 ? &spans.one : spans.many; }
+    const Span* begin() const { return span_count <= spans_inside ? spans.few : spans.many; }
     const Span* end() const { return begin() + span_count; }
 };
 
@@ -54,11 +61,6 @@ struct Digest {
 };
 
 enum class State : u8 { free, shadow, serving };
-
-struct Name {
-    u32 worker;
-    u32 rank;
-};
 
 struct Row {
     u32 generation = 0;
@@ -75,7 +77,6 @@ struct Counts {
 class Runs {
 public:
     explicit Runs(std::size_t bytes_max);
-    ~Runs();
     Runs(const Runs&) = delete;
     Runs& operator=(const Runs&) = delete;
 
@@ -95,7 +96,8 @@ public:
     static constexpr u32 rows_max = 1u << 20;
 
     const std::vector<Row>& rows() const { return rows_; }
-    const std::vector<Name>& names() const { return names_; }
+    const std::vector<u32>& workers() const { return workers_; }
+    const std::vector<u32>& ranks() const { return ranks_; }
     const std::vector<u64>& serving() const { return serving_; }
 
     // Returns how many of the last blocks were refused, because they might not fit into `bytes_max`.
@@ -106,13 +108,16 @@ public:
     bool clear_some(u32 holder);
     // The hashes it holds.
     std::vector<u64> held(u32 holder) const;
+    // The same as runs of blocks that follow one another, as long as can be but for `run_blocks_max`.
+    void runs(u32 holder, std::vector<u64>& hashes, std::vector<u16>& lengths) const;
 
     void prefetch(u64 hash) const { table_.prefetch(hash); }
     Place find(u64 hash) const {
         return table_.find(hash, [&](Place at) {
             const Chain& there = chain(at.chain);
-            if (there.span_count == 1) sets_.prefetch(there.spans.one.set);  // Needed next, if this is it.
-            return there.hashes[at.offset] == hash;
+            if (at.offset != 0) return there.hashes[at.offset] == hash;
+            if (there.span_count <= spans_inside) sets_.prefetch(there.spans.few[0].set);  // Needed next.
+            return there.first == hash;
         });
     }
     const Chain& chain(u32 number) const { return pages_[number / page_chains][number % page_chains]; }
@@ -124,8 +129,12 @@ public:
 private:
     static constexpr u32 page_chains = 1024;
 
+    template <typename Each>
+    void each_piece(u32 holder, Each each) const;
     Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
-    bool has_room(u32 holder, u32 count) const;
+    u32 fitting(u32 holder, u32 count, Place previous) const;
+    bool has_room(u32 holder, u32 count, Place previous) const;
+    Chain* new_page();
     u32 new_chain(bool linked);
     u32 chain_after(Place previous, bool linked);
     u32 append(u32 number, u32 holder, const u64* hashes, u32 count);
@@ -138,20 +147,23 @@ private:
     void settle(u32 number);
     void split(u32 number);
     void resize(Chain& chain, u32 room);
+    u64 rank_key(u32 row) const { return static_cast<u64>(workers_[row]) << 32 | ranks_[row]; }
     void free_chain(u32 number);
 
     std::size_t bytes_ = 0;
     std::size_t bytes_max_;
+    Arena arena_;
+    std::vector<Chain*> pages_;
+    std::vector<u64> serving_;  // Bits of holders, 64 a word.
+    std::vector<u32> workers_;  // By row, apart: a match reads nothing else of it.
+    std::vector<u32> ranks_;
     Table table_;
     Sets sets_;
-    std::vector<std::unique_ptr<Chain[]>> pages_;
     std::vector<u32> free_chains_;
     u32 chains_made_ = 1;
     u64 ghosts_ = 0;
     std::vector<Row> rows_;
-    std::vector<Name> names_;  // By row, apart: a match reads nothing else of it.
     std::vector<u32> free_rows_;
-    std::vector<u64> serving_;  // Bits of holders, 64 a word.
     std::unordered_map<u64, u32> answering_;
     std::vector<Span> scratch_;
 };

@@ -73,16 +73,16 @@ public:
     std::size_t size() const { return sets_.size(); }
 
 private:
-    // Two cache lines: a set of few words is read without another miss.
+    // Two cache lines, and one for a set of three words: it is read without another miss.
     struct alignas(64) Set {
-        union {
-            Word few[words_inside];
-            Word* many;
-        } words{};
         u32 count = 0;
         u32 references = 0;
         u32 next = 0;  // In the same bucket.
         u32 sum = 0;
+        union {
+            Word few[words_inside];
+            Word* many;
+        } words{};
     };
 
     static const Word* words_of(const Set& set) { return set.count <= words_inside ? set.words.few : set.words.many; }

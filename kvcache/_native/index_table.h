@@ -4,7 +4,11 @@
 //
 // A shard is an array sorted by tag, with gaps: an entry stands at its home or behind it, and no gap is
 // between. So a lookup ends at the first larger tag, growing is one pass over the array that reads no
-// chain, and erasing leaves no tombstone. A shard grows alone: 1/1024 of the table at a time.
+// chain, and erasing leaves no tombstone. A shard grows alone, 1/1024 of the table at a time, from 4/5 full
+// to 16/25, and shrinks from 1/2 to 5/8: where what is held only changes, its size does not creep up.
+//
+// Hashes are mixed by a factor that each table draws for itself, so nobody outside can choose hashes that
+// meet in one shard or behind one tag, and make look-ups long.
 
 #pragma once
 
@@ -12,10 +16,14 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <random>
+
+#include "index_arena.h"
 
 namespace kvcache::index {
 
 using u8 = std::uint8_t;
+using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
@@ -34,11 +42,8 @@ struct Place {
 
 class Table {
 public:
-    explicit Table(std::size_t& bytes) : bytes_(bytes), shards_(new Shard[shard_count]{}) {
+    Table(std::size_t& bytes, Arena& arena) : bytes_(bytes), arena_(arena), shards_(new Shard[shard_count]{}) {
         bytes_ += shard_count * sizeof(Shard);
-    }
-    ~Table() {
-        for (u32 i = 0; i < shard_count; ++i) delete[] shards_[i].slots;
     }
     Table(const Table&) = delete;
     Table& operator=(const Table&) = delete;
@@ -65,7 +70,7 @@ public:
     void insert(u64 hash, Place place) {
         const u64 mixed = mix(hash);
         Shard& shard = shards_[mixed >> shard_shift];
-        if ((shard.used + 1) * 5ull > shard.homes * 4ull) resize(shard, shard.homes * 7 / 5 + 4);
+        if ((shard.used + 1) * 5ull > shard.homes * 4ull) resize(shard, shard.homes + shard.homes / 4 + 4);
         while (!put(shard, slot_of(tag_of(mixed), place))) resize(shard, shard.homes, shard.air * 2);
         ++shard.used;
     }
@@ -88,7 +93,7 @@ public:
         }
         *hole = 0;
         --shard.used;
-        if (shard.homes > 16 && shard.used * 4ull < shard.homes) resize(shard, shard.homes / 2);
+        if (shard.homes > 16 && shard.used * 2ull < shard.homes) resize(shard, shard.homes * 4 / 5);
     }
 
     u64 used() const {
@@ -114,7 +119,11 @@ private:
     static constexpr u32 shard_count = 1024;
     static constexpr int shard_shift = 54;
 
-    static u64 mix(u64 hash) { return (hash ^ hash >> 31) * 0x9E3779B97F4A7C15; }
+    u64 mix(u64 hash) const { return (hash ^ hash >> 31) * factor_; }
+    static u64 drawn() {
+        std::random_device random;
+        return static_cast<u64>(random()) << 32 | random() | 1;
+    }
     static u64 tag_of(u64 mixed) { return mixed >> (shard_shift - tag_bits) & ((1u << tag_bits) - 1); }
     static u64 tag_in(u64 slot) { return slot >> (chain_bits + offset_bits); }
     static u64 home(const Shard& shard, u64 tag) { return tag * shard.homes >> tag_bits; }
@@ -144,8 +153,8 @@ private:
     }
 
     void resize(Shard& shard, u32 homes, u32 air = 4) {
-        if (air < shard.air) air = shard.air;
-        Shard grown{new u64[homes + air]{}, homes, air, shard.used};
+        Shard grown{arena_.take<u64>(homes + air), homes, air, shard.used};
+        std::memset(grown.slots, 0, (homes + air) * sizeof(u64));
         const u32 room = shard.homes + shard.air;
         u64* end = grown.slots;
         for (u32 i = 0; i < room; ++i) {
@@ -153,7 +162,7 @@ private:
             u64* first = grown.slots + home(grown, tag_in(shard.slots[i]));
             if (end < first) end = first;
             if (end >= grown.slots + homes + air - 1) {
-                delete[] grown.slots;
+                arena_.give(grown.slots);
                 return resize(shard, homes, air * 2);
             }
             *end++ = shard.slots[i];
@@ -161,12 +170,14 @@ private:
         bytes_ += (homes + air) * sizeof(u64);
         bytes_ -= room * sizeof(u64);
         if (homes + air > largest_) largest_ = homes + air;
-        delete[] shard.slots;
+        arena_.give(shard.slots);
         shard = grown;
     }
 
     std::size_t& bytes_;
+    Arena& arena_;
     std::unique_ptr<Shard[]> shards_;
+    const u64 factor_ = drawn();
     std::size_t largest_ = 0;
 };
 

@@ -27,7 +27,7 @@ from kvcache.address import TcpAddress, parse
 from kvcache.channel import AsyncChannel
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
-from kvcache.following import Channel, Following
+from kvcache.following import Following
 from kvcache.locality import LocalityIndex
 from kvcache.peers.dealing import Arrived as Arrived
 from kvcache.peers.dealing import FetchFailed as FetchFailed
@@ -39,12 +39,11 @@ from kvcache.peers.plane import with_host
 from kvcache.transport.base import Endpoint, PeerLost, Priority, Ticket, TransferLate, TransferRefused
 from kvcache.transport.flow import until
 from kvcache.transport.table import scheme_of
-from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Stats, Welcome
+from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Welcome
 
 GROUPS_MAX = 4
 STREAMS_MAX = 32
 CONNECT_NS = 2 * NS_PER_S
-PROBE_NS = 2 * NS_PER_S
 RELEASE_NS = 2 * 86_400 * NS_PER_S
 """Longer than any lease is waited for: a Release that is late ends its connection, and with it the leases of
 others, one of which it may be waiting behind. Where nobody answers, they end it, or ``Lines`` when idle."""
@@ -182,9 +181,6 @@ class Peer:
             self._no_data = ""
         except BadInput as error:
             self._no_data = f"no blocks come from the peer {welcome.node}: {error}"
-
-    async def probe(self, calls: Channel) -> None:
-        await calls.call(Stats(), self._clock.now_ns() + PROBE_NS)
 
     def parted(self, reason: str) -> None:
         """What it holds is suspect now; the index knows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import blake2b
 
 from kvcache.index import TIER_COUNT, Index
@@ -57,9 +57,13 @@ class IndexModel:
         if self.answering.get(rank) == holder:
             del self.answering[rank]
 
-    def match(self, query: Sequence[int], tiers: int) -> list[Answer]:
+    def match(
+        self, query: Sequence[int], tiers: int, candidates: Collection[int] | None = None
+    ) -> list[Answer]:
         answers = []
         for (worker, rank), holder in self.answering.items():
+            if candidates is not None and worker not in candidates:
+                continue
             having = [self.held[holder][tier] if tiers >> tier & 1 else set() for tier in range(TIER_COUNT)]
             count, counts = 0, [0] * TIER_COUNT
             for block in query:
@@ -104,6 +108,11 @@ class IndexPair:
         assert self.index.store_loose(holder, tier, blocks(some)) == 0
         self.model.held[holder][tier].update(some)
 
+    def store_runs(self, holder: int, tier: int, runs: Sequence[Sequence[int]]) -> None:
+        joined = blocks(block for run in runs for block in run)
+        assert self.index.store_runs(holder, tier, joined, array("H", map(len, runs))) == 0
+        self.model.held[holder][tier].update(joined)
+
     def remove(self, holder: int, tier: int, some: Sequence[int]) -> None:
         held = self.model.held[holder][tier]
         assert self.index.remove(holder, tier, blocks(some)) == len(held & set(some))
@@ -116,10 +125,27 @@ class IndexPair:
     def compare(self, query: Sequence[int], tiers: int = 15) -> None:
         assert answers(self.index.match(blocks(query), tiers).table) == self.model.match(query, tiers)
 
+    def compare_chosen(self, query: Sequence[int], candidates: Sequence[int], limit: int) -> None:
+        """The best of the candidates: the first ``limit`` by blocks, then by worker and rank."""
+        chosen = array("I", candidates)
+        full = self.model.match(query, 15, candidates)
+        best = sorted(full, key=lambda answer: (-answer[2], answer[0], answer[1]))[:limit]
+        assert answers(self.index.match(blocks(query), candidates=chosen).table) == full
+        found = self.index.match(blocks(query), 15, chosen, limit)
+        assert answers(found.table) == sorted(best)
+        if len(full) > limit:
+            assert list(found.workers) == [answer[0] for answer in best], "best first"
+        twice = self.index.match_many(
+            blocks([*query, *query]), blocks([len(query), 2 * len(query)]), 15, chosen, limit
+        )
+        assert twice.table.tobytes() == 2 * found.table.tobytes()
+
     def compare_held(self) -> None:
         for holder, tiers in self.model.held.items():
             for tier, held in enumerate(tiers):
                 assert sorted(self.index.held(holder, tier)) == sorted(held)
+                hashes, lengths = self.index.runs(holder, tier)
+                assert sorted(hashes) == sorted(held) and sum(lengths) == len(held) and 0 not in lengths
                 joined = 0
                 for block in held:
                     joined ^= block
@@ -128,6 +154,17 @@ class IndexPair:
         stats = self.index.stats()
         assert stats["blocks"] == len(union) and stats["ghosts"] <= len(union)
         assert stats["members"] == sum(len(tier) for tiers in self.model.held.values() for tier in tiers)
+
+    def reload(self, into: Index) -> None:
+        """Everything into another index, as a snapshot does, and that one from now on."""
+        former, held, ranks = self.index, self.model.held, self.model.ranks
+        answering = set(self.model.answering.values())
+        self.index, self.model = into, IndexModel()
+        for holder in held:
+            loaded = self.open(*ranks[holder], shadow=holder not in answering)
+            for tier in range(TIER_COUNT):
+                assert into.store_runs(loaded, tier, *former.runs(holder, tier)) == 0
+                self.model.held[loaded][tier].update(held[holder][tier])
 
     def check(self) -> None:
         self.index.check()
@@ -161,9 +198,13 @@ def random_step(pair: IndexPair, generator: random.Random, depth: int) -> None:
     elif kind < 0.6:
         known = first > 0 and generator.random() < 0.8
         pair.store(generator.choice(holders), tier, run, prompt[first - 1] if known else None)
+    elif kind < 0.62:
+        middle = len(run) // 2
+        pair.store_runs(generator.choice(holders), tier, [run[middle:], [], run[:middle], run[:1]])
     elif kind < 0.65:
         pair.store_loose(generator.choice(holders), tier, generator.sample(run, len(run)))
     else:
         order = generator.choice([run, run[::-1], generator.sample(run, len(run)), run[:1]])
         pair.remove(generator.choice(holders), tier, order)
     pair.compare(prompt, generator.choice([15, 15, 15, 1, 6]))
+    pair.compare_chosen(prompt, generator.sample(range(40), generator.randrange(40)), generator.randrange(6))

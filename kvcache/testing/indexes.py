@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from kvcache.errors import BadInput
-from kvcache.index import TIER_COUNT, Index
+from kvcache.index import RUN_BLOCKS_MAX, TIER_COUNT, Index
 from kvcache.testing.index_model import BYTES_MAX, IndexPair, answers, blocks, path, random_step
 
 
@@ -126,12 +127,77 @@ class IndexContract:
         assert {*pair.index.stats().values()} == {0}
         assert pair.index.bytes < empty + 300_000  # Rows, chains' headers and empty tables stay.
 
+    def test_what_is_held_comes_as_runs_in_prefix_order(self) -> None:
+        pair = self.pair()
+        root, one, other = path([0] * 40), path([0] * 40 + [1] * 30)[40:], path([0] * 40 + [2] * 20)[40:]
+        first, second = pair.open(1), pair.open(2)
+        for at in range(0, 40, 10):
+            pair.store(first, 0, root[at : at + 10], root[at - 1] if at else None)
+        pair.store(first, 0, one, root[-1])
+        pair.store(first, 0, other, root[-1])
+        pair.store(second, 0, root[5:25])
+        assert self.runs(pair, first) == sorted([root + one, other])
+        assert self.runs(pair, second) == [root[5:25]]
+        pair.remove(first, 0, [*root[8:10], root[3]])
+        assert self.runs(pair, first) == sorted([root[:3], root[4:8], root[10:] + one, other])
+        pair.store_loose(first, 1, other[:2])
+        assert self.runs(pair, first, 1) == [other[:2]]  # Known already as blocks that follow one another.
+        pair.store_loose(first, 1, path([7, 7, 7]))
+        assert len(self.runs(pair, first, 1)) == 4
+        assert self.runs(pair, first, 2) == []
+        with pytest.raises(BadInput, match="bad_holder"):
+            pair.index.runs(first, TIER_COUNT)
+
+    def test_long_runs_are_cut(self) -> None:
+        index, long = type(self).make(BYTES_MAX), blocks(range(1, 2 * RUN_BLOCKS_MAX + 4))
+        holder = index.open(1)
+        index.store(holder, 0, long)
+        hashes, lengths = index.runs(holder, 0)
+        assert list(hashes) == list(long)
+        assert list(lengths) == [RUN_BLOCKS_MAX, RUN_BLOCKS_MAX, 3]
+        assert index.store_runs(index.open(2), 0, hashes, lengths) == 0
+        assert index.stats()["spans"] == 1
+
+    def test_runs_that_are_none_are_refused(self) -> None:
+        index, prompt = type(self).make(BYTES_MAX), blocks(path(range(6)))
+        holder = index.open(1)
+        for lengths in ((5,), (6, 1), ()):
+            with pytest.raises(BadInput, match="bad_prefix"):
+                index.store_runs(holder, 0, prompt, array("H", lengths))
+        with pytest.raises(BadInput, match="bad_holder"):
+            index.store_runs(holder + 1, 0, b"", b"")
+        assert index.stats()["members"] == 0
+
+    @staticmethod
+    def runs(pair: IndexPair, holder: int, tier: int = 0) -> list[list[int]]:
+        hashes, lengths = pair.index.runs(holder, tier)
+        ends = [0, *accumulate(lengths)]
+        return sorted(list(hashes[start:end]) for start, end in pairwise(ends))
+
     def test_hundreds_of_holders_each_ending_elsewhere(self) -> None:
         pair, prompt = self.pair(), path([1] * 300)
         for worker in range(200):
             pair.store(pair.open(worker), 0, prompt[: 50 + worker])
         pair.compare(prompt)
         pair.compare(prompt[:130])
+
+    def test_only_candidates_and_only_the_best(self) -> None:
+        pair, prompt = self.pair(), path([1] * 30)
+        for worker in (3, 70_000, (1 << 32) - 1):
+            for rank in range(3):
+                pair.store(pair.open(worker, rank), rank, prompt[: 5 + 5 * rank])
+        for candidates in ([], [3], [70_000, 5], [(1 << 32) - 1, 3, 3], range(4)):
+            for limit in (0, 1, 2, 4, 9):
+                pair.compare_chosen(prompt, candidates, limit)
+        found = pair.index.match(blocks(prompt), limit=4)
+        assert list(zip(found.workers, found.dp_ranks, found.blocks, strict=True)) == [
+            (3, 2, 15),
+            (70_000, 2, 15),
+            ((1 << 32) - 1, 2, 15),
+            (3, 1, 10),
+        ]
+        with pytest.raises(BadInput, match="bad_prefix"):
+            pair.index.match(blocks(prompt), candidates=blocks([3]))
 
     def test_many_queries_in_one_call(self) -> None:
         pair = self.pair()
@@ -183,6 +249,21 @@ class IndexContract:
         index.clear(holder, 0)
         assert index.store(holder, 0, blocks(path([9] * 32))) == 0
 
+    @pytest.mark.parametrize("as_runs", [False, True])
+    def test_what_is_refused_are_the_last_blocks(self, as_runs: bool) -> None:
+        index, generator = type(self).make(600_000), random.Random(5)
+        holder, refusals = index.open(1), 0
+        while refusals < 4:
+            told = array("Q", [generator.getrandbits(64) for _ in range(600)])
+            if as_runs:
+                refused = index.store_runs(holder, 0, told, array("H", [200] * 3))
+            else:
+                refused = index.store(holder, 0, told)
+            held = set(index.held(holder, 0))
+            assert [block in held for block in told] == [True] * (600 - refused) + [False] * refused
+            refusals += refused > 0
+        index.check()
+
     def test_churn_leaves_no_growth(self) -> None:
         pair, generator = self.pair(), random.Random(3)
         holders = [pair.open(worker) for worker in range(4)]
@@ -207,6 +288,8 @@ class IndexContract:
             random_step(pair, generator, 6 << seed % 4)
             if step % 50 == 0:
                 pair.check()
+            if step == 200:
+                pair.reload(type(self).make(BYTES_MAX))
         pair.check()
 
     def test_any_order_of_events(self) -> None:
@@ -263,6 +346,10 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(choices=CHOICES, tiers=st.integers(0, 15))
     def match(self, choices: list[int], tiers: int) -> None:
         self.pair.compare(path(choices), tiers)
+
+    @rule(choices=CHOICES, candidates=st.sets(st.integers(0, 5)), limit=st.integers(0, 3))
+    def match_some(self, choices: list[int], candidates: set[int], limit: int) -> None:
+        self.pair.compare_chosen(path(choices), sorted(candidates), limit)
 
     @invariant()
     def check(self) -> None:

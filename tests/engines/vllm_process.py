@@ -2,6 +2,9 @@
 
     {"names": {"prompt": [...]}}  ->  {"namespace": "<hex>", "hashes": ["<hex>", ...]}
     {"hand": {"prompts": [[...]], "params": [{...}], "tokens": 8}}  ->  {"tokens": [[...]], "params": [{...}]}
+    {"cached": {"sequences": [[...]], "salts": ["..."]}}  ->  {"held": [[0, 1, 5], ...], "blocks": 3}
+
+An engine argument ``kv_events_config`` switches on the engine's own events.
 
 Started as ``python -m tests.engines.vllm_process MODEL EXTRA_CONFIG_JSON [ENGINE_ARGUMENTS_JSON]``.
 """
@@ -17,6 +20,30 @@ __all__ = ["BLOCK_TOKENS", "SETTINGS", "engine_arguments"]
 
 
 class Engine(demo_engine_worker.Engine):
+    def __init__(self, model: str, extra: dict[str, Any] | None, **changes: Any) -> None:
+        if "kv_events_config" in changes:
+            from vllm.config import KVEventsConfig
+
+            changes["kv_events_config"] = KVEventsConfig(**changes["kv_events_config"])
+        super().__init__(model, extra, **changes)
+
+    def cached(self, sequences: list[list[int]], salts: list[str]) -> dict[str, Any]:
+        """The scheduler's truth: which blocks of these sequences its pool finds, by the hashes that vLLM
+        computes for them, not by anything that it published; and how many it has at all."""
+        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
+        held = [
+            [
+                at
+                for at, name in enumerate(_vllm_hashes(tokens, salt))
+                if pool.get_one_block(make_block_hash_with_group_id(name, 0)) is not None
+            ]
+            for tokens, salt in zip(sequences, salts, strict=True)
+        ]
+        return {"held": held, "blocks": len(pool)}
+
     def hand(
         self, prompts: list[list[int]], params: list[dict[str, Any]], tokens: int, salt: str = ""
     ) -> dict[str, Any]:
@@ -52,6 +79,18 @@ class Engine(demo_engine_worker.Engine):
             "namespace": handle.namespace_id.hex(),
             "hashes": [name.hex() for name in handle.hashes(prompt)],
         }
+
+
+def _vllm_hashes(tokens: list[int], salt: str) -> list[Any]:
+    from vllm.utils.hashing import sha256_cbor
+    from vllm.v1.core.kv_cache_utils import hash_block_tokens
+
+    names: list[Any] = []
+    for at in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        keys = (("cache_salt", salt),) if salt and not at else None
+        part = tokens[at : at + BLOCK_TOKENS]
+        names.append(hash_block_tokens(sha256_cbor, names[-1] if names else None, part, keys))
+    return names
 
 
 if __name__ == "__main__":

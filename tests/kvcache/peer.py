@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,3 +148,18 @@ class Bench:
             pass
         except BaseException as error:
             self._failures.append(error)
+
+
+def run_async(
+    tmp_path: Path, script: Script, work: Callable[[AsyncChannel], Coroutine[None, None, None]]
+) -> None:
+    """``work`` on an asynchronous channel to a peer that follows the script."""
+    bench = Bench("async", tmp_path / "node.sock")
+
+    async def main(channel: AsyncChannel) -> None:
+        async with channel:
+            await asyncio.wait_for(work(channel), 10)
+
+    waited = bench.connect(script)
+    bench.runner.run(main(waited.channel))
+    bench.close()

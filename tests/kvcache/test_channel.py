@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,19 +19,16 @@ from kvcache.wire import (
     HEADER,
     PROTOCOL_VERSION,
     Blocks,
-    EventBatch,
     Failure,
     Hello,
     Match,
     Matched,
     Read,
     Stats,
-    StatsReply,
-    Watch,
     Write,
     encode,
 )
-from tests.kvcache.peer import CLOCK, HELLO, WELCOME, Bench, Peer, Script, soon
+from tests.kvcache.peer import CLOCK, HELLO, WELCOME, Bench, Peer, run_async, soon
 
 
 @pytest.fixture(params=["blocking", "async"])
@@ -286,18 +283,6 @@ def test_what_cannot_be_encoded_is_not_sent(bench: Bench) -> None:
     assert channel.call(Stats(), soon()) == Matched(1)
 
 
-def run(tmp_path: Path, script: Script, work: Callable[[AsyncChannel], Coroutine[None, None, None]]) -> None:
-    bench = Bench("async", tmp_path / "node.sock")
-
-    async def main(channel: AsyncChannel) -> None:
-        async with channel:
-            await asyncio.wait_for(work(channel), 10)
-
-    waited = bench.connect(script)
-    bench.runner.run(main(waited.channel))
-    bench.close()
-
-
 def test_a_cancelled_call_neither_answers_another_nor_writes(tmp_path: Path) -> None:
     asked = threading.Event()
 
@@ -320,7 +305,7 @@ def test_a_cancelled_call_neither_answers_another_nor_writes(tmp_path: Path) -> 
         assert await channel.call(Stats(), soon()) == Matched(2)
         assert bytes(view) == b"...."
 
-    run(tmp_path, script, work)
+    run_async(tmp_path, script, work)
 
 
 def test_many_calls_at_once_each_get_their_own(tmp_path: Path) -> None:
@@ -336,48 +321,7 @@ def test_many_calls_at_once_each_get_their_own(tmp_path: Path) -> None:
         calls = [channel.call(Read(number, 0, 1), soon()) for number in range(20)]
         assert await asyncio.gather(*calls) == [Matched(number) for number in range(20)]
 
-    run(tmp_path, script, work)
-
-
-def test_events_come_in_order_beside_other_calls(tmp_path: Path) -> None:
-    def batch(seq: int) -> EventBatch:
-        return EventBatch("node", 1, seq, False, [])
-
-    def script(peer: Peer) -> None:
-        peer.greet()
-        watch, request, _ = peer.take()
-        assert isinstance(request, Watch)
-        peer.give(watch, batch(0))
-        stats, _, _ = peer.take()
-        peer.give(watch, batch(1))
-        peer.give(stats, StatsReply({"a": 1.0}))
-        for seq in range(2, 1_000):
-            peer.give(watch, batch(seq))
-
-    async def work(channel: AsyncChannel) -> None:
-        seen: list[int] = []
-        with pytest.raises(Unavailable):
-            async for event in channel.events():
-                if not seen:
-                    assert await channel.call(Stats(), soon()) == StatsReply({"a": 1.0})
-                seen.append(event.seq)
-        assert seen == list(range(1_000))
-
-    run(tmp_path, script, work)
-
-
-def test_a_refused_watch_is_raised(tmp_path: Path) -> None:
-    def script(peer: Peer) -> None:
-        peer.greet()
-        peer.give(peer.take()[0], Failure("not_allowed", "not a router"))
-        peer.wait_for_end()
-
-    async def work(channel: AsyncChannel) -> None:
-        with pytest.raises(NotAllowed):
-            async for _ in channel.events():
-                pass
-
-    run(tmp_path, script, work)
+    run_async(tmp_path, script, work)
 
 
 def test_a_deadline_fails_every_call_in_flight(tmp_path: Path) -> None:
@@ -391,5 +335,5 @@ def test_a_deadline_fails_every_call_in_flight(tmp_path: Path) -> None:
         assert all(isinstance(result, Unavailable) for result in results)
 
     started = CLOCK.now_ns()
-    run(tmp_path, script, work)
+    run_async(tmp_path, script, work)
     assert CLOCK.now_ns() - started < 5 * NS_PER_S

@@ -38,7 +38,7 @@ def test_names_follow_the_conventions(stat: Stat) -> None:
 
 
 def test_no_label_can_hold_what_a_client_chose() -> None:
-    allowed = {"request", "code", "path", "reason", "state", "tier"}
+    allowed = {"request", "code", "path", "reason", "state", "tier", "answer"}
     assert {stat.label for stat in STATS if stat.label} <= allowed
     assert len({stat.name for stat in STATS}) == len(STATS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
-from typing import TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, TypeAlias, get_args, get_origin, get_type_hints
 
 import msgpack
 import msgspec
@@ -23,7 +23,6 @@ NUMBER_MAX = (1 << 64) - 1
 
 Plain: TypeAlias = "dict[str, object]"
 Decode = Callable[[bytes | memoryview], tuple[int, wire.Message]]
-
 printable = st.text(max_size=12)
 anything = st.recursive(
     st.none()
@@ -41,6 +40,8 @@ anything = st.recursive(
 
 def values_of(hint: object) -> st.SearchStrategy[object]:
     """What a field of this type may hold."""
+    if hint not in (wire.Unsigned, wire.OrNone) and get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
     if hint == wire.Unsigned:
         return st.integers(0, NUMBER_MAX)
     if hint == wire.OrNone:
@@ -83,6 +84,8 @@ def example(kind: type[wire.Message]) -> wire.Message:
     values = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if name in kind.__struct_fields__:
+            if get_origin(hint) is Annotated and get_args(hint)[0] is not int:
+                hint = get_args(hint)[0]
             container = get_origin(hint) if get_origin(hint) in (list, dict) else None
             values[name] = container() if container else empty.get(hint, 1)
     return kind(**values)

@@ -21,6 +21,7 @@ from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.namespace import Namespace
 from kvcache.server import http_follow
+from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_follow import Follower
 from kvcache.wire import EventBatch, Reply, Request, Stats, StatsReply, Welcome
@@ -103,7 +104,7 @@ class Connection:
             raise Unavailable("unavailable", "the connection ended")
         return StatsReply(self._node.values, self._node.troubles)
 
-    async def events(self) -> AsyncIterator[EventBatch]:
+    async def events(self, incarnation: int = 0, seq: int = 0) -> AsyncIterator[EventBatch]:
         self._node.snapshots += 1
         for batch in self._node.publisher.snapshot():
             yield batch
@@ -139,11 +140,13 @@ class Running:
         self.node = node
         self.clock = Clock()
         self.metrics = HttpMetrics()
-        self.index = LocalityIndex(1_000)
+        self.index = LocalityIndex(4 << 20)
         self.pauses = Pauses()
         self.connect: Callable[[], Awaitable[http_follow.Channel]] = node.connect
         self.follower = Follower(lambda: self.connect(), self.index, self.metrics, self.clock, self.pauses)
-        self.app = HttpApp(self.follower, self.metrics, credentials, self.clock).application()
+        self.fleet = FleetIndex(self.index, self.clock)
+        app = HttpApp(self.follower, self.fleet, self.metrics, credentials, self.clock)
+        self.app = app.application()
         self.client: TestClient[web.Request, web.Application]
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -12,8 +12,8 @@ from itertools import pairwise
 import pytest
 
 from kvcache.server import http_api as api
-from kvcache.server import http_app
 from kvcache.server.http_follow import PAUSE_S_MAX, PAUSE_S_MIN
+from kvcache.server.http_routes import ROUTES
 from kvcache.wire import EventBatch
 from tests.server.http_double import (
     MODEL,
@@ -114,7 +114,7 @@ async def test_every_answer_carries_the_security_headers() -> None:
             await here.post(b"{"),
             await here.get("/metrics"),
         ):
-            for name, value in http_app.HEADERS.items():
+            for name, value in api.HEADERS.items():
                 assert response.headers[name] == value
 
 
@@ -123,7 +123,7 @@ async def test_the_openapi_document_describes_every_route() -> None:
     async with running() as here:
         document = await (await here.get("/openapi.json")).json()
         assert document["openapi"] == "3.1.0"
-        assert set(document["paths"]) == {route.path for route in api.ROUTES}
+        assert set(document["paths"]) == {route.path for route in ROUTES}
         text = json.dumps(document)
         for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
             assert name in document["components"]["schemas"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
+from kvcache.block import hints
 from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.errors import BadInput
@@ -22,8 +23,7 @@ from tests.server.talk import HASHES, SIZE, connected, content, deadline, held, 
 
 pytestmark = pytest.mark.slow
 
-HOST_BLOCKS = 32
-PATIENCE_S = 20
+HOST_BLOCKS, PATIENCE_S = 32, 20
 
 
 class Here:
@@ -143,9 +143,10 @@ class TestWhatOutlivesTheNode:
             names = watcher.call(wire.Watch(), deadline())
             assert isinstance(names, wire.EventBatch)
         assert [namespace["model"] for namespace in names.namespaces] == ["m"]
-        batches = started.node.call(lambda: list(started.node.node.core.watch(0, lambda batch: None)))
-        told = [(event.tier, event.hashes) for batch in batches for event in batch.events]
-        assert told == [("nvme", b"".join(HASHES[:8]))]
+        telling = started.node.node.core.telling
+        pages = started.node.call(lambda: list(telling.watch(0, lambda told: None, 0, 0)))
+        told = [(event.tier, event.hashes) for page in pages for event in page.batch.events]
+        assert told == [("nvme", hints(HASHES[:8]))]
 
     def test_another_node_on_the_same_directory_is_refused(self, started: Here, serve: Serve) -> None:
         with pytest.raises(BadInput, match="tier") as caught:

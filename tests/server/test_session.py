@@ -36,7 +36,7 @@ def test_an_event_never_lands_within_a_payload() -> None:
         transport.taking = False
         receive(session, wire.encode(1, wire.Read(1, 0, 1)))
         await asyncio.sleep(0)
-        session.push(batch(7), 5)
+        session.push(wire.packed(batch(7)), 5)
         while transport.get_write_buffer_size():
             transport.take(1 << 20)
             await asyncio.sleep(0)
@@ -70,12 +70,12 @@ def test_what_happens_during_a_snapshot_comes_after_it() -> None:
     snapshot = [batch(3, snapshot=True, left=2 - at, hashes=bytes(1 << 20)) for at in range(3)]
 
     async def play() -> list[wire.Reply]:
-        session, transport = connect(Scripted(lambda call, request: Following(iter(snapshot))))
+        session, transport = connect(Scripted(lambda call, request: Following(map(wire.packed, snapshot))))
         transport.taking = False
         receive(session, wire.encode(5, wire.Watch()))
-        session.push(batch(4), 5)
+        session.push(wire.packed(batch(4)), 5)
         await asyncio.sleep(0)
-        session.push(batch(5), 5)
+        session.push(wire.packed(batch(5)), 5)
         while transport.get_write_buffer_size():
             assert transport.get_write_buffer_size() < 2 << 20, "one batch at a time"
             transport.take(4 << 20)
@@ -91,7 +91,7 @@ def test_a_snapshot_larger_than_the_lag_allowed_arrives(monkeypatch: pytest.Monk
     snapshot = [batch(3, snapshot=True, left=7 - at, hashes=bytes(1 << 20)) for at in range(8)]
 
     async def play() -> int:
-        responder = Scripted(lambda call, request: Following(iter(snapshot)))
+        responder = Scripted(lambda call, request: Following(map(wire.packed, snapshot)))
         session, transport = connect(responder)
         receive(session, wire.encode(5, wire.Watch()))
         await idle(transport)
@@ -105,13 +105,13 @@ def test_a_watcher_that_lags_is_dropped_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(under_test, "WATCH_BYTES_MAX", 2 << 20)
 
     async def play() -> Scripted:
-        responder = Scripted(lambda call, request: Following([batch(1)]))
+        responder = Scripted(lambda call, request: Following([wire.packed(batch(1))]))
         session, transport = connect(responder)
         receive(session, wire.encode(5, wire.Watch()))
         await idle(transport)
         transport.taking = False
         for seq in range(2, 9):
-            session.push(batch(seq, hashes=bytes(1 << 20)), 5)
+            session.push(wire.packed(batch(seq, hashes=bytes(1 << 20))), 5)
         assert transport.aborted
         return responder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.block import BlockSpec, NamespaceId, StorageKey
+from kvcache.block import HASH_BYTES, HINT_BYTES, BlockSpec, NamespaceId, StorageKey, split_hints
 from kvcache.clock import NS_PER_MS, NS_PER_S, SystemClock
 from kvcache.events import TIER_HOST, TIER_NVME, Publisher
 from kvcache.eviction.leaf_lru import LeafLru
@@ -142,15 +142,28 @@ class Rig:
         self.stack.check()
         self.publisher.check()
         nvme = self.stack._ledger
-        told = self.publisher._held.get(TIER_NVME, {}).get(NAME, {})
+        told = self.told()
+        entries = [entry for drive in self.stack.drives for entry in drive.entries.values()]
+        kept = {entry.key[HASH_BYTES:][:HINT_BYTES]: entry.key for entry in entries}
         for block in told:
-            slot = nvme.slot_of(StorageKey(NAME + block))
+            if (key := kept.get(block)) is None:  # Of a drive whose blocks are leaving, a part a turn.
+                assert not all(drive.readable for drive in self.stack.drives)
+                continue
+            slot = nvme.slot_of(key)
             assert slot is not None
-            drive = self.stack.drives[slot_arena(slot)]
-            if drive.readable:  # Else its blocks are leaving, a part a turn, and it holds none any more.
-                assert drive.entries[slot_offset(slot)].key == NAME + block
+            assert self.stack.drives[slot_arena(slot)].entries[slot_offset(slot)].key == key
         assert len(told) <= nvme.stats()["blocks"]
         assert not self.faults, self.faults[0]
+
+    def told(self) -> list[bytes]:
+        """The blocks that routers were told to be on NVMe."""
+        return [
+            block
+            for page in self.publisher.snapshot()
+            for event in page.events
+            if (event.tier, event.namespace) == (TIER_NVME, NAME)
+            for block in split_hints(event.hashes)
+        ]
 
     # --- as clients do --------------------------------------------------------------------------
 

@@ -1,0 +1,183 @@
+"""A router put together from its settings, and served: the one place that picks its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tomllib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from kvcache.clock import SystemClock
+from kvcache.config import is_loopback, parse_bind, parse_size
+from kvcache.credentials import Credentials
+from kvcache.errors import BadInput
+from kvcache.fleet import Fleet, token
+from kvcache.locality import LocalityIndex
+from kvcache.locator import Locator
+from kvcache.metrics_route import RouteMetrics
+from kvcache.routing.fleet_state import FleetState
+from kvcache.routing.view import NoView, View
+from kvcache.routing.views import IndexView, LocatorView
+from kvcache.routing.weights import Weights
+from kvcache.server.fleet_index import FleetIndex
+from kvcache.server.http_forward import Forwarder, Waits, open_session
+from kvcache.server.http_route import Limits, Parts, RouteApp
+from kvcache.server.http_tokens import Tokens
+
+WEIGHTS_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command is told."""
+
+    fleet: str
+    bind: str
+    weights: str
+    index: str
+    index_size: str
+    index_ms: int
+    credentials: str
+    worker_token_file: str
+    tokenize_ms: int
+    requests_max: int
+    attempts: int
+    connect_ms: int
+    first_byte_ms: int
+    idle_ms: int
+    request_ms: int
+    seed: int
+
+
+def check(settings: Settings) -> tuple[Fleet, Weights, Credentials, tuple[str, int]]:
+    """What the settings name, read. RAISES BadInput that says which of them is wrong."""
+    for name in (
+        "requests_max",
+        "attempts",
+        "connect_ms",
+        "first_byte_ms",
+        "idle_ms",
+        "request_ms",
+        "index_ms",
+    ):
+        if getattr(settings, name) < 1:
+            raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is 1 or more")
+    fleet = Fleet.from_file(settings.fleet)
+    if not any(worker.url for worker in fleet.worker):
+        raise BadInput("bad_config", f"{settings.fleet} has no worker with a url", "requests go nowhere")
+    credentials = (
+        Credentials.from_file(settings.credentials) if settings.credentials else Credentials.default()
+    )
+    bind = parse_bind(settings.bind, "bind")
+    if bind is None:
+        raise BadInput("bad_config", "no address to serve on", "--bind is none", "give HOST:PORT")
+    if not is_loopback(bind[0]) and not credentials.has_tokens:
+        raise BadInput(
+            "unsafe_bind",
+            f"the router would listen on {bind[0]}, which others can reach",
+            "no token is configured, so anybody could use the workers",
+            "bind 127.0.0.1, or give --credentials with at least one token",
+        )
+    return fleet, _weights(settings.weights), credentials, bind
+
+
+@contextlib.asynccontextmanager
+async def served(settings: Settings) -> AsyncIterator[str]:
+    """The router, listening at the address that this gives, until the block is left. RAISES BadInput."""
+    fleet, weights, credentials, (host, port) = check(settings)
+    clock, metrics = SystemClock(), RouteMetrics()
+    waits = Waits(
+        settings.connect_ms / 1e3,
+        settings.first_byte_ms / 1e3,
+        settings.idle_ms / 1e3,
+        settings.request_ms / 1e3,
+    )
+    secret = token(settings.worker_token_file)
+    limits = Limits(
+        requests_max=settings.requests_max,
+        attempts=settings.attempts,
+        whole_s=waits.whole_s,
+        authorization=f"Bearer {secret}" if secret else "",
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        indexed = await stack.enter_async_context(_indexed(settings, fleet, clock))
+        session = await stack.enter_async_context(open_session(2 * settings.requests_max, waits))
+        parts = Parts(
+            state=FleetState(fleet, weights, credentials.tenant_key, settings.seed),
+            view=indexed.view,
+            forwarder=Forwarder(session, waits),
+            tokens=Tokens(session, clock, settings.tokenize_ms / 1e3) if settings.tokenize_ms else None,
+            metrics=metrics,
+            credentials=credentials,
+            clock=clock,
+            limits=limits,
+            troubles=indexed.troubles,
+        )
+        runner = web.AppRunner(
+            RouteApp(parts).application(), access_log=None, shutdown_timeout=2.0, handler_cancellation=True
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, host, port, backlog=512).start()
+        except OSError as error:
+            raise BadInput(
+                "address_in_use", f"http://{host}:{port} cannot be bound", str(error), "give another --bind"
+            ) from error
+        yield _url(runner.addresses[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Indexed:
+    view: View
+    followed: FleetIndex | None = None
+
+    def troubles(self) -> list[str]:
+        return self.followed.troubles() if self.followed is not None else []
+
+
+@contextlib.asynccontextmanager
+async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> AsyncIterator[_Indexed]:
+    """The index that was asked for. RAISES BadInput for what is none, or cannot be followed."""
+    if settings.index == "none":
+        yield _Indexed(NoView("--index is none"))
+        return
+    if settings.index != "embedded":
+        locator = Locator(settings.index, timeout_ms=settings.index_ms, clock=clock)
+        with contextlib.closing(locator):
+            yield _Indexed(LocatorView(locator, clock))
+        return
+    index = LocalityIndex(parse_size(settings.index_size, "index_size"))
+    followed = FleetIndex(index, clock)
+    ticking = asyncio.get_running_loop().create_task(followed.run())
+    try:
+        followed.follow(fleet)
+        yield _Indexed(IndexView(index, clock, followed.node_source), followed)
+    finally:
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
+        await followed.close()
+
+
+def _weights(path: str) -> Weights:
+    """RAISES BadInput (bad_config)."""
+    if not path:
+        return Weights()
+    try:
+        raw = Path(path).read_bytes()[:WEIGHTS_BYTES_MAX]
+        table = tomllib.loads(raw.decode()).get("weights", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadInput(
+            "bad_config", f"{path} is no file of weights", str(error), "see docs/routing.md"
+        ) from error
+    if not isinstance(table, dict):
+        raise BadInput("bad_config", f"{path} has no table [weights]", "", "see docs/routing.md")
+    return Weights.from_table(table)
+
+
+def _url(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
