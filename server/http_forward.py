@@ -44,12 +44,14 @@ class Waits:
 
 
 class Silent(Exception):
-    """Nothing of an answer came. ``why`` in plain words; ``dead``: ask this worker nothing for a while."""
+    """Nothing of an answer came. ``why`` in plain words; ``dead``: ask this worker nothing for a while;
+    ``busy``: it said that it is."""
 
-    def __init__(self, why: str, dead: bool = True) -> None:
+    def __init__(self, why: str, dead: bool = True, busy: bool = False) -> None:
         super().__init__(why)
         self.why = why
         self.dead = dead
+        self.busy = busy
 
 
 class Cut(Exception):
@@ -90,22 +92,34 @@ class Forwarder:
 
     @asynccontextmanager
     async def open(
-        self, worker: Worker, method: str, path: str, headers: Mapping[str, str], body: bytes, stream: bool
+        self,
+        worker: Worker,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        stream: bool,
+        left_s: float,
     ) -> AsyncIterator[Answer]:
-        """The worker's answer to this request; when the block is left, its connection is closed. Without
-        ``stream`` nothing comes before all is computed: then ``whole_s`` bounds the wait. RAISES Silent."""
-        within_s = self._waits.first_byte_s if stream else self._waits.whole_s
+        """The worker's answer to this POST; when the block is left, its connection is closed. Without
+        ``stream`` nothing comes before all is computed: then ``whole_s`` bounds the wait. ``left_s``: what is
+        left of the request's time; a worker that was given less than half its own is not dead for it. RAISES
+        Silent."""
+        allowed_s = self._waits.first_byte_s if stream else self._waits.whole_s
+        within_s = min(allowed_s, left_s)
         response: aiohttp.ClientResponse | None = None
         try:
             try:
                 async with asyncio.timeout(within_s):
                     response = await self._session.request(
-                        method, url_of(worker, path), data=body, headers=headers, allow_redirects=False
+                        "POST", url_of(worker, path), data=body, headers=headers, allow_redirects=False
                     )
                     self._check(response)
                     first = await response.content.readany()
+            except aiohttp.ServerTimeoutError as error:  # Of the connection; a TimeoutError as well.
+                raise Silent(_said(error)) from error
             except TimeoutError as error:
-                raise Silent(f"no answer within {within_s:g} s") from error
+                dead = 2 * within_s >= allowed_s
+                raise Silent(f"no answer within {within_s:.3g} s", dead) from error
             except (aiohttp.ClientError, OSError) as error:
                 raise Silent(_said(error)) from error
             yield Answer(response, first, self._waits.idle_s)
@@ -117,16 +131,18 @@ class Forwarder:
         if response.status in AWAY:
             raise Silent(f"it answers {response.status}")
         if response.status == BUSY:
-            raise Silent("it answers 429: it is busy", dead=False)
+            raise Silent("it answers 429: it is busy", dead=False, busy=True)
 
 
 def open_session(connections_max: int, waits: Waits) -> aiohttp.ClientSession:
-    """Without cookies, proxies of the environment, or decompression."""
+    """Without cookies, proxies of the environment, or decompression; nor does it ask for what the client did
+    not ask for, who could not read it."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections_max, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=waits.connect_s, connect=waits.connect_s * 2),
         auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
         trust_env=False,
         raise_for_status=False,
     )

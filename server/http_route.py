@@ -46,7 +46,11 @@ CHOICES_KEPT = 256
 READ_S = 30.0
 CLIENTS = frozenset({"reader"})
 OPERATORS = frozenset({"router", "operator"})
-NOT_SENT = ("host", "content-length", "authorization", "x-kvcache-session", "expect", "cookie")
+NOT_SENT = (
+    *("host", "content-length", "content-encoding", "authorization"),
+    *("x-kvcache-session", "expect", "cookie"),
+)
+"""``content-encoding``: a body that came compressed was decompressed to be read, and goes on as that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,8 @@ class RouteApp:
                 raw = await request.read()
         except TimeoutError as error:
             raise BadInput("bad_message", "a body that did not come", f"within {READ_S:g} s") from error
+        except web.RequestPayloadError as error:
+            raise BadInput("bad_message", "a body that cannot be read", "see its headers") from error
         prompt = read_prompt(raw, request.path, request.headers.get("x-kvcache-session", ""))
         headers = self._headers(request)
         tokens = await self._tokens(prompt, credential.tenant, headers)
@@ -193,7 +199,7 @@ class RouteApp:
         """One worker after another, until one answers."""
         tried: list[str] = []
         silent: list[Silent] = []
-        while len(tried) < self._limits.attempts:
+        while len(tried) < self._limits.attempts and (left_s := self._left_s(began)) > 0:
             try:
                 routed = self._choose(tenant, prompt, tokens, tried)
             except NoWorker:
@@ -203,7 +209,7 @@ class RouteApp:
             number = self._state.begin(routed, self._parts.clock.now_ns())
             try:
                 opened = self._parts.forwarder.open(
-                    routed.worker, "POST", request.path_qs, headers, raw, prompt.stream
+                    routed.worker, request.path_qs, headers, raw, prompt.stream, left_s
                 )
                 async with opened as answer:
                     self._metrics.first_byte.observe(time.monotonic() - began)
@@ -243,6 +249,9 @@ class RouteApp:
         metrics.cached_tokens.inc(min(chosen.prompt_tokens, sum(chosen.candidate.cached)))
         return routed
 
+    def _left_s(self, began: float) -> float:
+        return max(0.0, self._limits.whole_s - (time.monotonic() - began))
+
     def _heard(self, routed: Routed, answer: Answer, number: int) -> None:
         self._state.health.succeeded(routed.worker.name)
         if answer.status < 400:
@@ -265,7 +274,7 @@ class RouteApp:
         last = answer.first
         try:
             await response.prepare(request)
-            async with asyncio.timeout(max(0.0, self._limits.whole_s - (time.monotonic() - began))):
+            async with asyncio.timeout(self._left_s(began)):
                 await response.write(answer.first)
                 async for chunk in answer.rest():
                     await response.write(chunk)

@@ -63,10 +63,11 @@ def too_large(bytes_max: int) -> BadInput:
 
 
 def nobody_answered(tried: Sequence[str], silent: Sequence[Silent]) -> Busy:
-    if silent and all(not each.dead for each in silent):
+    if not silent:
+        return Busy("the request's time was over before a worker was asked", 503, "see --request-ms")
+    if all(each.busy for each in silent):
         return Busy("all workers that were tried are busy", 429)
-    why = f": {silent[-1].why}" if silent else ""
-    return Busy(f"none of {len(tried)} workers answered{why}", 502, "see the log of the router")
+    return Busy(f"none of {len(tried)} workers answered: {silent[-1].why}", 502, "see the log of the router")
 
 
 def problem(error: KVCacheError) -> web.Response:
