@@ -140,9 +140,13 @@ class Locator:
             head = wire.ask(wire.QUERY, first, len(view), tiers, limit, as_of)
             rows, epoch, body = self._call(wire.ANSWERED, head, view)
             kept = memoryview(bytes(body))  # The buffer is used again.
-            if self._names is None or self._names.epoch != epoch:
-                self._names = self._ask_names()
-            return _columns(rows, kept, as_of, self._names)
+            names = self._names
+            if names is None or names.epoch != epoch:
+                asked = self._sock
+                names = self._names = self._ask_names()
+                if self._sock is not asked:
+                    raise _silent("it began anew before it said what its numbers mean")
+            return _columns(rows, kept, as_of, names)
         except KVCacheError as error:
             self.trouble = str(error)
             return None
@@ -235,6 +239,7 @@ class Locator:
                 return answer
             self.close()  # The index closed it while nobody asked.
         self._sock = self._connect(deadline_ns)
+        self._names = None  # Perhaps it is another index, which counts its epochs and numbers from the start.
         answer = self._once(self._sock, head, hints, deadline_ns)
         if answer is None:
             raise _silent("it closed the connection")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvcache.fleet import Fleet, Worker
 from kvcache.locator import Locator
 from kvcache.routing.views import REFRESH_NS
 from kvcache.routing.weights import Weights
+from kvcache.sequence import sequence_hashes
 from kvcache.server.locate_answers import IndexAnswers
 from kvcache.server.locate_frames import LocateFrames
 from tests.kvcache.routing.fleet_double import ENGINE, NODE, TOKENS, S, Told, engine, fleet
@@ -118,3 +120,27 @@ def test_what_comes_later_is_seen_and_an_index_that_goes_is_missed(
         clock.ns += REFRESH_NS
         gone = far.choose("m", TOKENS)
         assert gone.choice.blind and "without an index: " in gone.why
+
+
+def test_an_index_that_began_anew_numbers_its_sources_anew(
+    elsewhere: Elsewhere, locate: Locators, tmp_path: Path
+) -> None:
+    """It counts epochs and sources from the start: as many of them, and other ones."""
+    elsewhere.told.holds(engine("a"), ENGINE, 3, now_ns=elsewhere.clock.ns)
+    elsewhere.told.holds(engine("b"), ENGINE, 9, now_ns=elsewhere.clock.ns)
+    locator = locate(elsewhere.address)
+    hints = sequence_hashes(array("I", TOKENS), 16)
+    assert held(locator, hints) == {engine("a"): 3, engine("b"): 9}
+    elsewhere.frames.close()
+    again = Elsewhere(tmp_path)
+    again.told.holds(engine("b"), ENGINE, 9, now_ns=again.clock.ns)
+    again.told.holds(engine("a"), ENGINE, 3, now_ns=again.clock.ns)
+    assert again.address == elsewhere.address
+    assert held(locator, hints) == {engine("a"): 3, engine("b"): 9}
+    again.frames.close()
+
+
+def held(locator: Locator, hints: memoryview) -> dict[str, int]:
+    found = locator.match(hints)
+    assert found is not None, locator.trouble
+    return {found.source(row): found.blocks[row] for row in range(found.rows)}
