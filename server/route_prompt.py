@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
 
 from kvcache.errors import BadInput
 
 SESSION_CHARS_MAX = 256
+MODEL_CHARS_MAX = 512
+"""As of a worker in the fleet's file. Names of models are remembered."""
 BEGINNING_CHARS = 1_024
 PROMPT_TOKENS_MAX = 1 << 20
 CHARS_A_TOKEN = 4
@@ -34,7 +37,7 @@ _CHAT = (
 class Body(msgspec.Struct, frozen=True):
     """The fields that are read; all others are left to the worker."""
 
-    model: str = ""
+    model: Annotated[str, msgspec.Meta(max_length=MODEL_CHARS_MAX)] = ""
     prompt: str | list[str | int | list[int]] | None = None
     messages: list[dict[str, msgspec.Raw]] | None = None
     prompt_embeds: msgspec.Raw | None = None

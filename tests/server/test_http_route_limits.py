@@ -97,6 +97,7 @@ async def test_a_page_in_a_browser_does_not_get_here_by_a_name_of_its_own() -> N
         (b'{"model": "m", "prompt": "x"}', CHAT, 400, "bad_message"),
         (b'{"model": "m", "prompt": {"a": 1}}', "/v1/completions", 400, "bad_message"),
         (b'{"model": "m", "messages": ' + b"[" * 5_000, CHAT, 400, "bad_message"),
+        (b'{"model": "' + b"m" * 513 + b'", "prompt": [1]}', "/v1/completions", 400, "bad_message"),
         (b'{"model": "unknown", "prompt": [1]}', "/v1/completions", 404, "unknown_model"),
         (b'{"model": "m", "prompt": "' + b"x" * 5_000 + b'"}', "/v1/completions", 413, "too_large"),
     ],
