@@ -49,6 +49,13 @@ class _Version:
         )
 
 
+class _Unknown:
+    """Nothing was selected yet; None is a selection."""
+
+
+_UNKNOWN = _Unknown()
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What was found out of one version: an answer is given with all of it, or with none."""
@@ -76,10 +83,10 @@ class IndexAnswers:
         key, tiers, limit = (tenant, selector), asked.tiers or ALL_TIERS, asked.limit or None
         while True:
             seen = self._seen
-            kept = seen.selections
-            found = self._index.match(
-                hints, kept[key] if key in kept else self._selected(seen, key), tiers=tiers, limit=limit
-            )
+            selected = seen.selections.get(key, _UNKNOWN)  # Once: another thread may empty it.
+            if isinstance(selected, _Unknown):
+                selected = self._selected(seen, key)
+            found = self._index.match(hints, selected, tiers=tiers, limit=limit)
             if seen.version.still(found.names):
                 break
             self._renew(found.names)  # Perhaps a namespace of somebody else's is among them.

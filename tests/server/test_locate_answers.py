@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -139,3 +140,20 @@ def test_sources_tell_their_state_and_load(rig: Rig) -> None:
     ]
     assert (told[0]["age_ms"], told[0]["load_age_ms"]) == (3, 3)
     assert rig.names().workers == {"w": ["a"]}
+
+
+def test_what_is_kept_may_be_emptied_by_another_thread_at_any_time(rig: Rig) -> None:
+    class Emptied(dict[tuple[str, bytes], frozenset[bytes] | None]):
+        """Between two looks into it, somebody else asked for one selection too many."""
+
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    rig.tell("a", MINE, 4)
+    rig.tell("a", OTHERS, 9, seq=1)
+    expected = rig.rows("other")
+    seen = rig.answers._seen
+    rig.answers._seen = replace(seen, selections=Emptied(seen.selections))
+    assert rig.rows("other") == expected != []
