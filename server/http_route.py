@@ -299,7 +299,7 @@ class RouteApp:
             now_ns = self._parts.clock.now_ns()
             serving = self._state.serving(prompt.model, "any", tenant)
             alive = [each for each in serving if not self._state.health.why_down(each.name, now_ns)]
-            found = await self._parts.tokens.of(prompt.tokenize, alive, self._shown(headers))
+            found = await self._parts.tokens.of(prompt.tokenize, tenant, alive, self._shown(headers))
         self._metrics.tokenized.labels("unknown" if found is None else "a worker").inc()
         return found
 

@@ -2,10 +2,11 @@
 
     prompt ──known──► tokens
            └─► a worker, within a deadline ──► tokens ──► remembered, the oldest forgotten
+                 ├ it refuses what it was asked, or who asks: None
                  └ late, wrong, or it has no such path: None, and it is not asked again for a while
 
-Only a worker knows its tokenizer and chat template, so nothing else is believed. None is always a right
-answer: then the choice is made without the index.
+Only a worker knows its tokenizer and chat template, so nothing else is believed, and of another tenant's
+workers nothing at all. None is always a right answer: then the choice is made without the index.
 
 Limits: ``KEPT_TOKENS_MAX`` remembered, ``ASKING_MAX`` questions at once, ``ANSWER_BYTES_MAX`` an answer.
 
@@ -31,6 +32,8 @@ KEPT_MAX = 16_384
 ASKING_MAX = 32
 ANSWER_BYTES_MAX = 16 << 20
 PAUSE_NS = 30 * NS_PER_S
+REFUSALS = frozenset({400, 401, 403, 413, 422, 429})
+"""The fault of one question, which says nothing of the next."""
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -50,9 +53,12 @@ class Tokens:
         self._paused: dict[str, int] = {}
         self._turn = 0
 
-    async def of(self, asked: bytes, workers: list[Worker], headers: dict[str, str]) -> array[int] | None:
-        """The tokens of what ``asked`` says, as one of ``workers`` counts them; None: nobody says."""
-        key = blake2b(asked, digest_size=16).digest()
+    async def of(
+        self, asked: bytes, tenant: str, workers: list[Worker], headers: dict[str, str]
+    ) -> array[int] | None:
+        """The tokens of what ``asked`` says, as one of ``workers`` counts them; None: nobody says. REQUIRES:
+        they are of this tenant."""
+        key = blake2b(asked, digest_size=16, key=blake2b(tenant.encode()).digest()).digest()
         known = self._kept.get(key)
         if known is not None:
             self._kept.move_to_end(key)
@@ -64,7 +70,9 @@ class Tokens:
         try:
             async with asyncio.timeout(self._within_s):
                 tokens = await self._ask(worker, asked, headers)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+        except _Refused:
+            return None
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError, RecursionError):
             tokens = None
         finally:
             self._asking -= 1
@@ -82,13 +90,15 @@ class Tokens:
         return able[self._turn % len(able)] if able else None
 
     async def _ask(self, worker: Worker, asked: bytes, headers: dict[str, str]) -> array[int] | None:
-        """None: it has no such path, or does not know what it was asked."""
+        """None: it has no such path, or does not know of it. RAISES _Refused."""
         async with self._session.post(
             tokenize_url(worker.url),
             data=asked,
             headers={**headers, "Content-Type": "application/json"},
             allow_redirects=False,
         ) as response:
+            if response.status in REFUSALS:
+                raise _Refused
             if response.status != 200:
                 return None
             raw = await response.content.read(ANSWER_BYTES_MAX + 1)
@@ -104,6 +114,10 @@ class Tokens:
         while self._kept_tokens > KEPT_TOKENS_MAX or len(self._kept) > KEPT_MAX:
             _, oldest = self._kept.popitem(last=False)
             self._kept_tokens -= len(oldest)
+
+
+class _Refused(Exception):
+    """The worker does not answer this question."""
 
 
 def tokenize_url(url: str) -> str:

@@ -38,12 +38,13 @@ class Clock:
 
 
 class FakeWorker:
-    """Answers completions with ``act``, and ``/tokenize`` with ``tokens`` (None: 404)."""
+    """Answers completions with ``act``, and ``/tokenize`` with ``tokens`` (None: ``no_tokens``)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.act: Act = self.whole
         self.tokens: list[int] | None = None
+        self.no_tokens = 404
         self.seen: list[tuple[dict[str, str], bytes]] = []
         self.tokenized: list[dict[str, Any]] = []
         self.left = asyncio.Event()
@@ -78,7 +79,7 @@ class FakeWorker:
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         self.tokenized.append(await request.json())
         if self.tokens is None:
-            raise web.HTTPNotFound
+            return web.Response(status=self.no_tokens)
         return web.json_response({"count": len(self.tokens), "tokens": self.tokens})
 
     # --- what it may do -------------------------------------------------------------------------
