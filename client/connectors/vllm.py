@@ -328,6 +328,7 @@ class KVCacheConnector(KVConnectorBase_V1):
             saves=self._kv_transfer_config.is_kv_producer,
             save_generated=self._settings.save_generated and vllm_config.speculative_config is None,
             load_wait_ms=self._settings.load_wait_ms,
+            promise_wait_ms=self._settings.promise_wait_ms,
             streams=self._settings.layer_streaming,
             adapter_digest=adapter_digest,
             clock=self._clock,

@@ -17,9 +17,6 @@ IDLE_WAIT_NS_MIN: Final = 5 * NS_PER_MS
 IDLE_WAIT_NS_MAX: Final = 20 * NS_PER_MS
 ASK_AGAIN_NS_MIN: Final = 5 * NS_PER_MS
 ASK_AGAIN_NS_MAX: Final = 100 * NS_PER_MS
-PROMISE_MS: Final = 500
-"""How long a router's word alone is waited for, unless the router says: the engine that prefilled answers
-before its last blocks are published, so the store may not have heard of them yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,8 @@ class Lookup:
 @dataclass(slots=True)
 class Wait:
     """For blocks of one request that are coming: ``most_ns`` in all when the store says so, ``promise_ns``
-    when only the router does. Decides, and is told the time."""
+    when only the router does: the engine that prefilled answers before its last blocks are published, so the
+    store may not have heard of them yet. Decides, and is told the time."""
 
     most_ns: int
     promise_ns: int
@@ -45,10 +43,10 @@ class Wait:
     is_heard_of: bool = True  # The store itself said that they are coming.
 
     @classmethod
-    def of(cls, handoff: Handoff, load_wait_ms: int) -> Wait:
+    def of(cls, handoff: Handoff, load_wait_ms: int, promise_wait_ms: int) -> Wait:
         if handoff.wait_ms >= 0:
             return cls(handoff.wait_ms * NS_PER_MS, handoff.wait_ms * NS_PER_MS)
-        return cls(load_wait_ms * NS_PER_MS, min(load_wait_ms, PROMISE_MS) * NS_PER_MS)
+        return cls(load_wait_ms * NS_PER_MS, min(load_wait_ms, promise_wait_ms) * NS_PER_MS)
 
     def rests(self, now_ns: int, *, idle: bool) -> bool:
         """Is it too soon to ask again?"""

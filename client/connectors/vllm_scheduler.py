@@ -55,8 +55,8 @@ class SchedulerSide:
     """Called by the engine's scheduler only, from one thread.
 
     ``engine`` tells this engine's requests from another's. ``load_wait_ms`` is how long a request waits, at
-    most, for blocks that are coming. ``streams``: prompts that another engine will decode are given to the
-    store layer by layer. ``adapter_digest``: see ``Names``.
+    most, for blocks that are coming, ``promise_wait_ms`` if only the router says so. ``streams``: prompts
+    that another engine will decode are given to the store layer by layer. ``adapter_digest``: see ``Names``.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class SchedulerSide:
         saves: bool,
         save_generated: bool,
         load_wait_ms: int,
+        promise_wait_ms: int,
         streams: bool,
         adapter_digest: Callable[[str, int], bytes],
         clock: Clock,
@@ -81,6 +82,7 @@ class SchedulerSide:
         self._may_save = saves
         self._save_generated = save_generated
         self._load_wait_ms = load_wait_ms
+        self._promise_wait_ms = promise_wait_ms
         self._streams = streams
         self._names = Names(block_tokens, adapter_digest)
         self._clock = clock
@@ -101,7 +103,7 @@ class SchedulerSide:
             handoff = read(request.kv_transfer_params)
             for reason in (handoff.do, handoff.ignored and f"ignored_{handoff.ignored}"):
                 self._tally.add("handoffs", bool(reason), reason)
-            wait = Wait.of(handoff, self._load_wait_ms)
+            wait = Wait.of(handoff, self._load_wait_ms, self._promise_wait_ms)
             self._states[request.request_id] = State(request, uncacheable, adapter, handoff, wait)
 
     def lookup(self, request: EngineRequest, computed_tokens: int) -> tuple[int | None, bool]:

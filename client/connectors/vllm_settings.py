@@ -32,6 +32,8 @@ class Settings:
     load_wait_ms: int = 2_000
     """How long a request waits, at most, for blocks that the node reads from NVMe or that come from another
     node; others go on meanwhile."""
+    promise_wait_ms: int = 500
+    """How long of that a request waits for blocks of which only its router says that they are coming."""
     save_generated: bool = True
     """Save the blocks of generated tokens too, not only of prompts."""
     layer_streaming: bool = True
@@ -59,8 +61,9 @@ class Settings:
         for name in ("lookup_timeout_ms", "move_timeout_ms"):
             if getattr(settings, name) < 1:
                 raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is at least 1")
-        if settings.load_wait_ms < 0:
-            raise BadInput("bad_config", f"load_wait_ms is {settings.load_wait_ms}", "it is at least 0")
+        for name in ("load_wait_ms", "promise_wait_ms"):
+            if getattr(settings, name) < 0:
+                raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is at least 0")
         return settings
 
     @property

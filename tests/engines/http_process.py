@@ -36,9 +36,9 @@ FLAGS = (
 class HttpEngine:
     """Starts at once; ``wait_ready`` waits. Use as a context manager: no process of it is left."""
 
-    def __init__(self, model: Path, address: str, port: int, log: Path) -> None:
+    def __init__(self, model: Path, extra: dict[str, Any], port: int, log: Path) -> None:
         self._url = f"http://127.0.0.1:{port}"
-        arguments = engine_arguments(str(model), {"address": address})
+        arguments = engine_arguments(str(model), extra)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
         for name in FLAGS:
@@ -97,6 +97,11 @@ class HttpEngine:
         """Of all label sets in which ``name``, with the beginning of its labels, stands."""
         lines = [line for line in self.get("/metrics").splitlines() if not line.startswith("#")]
         return sum(float(line.split()[-1]) for line in lines if all(part in line for part in name.split()))
+
+    def said(self) -> list[str]:
+        """Everything that it counts of the store, and that is not zero."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith("vllm:kvcache")]
+        return [line for line in lines if float(line.split()[-1])]
 
     def _pause(self) -> None:
         """Until it listens there is nothing to wait on but its end."""

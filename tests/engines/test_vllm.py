@@ -22,7 +22,7 @@ from kvcache.testing.processes import NodeProcess
 from tests.engines.engine import EngineProcess, start_engine
 from tests.engines.scribble import flip_byte, node_stats
 from tests.engines.tiny_model import build, build_sliding, prompt
-from tests.engines.vllm_process import BLOCK_TOKENS
+from tests.engines.vllm_process import BLOCK_TOKENS, PATIENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("vllm")
@@ -53,7 +53,7 @@ def node(folder: Path) -> Iterator[NodeProcess]:
 
 
 def start(model: Path, address: str, log: Path, **changes: Any) -> EngineProcess:
-    arguments = [str(model), json.dumps({"address": address}), json.dumps(changes)]
+    arguments = [str(model), json.dumps({"address": address, **PATIENT}), json.dumps(changes)]
     return start_engine("tests.engines.vllm_process", arguments, log)
 
 

@@ -13,7 +13,7 @@ from kvcache.testing.processes import NodeProcess
 from tests.engines.engine import EngineProcess, start_engine
 from tests.engines.scribble import node_stats
 from tests.engines.tiny_model import build, prompt
-from tests.engines.vllm_process import BLOCK_TOKENS
+from tests.engines.vllm_process import BLOCK_TOKENS, PATIENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("vllm")
@@ -26,7 +26,7 @@ WRITTEN_S = 30.0
 
 def start(model: Path, address: str, log: Path) -> EngineProcess:
     return start_engine(
-        "tests.engines.vllm_process", [str(model), json.dumps({"address": address}), "{}"], log
+        "tests.engines.vllm_process", [str(model), json.dumps({"address": address, **PATIENT}), "{}"], log
     )
 
 

@@ -25,7 +25,7 @@ from kvcache.testing.processes import NodeProcess
 from tests.engines.engine import ROOT, EngineProcess, start_engine
 from tests.engines.scribble import node_stats
 from tests.engines.tiny_model import build, prompt
-from tests.engines.vllm_process import BLOCK_TOKENS
+from tests.engines.vllm_process import BLOCK_TOKENS, PATIENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("vllm")
@@ -38,6 +38,7 @@ UCX_PYTHON = ROOT / ".venv-ucx" / "bin" / "python"
 WAIT_S = 60.0
 PREFILL = {"v": 1, "do": "prefill"}
 WAIT_MS = 60_000
+WAITS = {**PATIENT, "promise_wait_ms": PATIENT["load_wait_ms"]}
 
 
 def whole_blocks(prompts: list[list[int]]) -> int:
@@ -153,7 +154,7 @@ def nodes(
 
 
 def engine(model: Path, node: NodeProcess, log: Path) -> EngineProcess:
-    arguments = [str(model), json.dumps({"address": node.socket}), json.dumps(ENGINE)]
+    arguments = [str(model), json.dumps({"address": node.socket, **WAITS}), json.dumps(ENGINE)]
     return start_engine("tests.engines.vllm_process", arguments, log)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from kvcache.testing.processes import NodeProcess
 from tests.engines.http_process import HttpEngine
-from tests.engines.test_vllm_pd import free_port, nodes, whole_blocks
+from tests.engines.test_vllm_pd import WAITS, free_port, nodes, whole_blocks
 from tests.engines.tiny_model import build, prompt
 from tests.engines.vllm_process import BLOCK_TOKENS
 
@@ -46,7 +46,9 @@ def test_a_proxy_of_today(tmp_path: Path) -> None:
     with ExitStack() as stack:
         pair: list[NodeProcess] = nodes(tmp_path, stack, "tcp")
         prefill, decode = (
-            stack.enter_context(HttpEngine(model, node.socket, free_port(), tmp_path / f"{name}.log"))
+            stack.enter_context(
+                HttpEngine(model, {"address": node.socket, **WAITS}, free_port(), tmp_path / f"{name}.log")
+            )
             for name, node in zip("ab", pair, strict=True)
         )
         for server in (prefill, decode):
@@ -57,7 +59,7 @@ def test_a_proxy_of_today(tmp_path: Path) -> None:
             warm = proxied(prefill, decode, asking(tokens))
             assert warm["choices"][0]["token_ids"] == cold["choices"][0]["token_ids"]
         blocks = whole_blocks(prompts)
-        assert decode.metric("vllm:kvcache_loaded_blocks_total") == blocks
+        assert decode.metric("vllm:kvcache_loaded_blocks_total") == blocks, decode.said()
         by_source = "vllm:prompt_tokens_by_source_total"
         assert decode.metric(f"{by_source} external_kv_transfer") == blocks * BLOCK_TOKENS
         assert decode.metric('vllm:kvcache_handoffs_total reason="decode"') == len(prompts)

@@ -18,7 +18,9 @@ from tests.client.connectors.fake_store import (
 class Rig:
     """A scheduler side with ``ranks`` namespaces, and the pages that its engine would hand out."""
 
-    def __init__(self, ranks: int = 1, load_wait_ms: int = 2_000, **options: bool) -> None:
+    def __init__(
+        self, ranks: int = 1, load_wait_ms: int = 2_000, promise_wait_ms: int = 500, **options: bool
+    ) -> None:
         self.store, self.clock, self.tally = FakeStore(), HandClock(), Tally()
         names = [namespace(rank, ranks) for rank in range(ranks)]
         self.attachment = Attachment(lambda: self.store, names, SPEC, self.clock)
@@ -28,6 +30,7 @@ class Rig:
             engine="engine",
             block_tokens=BLOCK_TOKENS,
             load_wait_ms=load_wait_ms,
+            promise_wait_ms=promise_wait_ms,
             adapter_digest=lambda path, loaded_as: path.encode(),
             clock=self.clock,
             tally=self.tally,
