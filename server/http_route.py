@@ -22,7 +22,7 @@ import logging
 import time
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -33,8 +33,9 @@ from kvcache.credentials import Credential, Credentials
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.fleet import Worker
 from kvcache.metrics_route import RouteMetrics
-from kvcache.routing.fleet_state import FleetState, NoWorker, Routed
+from kvcache.routing.fleet_state import FleetState, NoWorker, Placement, Routed
 from kvcache.routing.view import View
+from kvcache.routing.waiting import Waiting
 from kvcache.server import http_route_answers as answers
 from kvcache.server.http_forward import Answer, Cut, Forwarder, Silent, passed_on
 from kvcache.server.http_tokens import Tokens
@@ -93,6 +94,7 @@ class RouteApp:
         self._metrics = parts.metrics
         self._limits = parts.limits
         self._running = 0
+        self._waiting: Waiting[Placement] = Waiting()
         self._choices: deque[answers.Made] = deque(maxlen=CHOICES_KEPT)
 
     def application(self) -> web.Application:
@@ -206,7 +208,9 @@ class RouteApp:
                 if not tried:
                     raise
                 break
-            number = self._state.begin(routed, self._parts.clock.now_ns())
+            now_ns = self._parts.clock.now_ns()
+            number = self._state.begin(routed, now_ns)
+            self._waiting.begin(number, routed.placements, now_ns)
             try:
                 opened = self._parts.forwarder.open(
                     routed.worker, request.path_qs, headers, raw, prompt.stream, left_s
@@ -221,6 +225,7 @@ class RouteApp:
                 silent.append(error)
             finally:
                 self._state.loads.end(number)
+                self._waiting.end(number)
         raise answers.nobody_answered(tried, silent)
 
     def _choose(self, tenant: str, prompt: Prompt, tokens: array[int] | None, tried: list[str]) -> Routed:
@@ -236,9 +241,9 @@ class RouteApp:
             tenant=tenant,
         )
         now_ns = self._parts.clock.now_ns()
+        self._place(self._waiting.due(now_ns))
         routed = state.choose(asked, view.find(asked.queries), view, now_ns, avoid=tried, url_needed=True)
-        for each in routed.placements:
-            view.place(each.source, each.namespace, each.hints)
+        self._place(routed.placements)
         self._choices.append(
             answers.Made(tenant, prompt.model, routed.choice, routed.notes, tuple(tried), now_ns)
         )
@@ -256,6 +261,11 @@ class RouteApp:
         self._state.health.succeeded(routed.worker.name)
         if answer.status < 400:
             self._state.loads.first_token(number)
+            self._place(self._waiting.first_token(number))
+
+    def _place(self, placements: Sequence[Placement]) -> None:
+        for each in placements:
+            self._parts.view.place(each.source, each.namespace, each.hints)
 
     def _silent(self, routed: Routed, error: Silent) -> None:
         self._metrics.failures.labels("before").inc()
