@@ -158,8 +158,15 @@ class Rfc1403:
         if page and page[-1] is not members[-1]:
             response.headers[NEXT] = page[-1].worker.name
         await response.prepare(request)
-        async for piece in self._told(page):
-            await response.write(piece)
+        try:
+            async for piece in self._told(page):
+                await response.write(piece)
+        except (
+            BaseException
+        ):  # What has begun cannot become another answer; nor may a part pass for the whole.
+            if request.transport is not None:
+                request.transport.abort()
+            raise
         return response
 
     async def _health(self, request: web.Request, _: Credential) -> web.Response:
