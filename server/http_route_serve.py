@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
-
 from kvcache.clock import SystemClock
 from kvcache.config import is_loopback, parse_bind, parse_size
 from kvcache.credentials import Credentials
@@ -26,9 +24,13 @@ from kvcache.routing.weights import Weights
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_forward import Forwarder, Waits, open_session
 from kvcache.server.http_route import Limits, Parts, RouteApp
+from kvcache.server.http_serving import HttpSite
 from kvcache.server.http_tokens import Tokens
 
 WEIGHTS_BYTES_MAX = 1 << 20
+SHUTDOWN_S = 2.0
+CONNECTIONS_A_REQUEST = 4
+"""So many connections of clients may be open for each request that is answered: pools keep idle ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,15 @@ async def served(settings: Settings) -> AsyncIterator[str]:
             limits=limits,
             troubles=indexed.troubles,
         )
-        runner = web.AppRunner(
-            RouteApp(parts).application(), access_log=None, shutdown_timeout=2.0, handler_cancellation=True
+        site = HttpSite(
+            RouteApp(parts).application(),
+            CONNECTIONS_A_REQUEST * settings.requests_max,
+            setting="bind",
+            shutdown_s=SHUTDOWN_S,
+            cancels=True,
         )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        try:
-            await web.TCPSite(runner, host, port, backlog=512).start()
-        except OSError as error:
-            raise BadInput(
-                "address_in_use", f"http://{host}:{port} cannot be bound", str(error), "give another --bind"
-            ) from error
-        yield _url(runner.addresses[0])
+        stack.push_async_callback(site.close)
+        yield await site.listen(host, port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,3 @@ def _weights(path: str) -> Weights:
     if not isinstance(table, dict):
         raise BadInput("bad_config", f"{path} has no table [weights]", "", "see docs/routing.md")
     return Weights.from_table(table)
-
-
-def _url(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
