@@ -71,6 +71,17 @@ def test_a_block_of_no_known_parent_is_not_named() -> None:
     assert made.feed.counts["unnamed_blocks"] == 1
 
 
+def test_what_cannot_be_told_is_said_at_once() -> None:
+    made = line()
+    chain = Chain(list(range(BLOCK)), "", "")
+    told = made.engine.stored(chain, chain.hashes(), 0)
+    for event, partial in ((told, False), ({**told, "parent_block_hash": 12_345}, True)):
+        made.engine.pending = [event]
+        made.send(made.engine.publish())
+        assert made.shelf.partial == partial
+    assert len(made.shelf.members) == 1
+
+
 def test_a_parent_of_another_namespace_names_nothing() -> None:
     made = line()
     chain = Chain(list(range(2 * BLOCK)), "", "")
