@@ -90,6 +90,11 @@ class Held:
         self._lower = self._lower or _tier(event.place) != OWN
         if not event.tokens and not event.public:
             return self._stored_again(event)
+        if len(set(event.hashes)) < len(
+            event.hashes
+        ):  # Which of two blocks it is that goes cannot be said later.
+            self._lost("conflicts", len(event.hashes))
+            return []
         run = self._named(event)
         if run is None:
             self._lost("unnamed_blocks", len(event.hashes))

@@ -105,6 +105,18 @@ def test_a_hash_that_means_another_block_takes_the_first_away() -> None:
     assert made.shelf.partial
 
 
+def test_a_hash_that_means_two_blocks_at_once_is_not_told() -> None:
+    """Only one of the two would be taken out when it goes."""
+    made = line()
+    chain = Chain(list(range(2 * BLOCK)), "", "")
+    made.engine.pending = [made.engine.stored(chain, [77, 77], 0)]
+    made.send(made.engine.publish())
+    assert made.shelf.partial
+    assert made.shelf.members == set()
+    assert made.feed.counts["conflicts"] == 2
+    made.feed.check()
+
+
 def test_another_ranks_messages_are_not_mixed_in() -> None:
     made = line(16, 20)
     before = set(made.shelf.members)
