@@ -6,6 +6,7 @@ import random
 
 from kvcache import packing
 from kvcache.engine_events.feed import EngineFeed
+from kvcache.engine_events.held import PLACES_MAX
 from kvcache.engine_events.naming import public_namespaces, salted
 from kvcache.sequence import sequence_hashes
 from tests.kvcache.engine_events.line import Line, line, make
@@ -115,6 +116,23 @@ def test_a_hash_that_means_two_blocks_at_once_is_not_told() -> None:
     assert made.shelf.members == set()
     assert made.feed.counts["conflicts"] == 2
     made.feed.check()
+
+
+def test_copies_of_a_block_are_counted_up_to_a_bound() -> None:
+    made = line()
+    chain = Chain([1] * BLOCK, "", "")
+    event = made.engine.stored(chain, [77], 0)
+    gone = {"type": "BlockRemoved", "block_hashes": [77], "medium": "GPU"}
+    for pending, left, partial in (
+        ([event] * PLACES_MAX, 1, False),
+        ([event], 1, True),
+        ([gone] * (PLACES_MAX - 1), 1, True),
+        ([gone], 0, True),
+    ):
+        made.engine.pending = list(pending)
+        made.send(made.engine.publish())
+        assert (len(made.shelf.members), made.shelf.partial) == (left, partial)
+        made.feed.check()
 
 
 def test_another_ranks_messages_are_not_mixed_in() -> None:
