@@ -32,6 +32,14 @@ SHUTDOWN_S = 2.0
 CONNECTIONS_A_REQUEST = 4
 """So many connections of clients may be open for each request that is answered: pools keep idle ones."""
 
+_MS_MAX = 86_400_000
+_RANGES = (
+    ("requests_max", 1, 65_536),
+    ("attempts", 1, 1_024),
+    *((name, 1, _MS_MAX) for name in ("connect_ms", "first_byte_ms", "idle_ms", "request_ms", "index_ms")),
+    ("tokenize_ms", 0, _MS_MAX),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -57,17 +65,9 @@ class Settings:
 
 def check(settings: Settings) -> tuple[Fleet, Weights, Credentials, tuple[str, int]]:
     """What the settings name, read. RAISES BadInput that says which of them is wrong."""
-    for name in (
-        "requests_max",
-        "attempts",
-        "connect_ms",
-        "first_byte_ms",
-        "idle_ms",
-        "request_ms",
-        "index_ms",
-    ):
-        if getattr(settings, name) < 1:
-            raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is 1 or more")
+    for name, least, most in _RANGES:
+        if not least <= (value := getattr(settings, name)) <= most:
+            raise BadInput("bad_config", f"{name} is {value}", f"it is a number from {least} to {most:,}")
     fleet = Fleet.from_file(settings.fleet)
     if not any(worker.url for worker in fleet.worker):
         raise BadInput("bad_config", f"{settings.fleet} has no worker with a url", "requests go nowhere")

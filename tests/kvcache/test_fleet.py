@@ -75,6 +75,10 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         ("[[worker]]\nname = 'a'\n[[worker]]\nname = 'a'", "another worker has it"),
         ("[[worker]]\nname = 'a'\nnode = 'here'", "node of worker 'a'"),
         ("[[worker]]\nname = 'a'\nurl = 'ftp://x'", "url of worker 'a'"),
+        *(
+            (f"[[worker]]\nname = 'a'\nurl = 'http://{host}'", "url of worker 'a'")
+            for host in ("u:p@h", "h:70000", "h:0", "h:x", ":80", "[::1", "[x]", "h?x", "h\\\\y", "")
+        ),
         ("[[worker]]\nname = 'a'\nevents = 'tcp://*:5557'", "events of worker 'a'"),
         ("[[worker]]\nname = 'a'\nevents = 'tcp://h:65535'\nranks = 2", "events of worker 'a'"),
         ("[[worker]]\nname = 'a'\nreplay = 'tcp://h:5557'", "replay of worker 'a'"),
@@ -125,3 +129,10 @@ def test_a_token_is_read_from_a_private_file_and_never_repeated(tmp_path: Path) 
     path.chmod(0o644)
     with pytest.raises(BadInput, match="others can read"):
         token(str(path))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", "https://h:65535/v1", "http://[::1]:8000/x/v1/", "http://10.0.0.2:8000"]
+)
+def test_a_url_may_have_a_port_and_a_path(url: str) -> None:
+    Worker(name="a", url=url).check()

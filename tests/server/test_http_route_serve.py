@@ -1,0 +1,57 @@
+"""What the router says of settings that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvcache.errors import BadInput
+from kvcache.server.http_route_serve import Settings, check
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text('[[worker]]\nname = "a"\nurl = "http://10.0.0.2:8000"\n')
+    return Settings(
+        fleet=str(fleet),
+        bind="127.0.0.1:0",
+        weights="",
+        index="none",
+        index_size="1GiB",
+        index_ms=20,
+        credentials="",
+        worker_token_file="",
+        tokenize_ms=0,
+        requests_max=1,
+        attempts=1,
+        connect_ms=1,
+        first_byte_ms=1,
+        idle_ms=1,
+        request_ms=1,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenize_ms", -1),
+        ("index_ms", 0),
+        ("index_ms", 10**20),
+        ("request_ms", 10**20),
+        ("requests_max", 0),
+        ("attempts", -3),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(settings: Settings, name: str, value: int) -> None:
+    check(settings)
+    with pytest.raises(BadInput, match=f"{name} is {value}"):
+        check(replace(settings, **{name: value}))  # type: ignore[arg-type]  # A number, as it was.
+
+
+def test_what_others_can_reach_needs_tokens(settings: Settings) -> None:
+    with pytest.raises(BadInput, match="unsafe_bind"):
+        check(replace(settings, bind="0.0.0.0:1"))
