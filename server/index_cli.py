@@ -141,12 +141,20 @@ async def _report(fleet: FleetIndex, say: Say) -> None:
     told: dict[str, str] = {}
     while True:
         await asyncio.sleep(REPORT_S)
-        synced = {state.source: state.synced for state in fleet.index.sources()}
-        for each in fleet.followed():
-            state = "following" if each.connected and synced.get(each.source) else "not following"
-            if told.get(each.address) != state:
-                told[each.address] = state
-                _say_state(each, state, fleet.index.entries_of(each.source), say)
+        told = _say_changes(fleet, told, say)
+
+
+def _say_changes(fleet: FleetIndex, told: dict[str, str], say: Say) -> dict[str, str]:
+    """The states as they are now; those that ``told`` does not have are said. A node is known by its address,
+    as its source may not be known; an engine's stream by its source, as two may have one address."""
+    synced = {state.source: state.synced for state in fleet.index.sources()}
+    states = {}
+    for each in fleet.followed():
+        key = each.address if each.kind == "node" else each.source
+        states[key] = "following" if each.connected and synced.get(each.source) else "not following"
+        if told.get(key) != states[key]:
+            _say_state(each, states[key], fleet.index.entries_of(each.source), say)
+    return states
 
 
 def _say_state(each: Followed, state: str, blocks: int, say: Say) -> None:
