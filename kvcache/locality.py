@@ -92,13 +92,17 @@ class LocalityIndex:
         with self._lock:
             return sum(view.entries for view in self._views())
 
-    def entries_of(self, source: str) -> int:
-        """Of these, those of one source; 0 where it is not heard of."""
+    def entries_of(self, source: str, tenant: str | None = None) -> int:
+        """Of these, those of one source, and of one tenant where one is given; 0 where it is not heard of."""
         known = self._sources.get(source)
         if known is None:
             return 0
         with self._lock:
-            return sum(view.entries for view in known.views())
+            if tenant is None:
+                return sum(view.entries for view in known.views())
+            theirs = [each for each, fields in self._namespaces.items() if fields.tenant == tenant]
+            numbers = {self._content.numbers.get(each, -1) for each in theirs}
+            return sum(view.entries_in(numbers) for view in known.views())
 
     @property
     def bytes(self) -> int:

@@ -219,8 +219,15 @@ class FleetIndex:
         node = self.node_source(worker.node)
         return [*found, node] if node and node not in found else found
 
-    def worker_sources(self) -> dict[str, list[str]]:
-        return {worker.name: self.sources_of(worker) for worker in self._workers.copy().values()}
+    def worker_sources(self, tenant: str | None = None) -> dict[str, list[str]]:
+        """Of all workers, or of those of a tenant."""
+        workers = self._workers.copy().values()
+        return {each.name: self.sources_of(each) for each in workers if tenant in (None, each.tenant)}
+
+    def is_of(self, source: str, tenant: str) -> bool:
+        """Whether a tenant may know of this source: of nodes, and of its own engines. Any thread may ask."""
+        rank = self._ranks.get(source)
+        return rank is None or rank.worker.tenant == tenant
 
     def node_source(self, address: str) -> str:
         """What the node there calls itself; empty until it was reached."""

@@ -6,7 +6,7 @@ Only namespaces of the caller's tenant are looked at: a hash that leaked tells n
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -26,9 +26,15 @@ _NO_NAMESPACE = Namespace(model=ANY, weights=ANY, dtype=ANY, layout=ANY, block_t
 
 
 def locate(
-    index: LocalityIndex, tenant: str, tenant_key: bytes, request: api.LocateRequest, now_ns: int
+    index: LocalityIndex,
+    tenant: str,
+    tenant_key: bytes,
+    request: api.LocateRequest,
+    now_ns: int,
+    is_of: Callable[[str, str], bool] = lambda source, tenant: True,
 ) -> api.LocateReply:
-    """RAISES BadInput when the request does not name a prefix."""
+    """``is_of``: whether a source is one that a tenant may know of. RAISES BadInput when the request does not
+    name a prefix."""
     visible = {
         each: namespace
         for each in index.known_namespaces()
@@ -42,7 +48,7 @@ def locate(
         asked_blocks = max(asked_blocks, len(names) // HINT_BYTES)
         for each in index.locate(names, namespaces):
             found.setdefault(each.source, []).append(each)
-    states = index.sources()
+    states = [each for each in index.sources() if is_of(each.source, tenant)]
     return api.LocateReply(
         complete=bool(states) and all(state.synced and not state.partial for state in states),
         asked_blocks=asked_blocks,

@@ -111,7 +111,7 @@ async def _run(settings: Settings, say: Say) -> None:
         loop.add_signal_handler(number, stop.set)
     known = LocalityIndex(settings.bytes_max)
     fleet = FleetIndex(known, clock, resynced=lambda reason: metrics.index_resyncs.labels(reason).inc())
-    answers = IndexAnswers(known, clock, fleet.worker_sources)
+    answers = IndexAnswers(known, clock, fleet.worker_sources, fleet.is_of)
     fleet.changed = answers.workers_changed
     frames = LocateFrames(answers, settings.credentials)
     metrics.watch_lookups(lambda: (frames.asked, frames.connections))
