@@ -132,8 +132,8 @@ private:
     template <typename Each>
     void each_piece(u32 holder, Each each) const;
     Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
-    u32 fitting(u32 holder, u32 count, Place previous) const;
-    bool has_room(u32 holder, u32 count, Place previous) const;
+    u32 fitting(u32 holder, u32 count, Place previous, Place at) const;
+    bool has_room(u32 holder, u32 count, Place previous, Place at) const;
     Chain* new_page();
     u32 new_chain(bool linked);
     u32 chain_after(Place previous, bool linked);
