@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from kvcache.channel import AsyncChannel
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput, NotAllowed
-from kvcache.fleet import WORKERS_MAX, Fleet, Stream, Worker, token
+from kvcache.fleet import ENGINE_SOURCE, WORKERS_MAX, Fleet, Stream, Worker, token
 from kvcache.following import Channel, Following
 from kvcache.locality import LocalityIndex
 from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
@@ -172,9 +172,13 @@ class FleetIndex:
         if worker is None:
             return False
         self.version += 1
-        for stream in worker.streams():
-            await _ended(self._ranks.pop(stream.source).task)
-            self.index.forget(stream.source)
+        # Another of that name may come while we wait: by then nothing is left of this one.
+        ranks = [self._ranks.pop(stream.source) for stream in worker.streams()]
+        for rank in ranks:
+            rank.task.cancel()
+            self.index.forget(rank.stream.source)
+        for rank in ranks:
+            await _ended(rank.task)
         if worker.node:
             await self.remove_node(worker.node, name)
         self.changed()
@@ -293,7 +297,14 @@ class FleetIndex:
         return task
 
     def _admit(self, node: _Node, welcome: Welcome) -> None:
-        """RAISES NotAllowed while another node of that name is followed."""
+        """RAISES NotAllowed for an engine's name, and while another node of that name is followed."""
+        if welcome.node.startswith(ENGINE_SOURCE):
+            raise NotAllowed(
+                "bad_config",
+                f"the node at {node.address} is called {welcome.node:.120}",
+                f"what begins with {ENGINE_SOURCE} is what an engine holds itself",
+                "give the node another name",
+            )
         for other in self._nodes.values():
             following = other.following
             assert following is not None

@@ -101,8 +101,8 @@ class Rfc1403:
         if not gone:
             raise _Refused(f"instance {asked.instance_id} not found", HTTPStatus.NOT_FOUND)
         for worker in gone:
-            await self._fleet.remove(worker.name)
             self._instances.pop(worker.name, None)
+            await self._fleet.remove(worker.name)
         if asked.model_name:
             return _json({"status": "ok"})
         removed = [f"{asked.instance_id}|{worker.tenant}|{worker.rank}" for worker in gone]
