@@ -267,6 +267,14 @@ def test_predictions_are_bounded_in_bytes_and_in_shards(monkeypatch: pytest.Monk
     placements.check()
 
 
+def test_shards_of_predictions_take_their_part_of_the_memory() -> None:
+    placements = Placements(make_index(200_000))
+    refused = [placements.place(0, number, HINTS[:8], 0) for number in range(2_000)]
+    assert refused[0] == 0 and refused[-1] == 1
+    assert placements.bytes < 205_000
+    placements.check()
+
+
 # --- readers beside a writer --------------------------------------------------------------------
 
 
