@@ -292,7 +292,7 @@ class RouteApp:
                 await response.write_eof()
         except (Cut, TimeoutError) as error:
             self._metrics.failures.labels("after").inc()
-            log.warning("the answer of worker %s was cut: %s", routed.worker.name, error or "too long")
+            log.warning("the answer of worker %s was cut: %s", routed.worker.name, str(error) or "too long")
             await answers.cut(request, response, last)
         except ConnectionResetError:
             log.info("a client left in the middle of its answer")

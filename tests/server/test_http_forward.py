@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from kvcache.fleet import Worker
+from kvcache.server import http_route_answers as answers
 from kvcache.server.http_forward import Forwarder, Silent, Waits
 from kvcache.server.http_route import Limits
 from tests.kvcache.routing.fleet_double import TOKENS
@@ -78,3 +81,35 @@ async def test_a_worker_that_takes_no_connection_is_dead_however_little_time_is_
         async with forwarder.open(Worker(name="a", url="http://x"), "/v1/completions", {}, b"", False, 1.0):
             pass
     assert caught.value.dead and caught.value.why == "it cannot be reached in time"
+
+
+@in_loop
+async def test_who_takes_nothing_of_a_cut_answer_keeps_no_connection() -> None:
+    """What was written and not taken keeps a closing connection open, for as long as its other end lives."""
+    ended: list[str] = []
+    aborted = asyncio.Event()
+
+    class Full:
+        def close(self) -> None:
+            ended.append("closed")
+
+        def abort(self) -> None:
+            aborted.set()
+
+    class Request:
+        transport = Full()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "TAKEN_S", 0.01)
+        await answers.cut(Request(), web.StreamResponse(), b"")  # type: ignore[arg-type]  # A double.
+        assert ended == ["closed"] and not aborted.is_set()
+        await asyncio.wait_for(aborted.wait(), 10)
+
+
+@in_loop
+async def test_an_answer_that_took_too_long_is_said_to_have(caplog: pytest.LogCaptureFixture) -> None:
+    async with routing("a", limits=Limits(whole_s=0.05)) as here:
+        here.workers["a"].act = here.workers["a"].hang_after
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await here.asked({**BODY, "stream": True})
+        assert "the answer of worker a was cut: too long" in caplog.messages
