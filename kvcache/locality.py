@@ -11,7 +11,7 @@ ranks share prefix hashes, and have a shard each.
 
 Memory is bounded by ``bytes_max``, a snapshot being loaded and the placements included. Over that, a source's
 new blocks are refused and counted, and the source is marked *partial*: what is said of it is then too
-little, never too much.
+little, never too much. Removals are taken whatever they cost (``kvcache.index``).
 
 **Threads.** Any thread may call anything. Who changes something holds one lock, and placements have another.
 Who asks (``match``, ``locate``, ``sources`` and the like, but not ``entries``) takes neither: the native
