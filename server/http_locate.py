@@ -18,6 +18,7 @@ from kvcache.errors import BadInput
 from kvcache.locality import TIERS, LocalityIndex, Located
 from kvcache.locality import AsOf as SourceState
 from kvcache.namespace import Namespace
+from kvcache.packing import PREFIX_BLOCKS_MAX
 from kvcache.sequence import PUBLIC, sequence_hashes
 from kvcache.server import http_api as api
 
@@ -83,12 +84,14 @@ def named(
     hashes: Sequence[str] | None,
     cache_salt: str = "",
 ) -> bytes:
-    """The hints of a prefix in this namespace. RAISES BadInput unless there are tokens, or hashes."""
+    """The hints of a prefix in this namespace, of its first ``PREFIX_BLOCKS_MAX`` blocks: no more are asked
+    about at once. RAISES BadInput unless there are tokens, or hashes."""
     if (tokens is None) == (hashes is None):
         raise _unclear("a request with both tokens and hashes, or neither")
     if hashes is not None:
         return b"".join(bytes.fromhex(each)[:HINT_BYTES] for each in hashes)
     assert tokens is not None
+    tokens = tokens[: PREFIX_BLOCKS_MAX * namespace.block_tokens]
     extra = salted(cache_salt)
     if namespace.layout == PUBLIC:
         return bytes(sequence_hashes(array("I", tokens), namespace.block_tokens, extra))
