@@ -254,6 +254,13 @@ def token(file: str) -> str:
     return found
 
 
+def token_of(value: str, setting: str) -> str:
+    """A token that was given itself, or none. RAISES BadInput, and never repeats it."""
+    if value and not TOKEN_PATTERN.fullmatch(value):
+        raise BadInput("bad_credentials", f"{setting} holds no token", "it is one line of visible ASCII")
+    return value
+
+
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

@@ -28,6 +28,7 @@ from kvcache.server.http_serving import HttpSite
 from kvcache.server.http_tokens import Tokens
 
 WEIGHTS_BYTES_MAX = 1 << 20
+INDEX_BYTES_MIN = 1 << 20
 SHUTDOWN_S = 2.0
 CONNECTIONS_A_REQUEST = 4
 """So many connections of clients may be open for each request that is answered: pools keep idle ones."""
@@ -150,7 +151,12 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
         with contextlib.closing(locator):
             yield _Indexed(LocatorView(locator, clock))
         return
-    index = LocalityIndex(parse_size(settings.index_size, "index_size"))
+    bytes_max = parse_size(settings.index_size, "index_size")
+    if bytes_max < INDEX_BYTES_MIN:
+        raise BadInput(
+            "bad_config", f"index_size is {settings.index_size!r}", "an index takes 1 MiB at least"
+        )
+    index = LocalityIndex(bytes_max)
     followed = FleetIndex(index, clock)
     ticking = asyncio.get_running_loop().create_task(followed.run())
     try:

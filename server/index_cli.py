@@ -26,7 +26,7 @@ from kvcache.clock import SystemClock
 from kvcache.config import parse_size
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
-from kvcache.fleet import Fleet, token
+from kvcache.fleet import Fleet, token, token_of
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.server.fleet_index import FleetIndex, Followed
@@ -88,7 +88,7 @@ def index(
     settings = Settings(
         Fleet.from_file(fleet) if fleet else Fleet(),
         _addresses(follow, "follow"),
-        token(token_file) or os.environ.get("KVCACHE_TOKEN", ""),
+        token(token_file) or token_of(os.environ.get("KVCACHE_TOKEN", ""), "KVCACHE_TOKEN"),
         http,
         _addresses(listen, "listen"),
         parse_size(bytes_max, "bytes"),

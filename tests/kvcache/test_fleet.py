@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.fleet import Fleet, Node, Worker, engine_source, token
+from kvcache.fleet import Fleet, Node, Worker, engine_source, token, token_of
+from kvcache.locator import Locator
 
 WHOLE = """
 [[worker]]
@@ -129,6 +130,16 @@ def test_a_token_is_read_from_a_private_file_and_never_repeated(tmp_path: Path) 
     path.chmod(0o644)
     with pytest.raises(BadInput, match="others can read"):
         token(str(path))
+
+
+def test_what_is_given_as_a_token_is_one_and_is_not_repeated() -> None:
+    assert token_of("", "KVCACHE_TOKEN") == "" and token_of("x" * 16, "KVCACHE_TOKEN") == "x" * 16
+    for secret in ("\udcff\udcfe" * 9, "secret with a space", "secret-of-a-line\n"):
+        with pytest.raises(BadInput, match="KVCACHE_TOKEN holds no token") as raised:
+            token_of(secret, "KVCACHE_TOKEN")
+        assert secret not in str(raised.value)
+    with pytest.raises(BadInput, match="bad_credentials"):
+        Locator("unix:///none.sock", "\udcff\udcfe" * 9)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.server.http_route_serve import Settings, check
+from kvcache.server.http_route_serve import Settings, check, served
+from tests.server.http_double import in_loop
 
 
 @pytest.fixture
@@ -50,6 +51,13 @@ def test_a_number_out_of_its_range_is_named(settings: Settings, name: str, value
     check(settings)
     with pytest.raises(BadInput, match=f"{name} is {value}"):
         check(replace(settings, **{name: value}))  # type: ignore[arg-type]  # A number, as it was.
+
+
+@in_loop
+async def test_an_index_without_room_is_refused(settings: Settings) -> None:
+    with pytest.raises(BadInput, match="index_size is '0'"):
+        async with served(replace(settings, index="embedded", index_size="0")):
+            pass
 
 
 def test_what_others_can_reach_needs_tokens(settings: Settings) -> None:
