@@ -67,7 +67,9 @@ class Match(Protocol):
 class Index(Protocol):
     """All of it RAISES BadInput, and then nothing was changed: ``bad_prefix`` for a buffer that is not
     of u64 (or bytes), ``bad_holder`` for a holder that is not open or a tier that does not exist.
-    Hashes are any contiguous buffer of 64-bit integers: an ``array``, numpy, bytes."""
+    Hashes are any contiguous buffer of 64-bit integers: an ``array``, numpy, bytes.
+
+    MemoryError, where the system has none: a change was left half done, and from then on every call raises it."""
 
     def open(self, worker: int, dp_rank: int = 0) -> int:
         """A new holder, empty, that answers from now on; the one before is gone with all it held."""

@@ -76,6 +76,7 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
 Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_, arena_), sets_(bytes_) {}
 
 u32 Runs::open(u32 worker, u32 rank) {
+    const Change changing(*this);
     if (free_rows_.empty()) {
         if (rows_.size() == rows_max) return no_row;
         free_rows_.push_back(static_cast<u32>(rows_.size()));
@@ -96,6 +97,7 @@ u32 Runs::open(u32 worker, u32 rank) {
 }
 
 u32 Runs::serve(u32 number) {
+    const Change changing(*this);
     Row& row = rows_[number];
     if (row.state == State::serving) return no_row;
     const auto [entry, fresh] = answering_.try_emplace(rank_key(number), number);
@@ -144,6 +146,7 @@ bool Runs::has_room(u32 holder, u32 count, Place previous, Place at) const {
 }
 
 u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, bool linked) {
+    const Change changing(*this);
     Place previous = parent != nullptr ? find(*parent) : Place{};
     for (u32 i = 0; i < std::min(count, prefetch_blocks); ++i) table_.prefetch(hashes[i]);
     for (u32 i = 0; i < count;) {
@@ -165,6 +168,7 @@ u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, boo
 }
 
 u32 Runs::remove(u32 holder, const u64* hashes, u32 count) {
+    const Change changing(*this);
     u32 removed = 0;
     for (u32 i = 0; i < count;) {
         const Place at = find(hashes[i]);
@@ -188,6 +192,7 @@ u32 Runs::remove(u32 holder, const u64* hashes, u32 count) {
 }
 
 bool Runs::clear_some(u32 holder) {
+    const Change changing(*this);
     Row& row = rows_[holder / tier_count];
     const u32 tier = holder % tier_count;
     std::vector<u32>& chains = row.chains[tier];
