@@ -69,7 +69,7 @@ class Index(Protocol):
     of u64 (or bytes), ``bad_holder`` for a holder that is not open or a tier that does not exist.
     Hashes are any contiguous buffer of 64-bit integers: an ``array``, numpy, bytes.
 
-    MemoryError, where the system has none: a change was left half done, and from then on every call raises it."""
+    MemoryError, where the system has none: a change was left half done, and now every call raises it."""
 
     def open(self, worker: int, dp_rank: int = 0) -> int:
         """A new holder, empty, that answers from now on; the one before is gone with all it held."""
