@@ -242,9 +242,11 @@ def _worker(asked: rfc.RegisterRequest, tenant: str, rank: int) -> Worker:
         raise _Refused(f"type: {asked.type[:40]!r} is none of {', '.join(_ENGINES)}")
     if not (asked.model_name or asked.modelname):
         raise _Refused("missing field `model_name`")
-    whose = "" if tenant == DEFAULT_TENANT else f"@{tenant}"
+    instance = str(asked.instance_id)
+    # What follows the last @ is the tenant, so that nobody takes a name that another's instance would have.
+    whose = "" if tenant == DEFAULT_TENANT and "@" not in instance else f"@{tenant}"
     fields = {
-        "name": f"{asked.instance_id}{whose}" + (f"/{rank}" if rank else ""),
+        "name": f"{instance}{whose}" + (f"/{rank}" if rank else ""),
         "model": asked.model_name or asked.modelname,
         "events": asked.endpoint,
         "replay": asked.replay_endpoint or "",

@@ -328,3 +328,16 @@ async def test_a_dump_that_takes_too_long_is_cut_and_no_other_answer_begins_in_i
             async with asyncio.timeout(10):
                 with pytest.raises(ClientError):
                     await answer.content.read()
+
+
+@in_loop
+async def test_nobody_takes_the_name_that_anothers_instance_would_have() -> None:
+    async with running() as here:
+        await here.registered("w@other", 5557)
+        await here.registered("w", 5558, dp_rank=1)
+        assert list(here.fleet.workers) == ["w@other@default", "w/1"]
+        here.fleet.add(Worker(name="w@other", tenant="other", events="tcp://h:5559"))  # As its own would be.
+        _, listed = await here.ask("/workers")
+        assert isinstance(listed, list) and [each["instance_id"] for each in listed] == ["w@other", "w"]
+        asked = {"instance_id": "w@other", "model_name": "m"}
+        assert await here.ask("/unregister", asked) == (200, {"status": "ok"})
