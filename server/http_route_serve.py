@@ -32,6 +32,9 @@ INDEX_BYTES_MIN = 1 << 20
 SHUTDOWN_S = 2.0
 CONNECTIONS_A_REQUEST = 4
 """So many connections of clients may be open for each request that is answered: pools keep idle ones."""
+WORKER_CONNECTIONS_A_REQUEST = 2
+OTHER_DESCRIPTORS = 1_024
+"""Of an embedded index, which follows many."""
 
 _MS_MAX = 86_400_000
 _RANGES = (
@@ -62,6 +65,11 @@ class Settings:
     idle_ms: int
     request_ms: int
     seed: int
+
+
+def descriptors(requests_max: int) -> int:
+    """How many connections there may be, and what else is open."""
+    return (CONNECTIONS_A_REQUEST + WORKER_CONNECTIONS_A_REQUEST) * requests_max + OTHER_DESCRIPTORS
 
 
 def check(settings: Settings) -> tuple[Fleet, Weights, Credentials, tuple[str, int]]:
@@ -108,7 +116,9 @@ async def served(settings: Settings) -> AsyncIterator[str]:
     )
     async with contextlib.AsyncExitStack() as stack:
         indexed = await stack.enter_async_context(_indexed(settings, fleet, clock))
-        session = await stack.enter_async_context(open_session(2 * settings.requests_max, waits))
+        session = await stack.enter_async_context(
+            open_session(WORKER_CONNECTIONS_A_REQUEST * settings.requests_max, waits)
+        )
         parts = Parts(
             state=FleetState(fleet, weights, credentials.tenant_key, settings.seed),
             view=indexed.view,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 
 from kvcache.fleet import Worker
 from kvcache.server import http_route_answers as answers
@@ -113,3 +115,22 @@ async def test_an_answer_that_took_too_long_is_said_to_have(caplog: pytest.LogCa
         with pytest.raises(aiohttp.ClientPayloadError):
             await here.asked({**BODY, "stream": True})
         assert "the answer of worker a was cut: too long" in caplog.messages
+
+
+@in_loop
+async def test_a_worker_is_not_dead_for_what_this_host_has_no_more_of() -> None:
+    key = ConnectionKey("10.0.0.2", 8000, False, True, None, None, None)
+
+    class Out:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def request(self, *_: object, **__: object) -> Any:
+            raise aiohttp.ClientConnectorError(key, OSError(self.number, "so it is"))
+
+    for number, dead in ((errno.EMFILE, False), (errno.ECONNREFUSED, True)):
+        forwarder = Forwarder(Out(number), Waits())  # type: ignore[arg-type]  # A double.
+        with pytest.raises(Silent) as caught:
+            async with forwarder.open(Worker(name="a", url="http://x"), "/v1/x", {}, b"", True, 1.0):
+                pass
+        assert (caught.value.dead, caught.value.why) == (dead, "it cannot be reached: so it is")

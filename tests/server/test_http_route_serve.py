@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.server.http_route_serve import Settings, check, served
+from kvcache.server import route_cli
+from kvcache.server.http_route_serve import Settings, check, descriptors, served
 from tests.server.http_double import in_loop
 
 
@@ -63,3 +65,15 @@ async def test_an_index_without_room_is_refused(settings: Settings) -> None:
 def test_what_others_can_reach_needs_tokens(settings: Settings) -> None:
     with pytest.raises(BadInput, match="unsafe_bind"):
         check(replace(settings, bind="0.0.0.0:1"))
+
+
+def test_as_many_descriptors_are_allowed_as_all_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[int, int]] = [(1_024, 1 << 20)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.append(wanted))
+    route_cli._allow(descriptors(1_024))
+    assert limits[1:] == [(7_168, 1 << 20)]
+    route_cli._allow(descriptors(16))  # What is there already is left.
+    limits.append((512, 4_096))
+    route_cli._allow(descriptors(1_024))
+    assert limits[-1] == (4_096, 4_096) and len(limits) == 4
