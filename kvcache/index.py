@@ -17,7 +17,9 @@ block that none of its tiers has.
   that turns out long releases the interpreter's lock.
 * ``bytes`` is what is taken now, and blocks that might not fit into ``bytes_max`` are refused. ``open`` and
   ``remove`` are not, and may go over it: by a row, and by what a hole costs, some 16 bytes a block of a run
-  with holes everywhere and a set of holders for each block that others hold than those beside it.
+  with holes everywhere and a set of holders for each block that others hold than those beside it. What lies
+  free between is not in it: the process keeps a quarter more, and up to twice ``bytes`` (C++, measured at 64
+  MiB) where runs of many lengths come and go.
 * A prefix that a worker stores as one run has to be one: see ``Index.store``.
 
 The sum (C++): 8 bytes of hash and 12 of table a block; a look-up is a cache miss in the table, one for the
