@@ -260,7 +260,7 @@ class RouteApp:
     def _heard(self, routed: Routed, answer: Answer, number: int) -> None:
         self._state.health.succeeded(routed.worker.name)
         if answer.status < 400:
-            self._state.loads.first_token(number)
+            self._state.loads.first_token(number, self._parts.clock.now_ns())
             self._place(self._waiting.first_token(number))
 
     def _place(self, placements: Sequence[Placement]) -> None:
