@@ -21,7 +21,7 @@ import click
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload as Made
 from kvcache.eviction.generate import generate
-from kvcache.eviction.trace import read_trace
+from kvcache.eviction.trace import Trace, read_trace
 from kvcache.routing.weights import Weights
 from kvcache.simulation.feed import Stream
 from kvcache.simulation.mooncake import read_mooncake
@@ -161,8 +161,12 @@ def _workloads(paths: Sequence[Path], speed: float, requests: int) -> Iterator[W
     if not paths:
         yield prepare("generated", generate(MADE), speed, requests)
     for path in paths:
-        trace = read_mooncake(path) if path.suffix == ".jsonl" else read_trace(path)
-        yield prepare(path.stem, trace, speed, requests)
+        yield prepare(path.stem, read_any(path), speed, requests)
+
+
+def read_any(path: Path) -> Trace:
+    """RAISES BadInput (bad_trace)."""
+    return read_mooncake(path) if path.suffix == ".jsonl" else read_trace(path)
 
 
 def _progress(workload: Workload, name: str) -> _Shown | None:
