@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 import threading
 from collections.abc import Sequence
 from typing import Final
 
+from kvcache import memfd
 from kvcache.client.steps import BadReply, Operation, work
-from kvcache.errors import BadInput, Unavailable
+from kvcache.errors import Unavailable
 from kvcache.sums import copy_and_sum
 from kvcache.wire import Welcome
 
@@ -38,11 +38,11 @@ class Slab:
 
     def __init__(self, descriptor: int, slab_bytes: int) -> None:
         """The descriptor stays the caller's. RAISES BadInput when it is not safe to map."""
-        _check_sealed(descriptor, slab_bytes)
+        memfd.check(descriptor, slab_bytes)
         try:
             self._map: mmap.mmap | None = mmap.mmap(descriptor, slab_bytes)
         except (OSError, ValueError, OverflowError) as error:
-            raise _unsafe(f"it cannot be mapped: {error}") from error
+            raise memfd.unsafe(f"it cannot be mapped: {error}") from error
         self._map.madvise(mmap.MADV_DONTFORK)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._view: memoryview | None = memoryview(self._map)
@@ -155,24 +155,3 @@ def save(
     targets = slab.pieces(offsets, blocks, block_bytes)
     sources = [piece for block in blocks for piece in block]
     return (yield from work(lambda: copy_and_sum(sources, targets, chunk_bytes)))
-
-
-def _check_sealed(descriptor: int, slab_bytes: int) -> None:
-    try:
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise _unsafe("it is no memory that can be sealed") from error
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise _unsafe("it is not sealed against shrinking")
-    size = os.fstat(descriptor).st_size
-    if slab_bytes <= 0 or size < slab_bytes:
-        raise _unsafe(f"it has {size} bytes where {slab_bytes} were announced")
-
-
-def _unsafe(why: str) -> BadInput:
-    return BadInput(
-        "unsafe_slab",
-        "the shared memory that the node offers is refused",
-        why,
-        "run the same release of kvcache on both sides, or use a tcp:// address",
-    )

@@ -103,7 +103,7 @@ PLANTS = (
     ),
     Plant(
         "a slab that can be cut short is mapped",
-        "client/local.py",
+        "kvcache/memfd.py",
         "    if not seals & fcntl.F_SEAL_SHRINK:\n",
         "    if False:\n",
         f"{FAULTS}::test_memory_that_could_be_taken_away_is_not_mapped",
@@ -117,8 +117,8 @@ PLANTS = (
     ),
     Plant(
         "the slab can be cut short",
-        "kvcache/tiers/host.py",
-        "            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)\n",
+        "kvcache/memfd.py",
+        "        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)\n",
         "",
         f"{NODE}::TestTheMap::test_it_cannot_be_cut_short",
     ),

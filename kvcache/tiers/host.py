@@ -9,7 +9,7 @@ writer pay for fresh, zeroed pages: three times the price of the copy itself.)
 
 Invariants: memory that the node reads or writes lies in a granted extent; units resident in all arenas
 are at most those of the capacity; the descriptor handed out is the arena's own, mode 0600, and carries
-every seal in ``SEALS``.
+every seal in ``memfd.SEALS``.
 
 The sum: populating costs 0.3 to 0.5 s a GiB of 4 KiB pages (zeroing and page tables), once, at start;
 afterwards the tier costs nothing: bytes are copied by those who use them.
@@ -18,18 +18,17 @@ afterwards the tier costs nothing: bytes are copied by those who use them.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcache import memfd
 from kvcache.block import Slot
 from kvcache.errors import BadInput
 from kvcache.tiers.space import Move, slot_arena, slot_offset
 
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 HUGE_PAGE_BYTES = 2 << 20
 
 _MADV_POPULATE_WRITE = 23
@@ -74,13 +73,9 @@ class HostTier:
         """A new, empty arena. The number is the one ``Space.add_arena`` gave for it.
 
         RAISES BadInput when the system refuses the memory."""
-        flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.huge_pages else 0)
         descriptor = -1
         try:
-            descriptor = os.memfd_create(f"kvcache-{name}"[:200], flags)
-            os.fchmod(descriptor, 0o600)
-            os.ftruncate(descriptor, self.capacity_bytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+            descriptor = memfd.create(name, self.capacity_bytes, huge_pages=self.huge_pages)
             memory = mmap.mmap(descriptor, self.capacity_bytes)
         except OSError as error:
             if descriptor >= 0:

@@ -10,7 +10,8 @@ import pytest
 
 from kvcache.block import Slot
 from kvcache.errors import BadInput
-from kvcache.tiers.host import SEALS, HostTier, memory_available_bytes
+from kvcache.memfd import SEALS
+from kvcache.tiers.host import HostTier, memory_available_bytes
 from kvcache.tiers.space import Space, slot_arena
 
 UNIT = 1 << 20
