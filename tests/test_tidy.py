@@ -41,12 +41,14 @@ ABOVE = re.compile(
 DEMO_ENGINE = r"|kvcache/demo_engine_worker\.py"
 HEAVY: dict[str, str] = {
     "aiohttp": r"server/http\w*\.py",
+    "cuda": r"kvcache/device/vmm\.py",
     "lmdb": r"kvcache/tiers/nvme_index_child\.py",
     "msgpack": r"kvcache/packing\.py",
     "prometheus_client": r"kvcache/metrics\w*\.py",
     "redis": r"kvcache/redis\.py",
     "sglang": r"client/connectors/sglang\w*\.py",
-    "torch": r"client/connectors/\w+\.py" + DEMO_ENGINE,
+    "torch": r"client/connectors/\w+\.py|kvcache/device/\w+\.py|kvcache/tiers/hbm\.py" + DEMO_ENGINE,
+    "triton": r"kvcache/device/kernels\w*\.py",
     "transformers": r"client/connectors/transformers\w*\.py" + DEMO_ENGINE,
     "nixl_cu12": r"kvcache/transport/nixl\.py",
     "nixl_cu13": r"kvcache/transport/nixl\.py",
