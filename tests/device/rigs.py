@@ -1,0 +1,141 @@
+"""A device's slab, host memory, streams and copies, on the CPU and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from kvcache.device.cap import Cap
+from kvcache.device.copies import Copies, Copy, Step, copy_steps
+from kvcache.device.pinned import Pinned
+from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab
+from kvcache.device.streams import Stream, streams_of
+from kvcache.device.vmm import Vmm
+from kvcache.errors import Unavailable
+from kvcache.testing.clock import FakeClock
+
+PATIENCE_S = 20.0
+BLOCK = 4 << 20 if torch.cuda.is_available() else 64 << 10  # On a GPU long enough for a race to be lost.
+SLOTS = 16
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        ],
+    ),
+]
+
+
+def memory_of(kind: str) -> Memory:
+    if kind == "cpu":
+        return CpuMemory()
+    torch.zeros(1, device="cuda")
+    vmm = Vmm()
+    return CudaMemory(vmm, vmm.uuid(torch.cuda.current_device()))
+
+
+class Rig:
+    """``ended`` is what each copy's ``then`` was told, by its name, in order."""
+
+    def __init__(self, kind: str, cap_bytes_s: float = 0.0, inflight_bytes_max: int = 1 << 30) -> None:
+        memory = memory_of(kind)
+        self.kind = kind
+        self.slab = Slab.create(memory, "rig", SLOTS * BLOCK)
+        self.host, descriptor = CpuMemory().create("host", SLOTS * BLOCK)
+        os.close(descriptor)
+        self.pages = torch.zeros(SLOTS * BLOCK, dtype=torch.uint8, device=self.slab.device)
+        self.streams = streams_of(self.slab.device)
+        self.engine = self.streams.new("engine", urgent=False)
+        self.clock = FakeClock()
+        self.lost: list[str] = []
+        self.copies = Copies(
+            self.streams,
+            self.clock,
+            Cap(cap_bytes_s, self.clock.now_ns()) if cap_bytes_s else None,
+            self._lose,
+            inflight_bytes_max,
+        )
+        self.ended: list[tuple[str, Unavailable | None]] = []
+        self.gates: list[threading.Event] = []
+        self.pinned = Pinned(Vmm(), self.slab.device.index or 0, self.host) if kind == "cuda" else None
+
+    def _lose(self, why: str) -> None:
+        self.lost.append(why)
+        self.slab.lose(why)
+
+    def then(self, name: str) -> Callable[[Unavailable | None], None]:
+        return lambda failure: self.ended.append((name, failure))
+
+    def save(self, name: str, slot: int, page: int, steps: Sequence[Step] = ()) -> Copy:
+        """A page of the engine into a host slot."""
+        steps = steps or copy_steps(self.host, self.pages, [(slot * BLOCK, page * BLOCK, BLOCK)])
+        return self.copies.save("host", steps, self.engine, self.then(name))
+
+    def load(self, name: str, slot: int, page: int) -> Copy:
+        """A host slot into a page of the engine."""
+        steps = copy_steps(self.pages, self.host, [(page * BLOCK, slot * BLOCK, BLOCK)])
+        return self.copies.load("host", steps, self.engine, self.then(name))
+
+    def compute(self, page: int, value: int) -> None:
+        """The engine fills a page, sometime."""
+        target = self.page(page)
+        self.engine.run(lambda: _fill(target, value))
+
+    def page(self, page: int) -> torch.Tensor:
+        return self.pages[page * BLOCK : (page + 1) * BLOCK]
+
+    def slot(self, slot: int) -> torch.Tensor:
+        return self.host[slot * BLOCK : (slot + 1) * BLOCK]
+
+    def gate(self, stream: Stream) -> threading.Event:
+        """What is queued on the stream from now on waits until this is set. On the CPU only."""
+        gate = threading.Event()
+        self.gates.append(gate)
+        stream.run(lambda: _pass(gate))
+        return gate
+
+    def lane(self, name: str) -> Stream:
+        way, link = name.split()
+        return self.copies._lanes[way, link]
+
+    def until(self, copies: Sequence[Copy]) -> None:
+        assert self.copies.wait(copies, PATIENCE_S)
+
+    def finish(self) -> None:
+        """The engine's stream is done."""
+        assert self.engine.mark().wait(PATIENCE_S)
+
+    def close(self) -> None:
+        for gate in self.gates:
+            gate.set()
+        self.copies.close(PATIENCE_S)
+        if self.pinned is not None:
+            self.pinned.close()
+        self.slab.close()
+
+
+def value_of(tensor: torch.Tensor) -> int:
+    """The one value of every byte; -1 when they differ."""
+    first = int(tensor[0])
+    return first if bool((tensor == first).all()) else -1
+
+
+def seeded(seed: int) -> random.Random:
+    return random.Random(seed)
+
+
+def _fill(target: torch.Tensor, value: int) -> None:
+    target.fill_(value)
+
+
+def _pass(gate: threading.Event) -> None:
+    assert gate.wait(PATIENCE_S)
