@@ -31,6 +31,7 @@ import torch
 from kvcache import memfd
 from kvcache.device.vmm import Mapping, Vmm
 from kvcache.errors import BadInput, Unavailable
+from kvcache.tiers.host import memory_available_bytes
 
 INCARNATION_BYTES = 16
 
@@ -72,10 +73,13 @@ class CpuMemory:
     def create(self, name: str, size_bytes: int) -> tuple[torch.Tensor, int]:
         descriptor = -1
         try:
+            # Taken at once, as a GPU's is; asked for too much, the kernel would kill some process or other.
+            if size_bytes > memory_available_bytes():
+                raise OSError(f"{memory_available_bytes()} are free")
             descriptor = memfd.create(name, size_bytes)
             os.posix_fallocate(descriptor, 0, size_bytes)
             return _mapped(descriptor, size_bytes), descriptor
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if descriptor >= 0:
                 os.close(descriptor)
             raise Unavailable(

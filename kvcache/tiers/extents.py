@@ -1,7 +1,8 @@
 """How the units of a tier are cut into slots: addresses, layouts, extents and size classes.
 
 A slot is an arena and a byte offset in it. A *layout* says what an extent and a slot carry beside the
-block: nothing in host memory; on NVMe a header each, so that a file can be read without an index:
+block: nothing in host memory, nor on a GPU, where it is aligned for wide loads; on NVMe a header each, so
+that a file can be read without an index:
 
     extent  │ header │ slot │ slot │ ... │ slot │ rest │     slot  │ header │ block │ pad │
     offset  └ unit * unit_bytes                                   └ what the slot's number means
@@ -62,6 +63,7 @@ class Layout:
 
 
 HOST_LAYOUT = Layout(64, 0, 0, runs=True, own_budgets=False)
+HBM_LAYOUT = Layout(256, 0, 0, runs=True, own_budgets=True)
 NVME_LAYOUT = Layout(4_096, 4_096, 4_096, runs=False, own_budgets=True)
 
 

@@ -28,6 +28,7 @@ from kvcache.block import Slot
 from kvcache.tiers.extents import (
     ARENA_SHIFT,
     CAPACITY_BYTES_MAX,
+    HBM_LAYOUT,
     HOST_LAYOUT,
     NVME_LAYOUT,
     OFFSET_MASK,
@@ -43,6 +44,7 @@ from kvcache.tiers.extents import (
 
 __all__ = [
     "CAPACITY_BYTES_MAX",
+    "HBM_LAYOUT",
     "HOST_LAYOUT",
     "NVME_LAYOUT",
     "Layout",

@@ -26,6 +26,7 @@ from kvcache.device.vmm import Mapping
 from kvcache.errors import Unavailable
 
 GRANULARITY = 2 << 20
+SIZE_MAX = 1 << 40
 TAKEN: set[tuple[object, ...]] = set()
 """Calls, by the types of their arguments, that the real bindings take: each is asked once, it is slow."""
 Result = tuple[Any, ...]
@@ -181,7 +182,7 @@ class FakeDriver(ModuleType):
         assert properties.type == real.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         assert properties.location.type == real.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         assert properties.requestedHandleTypes == FILE, "else it cannot be exported"
-        if self.full:
+        if self.full or size > SIZE_MAX:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
         memory = os.memfd_create("fake-cuda")
         os.ftruncate(memory, size)

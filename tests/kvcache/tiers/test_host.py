@@ -11,11 +11,11 @@ import pytest
 from kvcache.block import Slot
 from kvcache.errors import BadInput
 from kvcache.memfd import SEALS
+from kvcache.testing.memory_tiers import ARENA_BYTES, UNIT, Mapped, MemoryTierContract
 from kvcache.tiers.host import HostTier, memory_available_bytes
-from kvcache.tiers.space import Space, slot_arena
+from kvcache.tiers.space import Space
 
-UNIT = 1 << 20
-CAPACITY = 8 * UNIT
+CAPACITY = ARENA_BYTES
 
 
 @pytest.fixture
@@ -24,6 +24,44 @@ def host() -> Iterator[HostTier]:
     tier.add_arena("one")
     yield tier
     tier.close()
+
+
+class MappedArena:
+    """An arena, as an engine maps it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, CAPACITY)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._memory[offset : offset + length]
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._memory[offset : offset + len(data)] = data
+
+
+class TestHost(MemoryTierContract[HostTier]):
+    def make(self) -> HostTier:
+        return HostTier(ARENA_BYTES, UNIT)
+
+    def space(self) -> Space:
+        return Space(ARENA_BYTES, UNIT)
+
+    def add(self, tier: HostTier, space: Space, name: str) -> int:
+        arena = space.add_arena()
+        assert tier.add_arena(name) == arena
+        return arena
+
+    def read(self, tier: HostTier, slot: Slot, length: int) -> bytes:
+        return bytes(tier.view(slot, length))
+
+    def write(self, tier: HostTier, slot: Slot, data: bytes) -> None:
+        tier.view(slot, len(data))[:] = data
+
+    def map(self, tier: HostTier, arena: int) -> Mapped:
+        return MappedArena(tier.descriptor(arena))
+
+    def refuse(self, tier: HostTier) -> None:
+        HostTier(1 << 62, UNIT).add_arena("huge")
 
 
 def resident_bytes(descriptor: int) -> int:
@@ -40,33 +78,6 @@ def test_the_descriptor_is_sealed_and_private(host: HostTier) -> None:
             os.ftruncate(descriptor, size)
     with pytest.raises(PermissionError):
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-
-
-def test_what_one_mapping_writes_another_sees(host: HostTier) -> None:
-    space = Space(CAPACITY, UNIT)
-    slot = space.allocate(space.add_arena(), 4096)
-    assert slot is not None
-    host.view(slot, 4096)[:5] = b"block"
-    with mmap.mmap(host.descriptor(0), CAPACITY) as other:
-        assert other[:5] == b"block"
-        other[5:7] = b"!!"
-    assert bytes(host.view(slot, 4096)[:7]) == b"block!!"
-
-
-def test_arenas_are_apart() -> None:
-    host = HostTier(CAPACITY, UNIT)
-    space = Space(CAPACITY, UNIT)
-    slots = []
-    for name in ("one", "two"):
-        assert host.add_arena(name) == space.add_arena()
-    for arena in (0, 1):
-        slot = space.allocate(arena, 4096)
-        assert slot is not None
-        assert slot_arena(slot) == arena
-        host.view(slot, 4096)[:] = bytes([arena + 1]) * 4096
-        slots.append(slot)
-    assert [host.view(slot, 4096)[0] for slot in slots] == [1, 2]
-    host.close()
 
 
 def test_populate_takes_the_memory_now(host: HostTier) -> None:
@@ -104,13 +115,6 @@ def test_the_map_does_not_reach_forked_children(host: HostTier) -> None:
     maps = Path("/proc/self/smaps").read_text()
     flags = maps.partition("kvcache-one")[2].partition("VmFlags:")[2].splitlines()[0].split()
     assert "dc" in flags, "do not copy on fork"
-
-
-def test_close_twice() -> None:
-    host = HostTier(CAPACITY, UNIT)
-    host.add_arena("one")
-    host.close()
-    host.close()
 
 
 def test_memory_that_is_not_there_is_refused() -> None:
