@@ -203,11 +203,11 @@ def planes_of(tensor: torch.Tensor, layout: str, name: str = "the tensor") -> li
 
 
 def _check_memory(tensor: torch.Tensor, name: str) -> None:
-    kind = tensor.layout if tensor.layout != torch.strided else tensor.dtype if tensor.is_complex() else None
-    if kind is not None or tensor.is_quantized:
+    kind = tensor.layout if tensor.layout != torch.strided else tensor.dtype
+    if tensor.layout != torch.strided or tensor.is_complex():
         raise _unsupported(
-            f"{name} is {kind or tensor.dtype}",
-            "a page is plain numbers in memory; scales would be lost",
+            f"{name} is {kind}",
+            "a page is plain numbers in memory",
             "keep the cache in fp16, bf16, fp32, fp8, or bytes",
         )
 

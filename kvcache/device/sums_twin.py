@@ -147,7 +147,7 @@ def _sum_long(chunks: torch.Tensor, length: int) -> torch.Tensor:
 
 def _accumulated(lanes: torch.Tensor, chunks: torch.Tensor, start: int, keys: list[int]) -> torch.Tensor:
     """The lanes ``[chunk, 8]`` and a stripe from byte ``start`` on for each of ``keys``."""
-    data = chunks[:, start : start + STRIPE_BYTES * len(keys)].contiguous().view(torch.int64)
+    data = _words(chunks, start, STRIPE_BYTES * len(keys), torch.int64)
     data = data.view(len(chunks), len(keys), 8)
     mixed = data ^ _constants(chunks, [word for key in keys for word in key_words(key)]).view(len(keys), 8)
     swapped = data.sum(1)[:, [1, 0, 3, 2, 5, 4, 7, 6]]
@@ -163,11 +163,16 @@ def _key(start: int) -> int:
 
 
 def _u64(chunks: torch.Tensor, start: int) -> torch.Tensor:
-    return chunks[:, start : start + 8].contiguous().view(torch.int64)[:, 0]
+    return _words(chunks, start, 8, torch.int64)[:, 0]
 
 
 def _u32(chunks: torch.Tensor, start: int) -> torch.Tensor:
-    return chunks[:, start : start + 4].contiguous().view(torch.int32)[:, 0].long() & _LOW
+    return _words(chunks, start, 4, torch.int32)[:, 0].long() & _LOW
+
+
+def _words(chunks: torch.Tensor, start: int, length: int, kind: torch.dtype) -> torch.Tensor:
+    """So many bytes of each chunk, as words. A copy: they may begin anywhere."""
+    return chunks[:, start : start + length].clone(memory_format=torch.contiguous_format).view(kind)
 
 
 def _right(value: torch.Tensor, bits: int) -> torch.Tensor:
@@ -180,7 +185,7 @@ def _rotate(value: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _byteswap(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().view(torch.uint8).view(-1, 8).flip(1).contiguous().view(torch.int64)[:, 0]
+    return value.contiguous().view(torch.uint8).view(-1, 8).flip(1).view(torch.int64)[:, 0]
 
 
 def _avalanche(value: torch.Tensor) -> torch.Tensor:

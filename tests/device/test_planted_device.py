@@ -1,0 +1,98 @@
+"""Bugs put into the kernels and the reading of layouts: each must turn a named test red."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.planting import Garden, Plant
+from tests.planting import garden as garden
+
+KERNELS = "kvcache/device/kernels.py"
+GATHER = "tests/device/test_gather.py"
+SUMS = "tests/device/test_device_sums.py"
+LAYOUT = f"{GATHER}::test_every_layout"
+NUMBER = f"{GATHER}::test_every_kind_of_number"
+
+PLANTS = (
+    Plant(
+        "tokens and heads of a page taken for one another",
+        "kvcache/device/pages.py",
+        '"flashinfer_nhd": "NPTHD",',
+        '"flashinfer_nhd": "NPHTD",',
+        f"{LAYOUT}[flashinfer_nhd-1-torch]",
+    ),
+    Plant(
+        "every page of a block is its first",
+        KERNELS,
+        "tl.load(pages + in_head // PAGE)",
+        "tl.load(pages)",
+        f"{LAYOUT}[single_hnd-2-triton-interpreter]",
+    ),
+    Plant(
+        "the last piece of a plane is left out",
+        KERNELS,
+        "    mask = (starts < plane_words)[:, None]\n",
+        "    mask = (starts + PIECE < plane_words)[:, None]\n",
+        f"{NUMBER}[3-12-torch.float16-triton-interpreter]",
+    ),
+    Plant(
+        "layers alone, from the first one on",
+        KERNELS,
+        "    plane = first + program // tiles % planes\n",
+        "    plane = program // tiles % planes\n",
+        f"{GATHER}::test_some_layers_alone[1-triton-interpreter]",
+    ),
+    Plant(
+        "words of eight bytes wherever a slab begins",
+        "kvcache/device/checks.py",
+        "    return gcd(WORD_BYTES_MAX, *positions)\n",
+        "    return 8\n",
+        f"{GATHER}::test_a_slab_that_begins_anywhere[triton-interpreter]",
+    ),
+    Plant(
+        "the last stripe summed with the key of its place",
+        KERNELS,
+        "    is_last = stripe == last\n",
+        "    is_last = stripe < 0\n",
+        f"{SUMS}::test_the_kernel_sums_every_chunk_of_some_planes[1024]",
+    ),
+    Plant(
+        "the last stripe begins where the one before ends",
+        KERNELS,
+        "tl.where(is_last, chunk_words - 8, stripe * 8)",
+        "stripe * 8",
+        f"{SUMS}::test_the_kernel_sums_every_chunk_of_some_planes[1032]",
+    ),
+    Plant(
+        "a round beyond the chunk is chained",
+        KERNELS,
+        "tl.range(ROUNDS - 1, loop_unroll_factor=8)",
+        "tl.range(ROUNDS, loop_unroll_factor=8)",
+        f"{SUMS}::test_the_kernel_sums_every_chunk_of_some_planes[2048]",
+    ),
+    Plant(
+        "lanes are not crossed",
+        KERNELS,
+        "_product(even ^ even_key) + odd",
+        "_product(even ^ even_key) + even",
+        f"{SUMS}::test_the_kernel_sums_every_chunk_of_some_planes[256]",
+    ),
+    Plant(
+        "a page written twice in no order",
+        "kvcache/device/pages.py",
+        "            len(set(used)) == len(used),\n",
+        "            True,\n",
+        f"{GATHER}::test_what_does_not_fit_is_refused_before_a_byte_moves",
+    ),
+)
+
+
+@pytest.mark.slow
+def test_without_a_plant_all_is_green(garden: Garden) -> None:
+    garden.check_control()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_it_is_caught(garden: Garden, plant: Plant) -> None:
+    garden.check_caught(plant)
