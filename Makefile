@@ -14,11 +14,12 @@ RUN := .venv/bin
 RUN_ENGINES := .venv-engines/bin
 RUN_UCX := .venv-ucx/bin
 RUN_NIXL := .venv-nixl/bin
+RUN_DEVICE := .venv-device/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kvcache/_native/*.cpp kvcache/_native/*.h kvcache/_native/*.hpp)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint check format test-engines test-ucx test-nixl torture bench demo-engine clean
+.PHONY: help demo test lint check format test-engines test-ucx test-nixl test-device torture bench demo-engine clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -26,7 +27,7 @@ help:  ## this list
 demo: .venv/.installed  ## two nodes, a trace, a kill and a restart; a minute, no GPU
 	$(RUN)/kvcache demo
 
-test: .venv/.dev  ## all tests but those of real engines, ucxx and NIXL
+test: .venv/.dev  ## all tests but those of real engines, ucxx, NIXL and torch
 	$(RUN)/pytest -n $(WORKERS) --dist loadfile -m "not timed and $(ORDINARY)" --ignore=tests/engines --junit-xml=.reports/test.xml
 	$(RUN)/pytest -m "timed and $(ORDINARY)" --ignore=tests/engines --junit-xml=.reports/test-timed.xml
 
@@ -52,6 +53,9 @@ test-ucx: .venv-ucx/.installed  ## the contract of transports over ucxx (270 MB)
 
 test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 MB), on one host
 	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport
+
+test-device: .venv-device/.installed  ## the HBM tier on CPU tensors, its Triton kernels interpreted (1.6 GB)
+	$(RUN_DEVICE)/pytest --junit-xml=.reports/test-device.xml tests/device
 
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
 	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and $(ORDINARY)" --ignore=tests/engines --timeout=3600
@@ -116,4 +120,16 @@ clean:  ## remove what was built, not the environments
 
 .venv-nixl/.installed: .venv-nixl/.pinned $(BUILD_INPUTS)
 	$(RUN_NIXL)/pip install --quiet --group engines --editable .
+	touch $@
+
+.venv-device/bin/python:
+	$(PYTHON) -m venv .venv-device
+
+.venv-device/.pinned: requirements/device.txt | .venv-device/bin/python
+	$(RUN_DEVICE)/pip install --quiet 'pip>=25.1'
+	$(RUN_DEVICE)/pip install --quiet --no-deps -r requirements/device.txt
+	touch $@
+
+.venv-device/.installed: .venv-device/.pinned $(BUILD_INPUTS)
+	$(RUN_DEVICE)/pip install --quiet --group engines --editable .
 	touch $@

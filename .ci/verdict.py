@@ -4,7 +4,7 @@
 
 A test that was skipped has shown nothing, so a skip is a failure here, unless its reason begins with
 "not on this machine:" (no second uid, no huge pages). Reports of engines and transports have no such
-excuse: the engine, ucxx and NIXL are installed, so every test of them runs.
+excuse: the engine, ucxx, NIXL, torch and Triton are installed, so every test of them runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 EXCUSE = "not on this machine:"
-NO_EXCUSE = ("test-engines.xml", "test-ucx.xml", "test-ucx-network.xml", "test-nixl.xml")
+NO_EXCUSE = ("test-engines.xml", "test-ucx.xml", "test-ucx-network.xml", "test-nixl.xml", "test-device.xml")
 
 
 @dataclass(slots=True)
