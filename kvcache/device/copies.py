@@ -31,7 +31,7 @@ import torch
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.device.cap import Cap
 from kvcache.device.streams import Event, Stream, Streams
-from kvcache.errors import Unavailable
+from kvcache.errors import KVCacheError, Unavailable
 
 STEP_BYTES = 4 << 20
 INFLIGHT_BYTES_MAX = 1 << 30
@@ -200,8 +200,8 @@ class Copies:
                 copy.stream.run(step.work)
                 if self._cap is not None and copy.stream in self._saving():
                     self._cap.spend(step.size_bytes)
-        except Unavailable as failure:
-            copy.failure = failure
+        except KVCacheError as error:
+            copy.failure = error if isinstance(error, Unavailable) else _no(error.what, error.why)
             copy.steps.clear()
         if not copy.steps:
             try:

@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 import torch
 
-from kvcache.errors import Unavailable
+from kvcache.errors import KVCacheError, Unavailable
 
 _PAUSE_S_MIN: Final = 0.000_05
 _PAUSE_S_MAX: Final = 0.001
@@ -209,8 +209,8 @@ class CpuStream:
             work()
         except RuntimeError as error:
             self._failure = error
-        except Unavailable as error:
-            self._failure = RuntimeError(error.why)
+        except KVCacheError as error:
+            self._failure = RuntimeError(error.why or error.what)
 
 
 class CpuCaller:

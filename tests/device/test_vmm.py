@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from kvcache.device.pinned import Pinned
 from kvcache.device.slab import CudaMemory, Slab
 from kvcache.device.vmm import Vmm
 from kvcache.errors import Unavailable
@@ -119,9 +122,11 @@ def test_an_address_in_use_stays_mapped(machine: Machine) -> None:
     vmm = Vmm(driver)
     mapping, descriptor = vmm.create(0, SIZE)
     driver.busy = {0}
-    driver.fail = {len(driver.calls) + n: "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" for n in range(9)}
+    synchronize = len(driver.calls) + 3  # Behind three that make the GPU's context current.
+    driver.fail = {synchronize: "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}
     del mapping
     gc.collect()
+    assert driver.calls[synchronize] == "cuCtxSynchronize"
     assert vmm.kept_maps == 1
     assert len(driver.mapped) == 1
     os.close(descriptor)
@@ -213,3 +218,32 @@ def test_host_memory_is_registered_once_and_undone(machine: Machine) -> None:
     assert vmm.unregister(0, 1 << 20)
     assert not vmm.unregister(0, 1 << 20)
     assert driver.is_clean()
+
+
+def test_pinned_memory_is_registered_until_it_is_closed(machine: Machine) -> None:
+    driver = FakeDriver(machine)
+    host = torch.zeros(1 << 16, dtype=torch.uint8)
+    pinned = Pinned(Vmm(driver), 0, host)
+    assert driver.registered == {host.data_ptr(): 1 << 16}
+    with pytest.raises(Unavailable, match="ALREADY_REGISTERED"):
+        Pinned(Vmm(driver), 0, host)
+    pinned.close()
+    pinned.close()
+    assert driver.is_clean()
+
+
+def test_whatever_call_fails_memory_is_registered_or_not(machine: Machine) -> None:
+    driver = FakeDriver(machine)
+    host = torch.zeros(1 << 16, dtype=torch.uint8)
+    Pinned(Vmm(driver), 0, host).close()
+    calls = driver.calls
+    first, last = calls.index("cuMemHostRegister") + 3, calls.index("cuMemHostUnregister")
+    for number in range(len(calls)):
+        driver = FakeDriver(machine)
+        driver.fail[number] = "CUDA_ERROR_UNKNOWN"
+        with contextlib.suppress(Unavailable):
+            Pinned(Vmm(driver), 0, host).close()
+        assert bool(driver.registered) == (first <= number <= last), (
+            "registered unless it failed to be undone"
+        )
+        assert not any(driver.contexts.values()) or calls[number] == "cuDevicePrimaryCtxRelease"
