@@ -35,44 +35,38 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kvcache.device.pages import Moves, PagedCache
+    from kvcache.device.pages import Moves
 
 
-def gather(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int = 0, last: int | None = None
-) -> None:
+def gather(moves: Moves, slab: torch.Tensor, first: int = 0, last: int | None = None) -> None:
     """Copy planes ``first`` to ``last`` (default: all) of every block of ``moves`` from its pages into the
     slab.
 
-    RAISES BadInput (bad_block) when slab, moves and cache do not fit one another."""
-    last = _checked(cache, slab, moves, first, last)
-    _chosen(cache).gather(cache, slab, moves, first, last)
+    RAISES BadInput (bad_block) when slab and moves do not fit one another."""
+    last = _checked(moves, slab, first, last)
+    _chosen(moves).gather(moves, slab, first, last)
 
 
-def scatter(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int = 0, last: int | None = None
-) -> None:
+def scatter(moves: Moves, slab: torch.Tensor, first: int = 0, last: int | None = None) -> None:
     """Copy planes ``first`` to ``last`` (default: all) of every block of ``moves`` from the slab into its
     pages.
 
     RAISES BadInput (bad_block) as ``gather``, and when a page is named twice."""
-    last = _checked(cache, slab, moves, first, last)
+    last = _checked(moves, slab, first, last)
     _check_pages(moves)
-    _chosen(cache).scatter(cache, slab, moves, first, last)
+    _chosen(moves).scatter(moves, slab, first, last)
 
 
-def gather_and_sum(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int = 0, last: int | None = None
-) -> torch.Tensor:
+def gather_and_sum(moves: Moves, slab: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
     """As ``gather``; returns the sums of the chunks of those planes, of the bytes that were written.
 
     int64 ``[block, chunk]`` on the device: the bits of the u64 that ``kvcache.sums`` has. RAISES BadInput."""
-    last = _checked(cache, slab, moves, first, last)
-    return _chosen(cache).gather_and_sum(cache, slab, moves, first, last)
+    last = _checked(moves, slab, first, last)
+    return _chosen(moves).gather_and_sum(moves, slab, first, last)
 
 
 def scatter_and_sum(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int = 0, last: int | None = None
+    moves: Moves, slab: torch.Tensor, first: int = 0, last: int | None = None
 ) -> torch.Tensor:
     """As ``scatter``; returns the sums of the chunks of those planes, of the bytes that were read and
     written.
@@ -80,22 +74,21 @@ def scatter_and_sum(
     int64 ``[block, chunk]`` on the device. The pages are to be used only when the sums are right. RAISES
     BadInput.
     """
-    last = _checked(cache, slab, moves, first, last)
+    last = _checked(moves, slab, first, last)
     _check_pages(moves)
-    return _chosen(cache).scatter_and_sum(cache, slab, moves, first, last)
+    return _chosen(moves).scatter_and_sum(moves, slab, first, last)
 
 
-def _chosen(cache: PagedCache) -> ModuleType:
-    return kernels_for(cache.device) or gather_twin
+def _chosen(moves: Moves) -> ModuleType:
+    return kernels_for(moves.cache.device) or gather_twin
 
 
-def _checked(cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int | None) -> int:
+def _checked(moves: Moves, slab: torch.Tensor, first: int, last: int | None) -> int:
     """The end of the range of planes, when all fits."""
-    end = check_planes(first, last, len(cache.planes))
-    block_bytes = cache.spec(moves.pages_per_block).block_bytes
-    check_slab(slab, [moves.end - block_bytes], block_bytes)
-    if slab.device != cache.device or moves.table.device != cache.device:
-        where = f"a slab on {slab.device}, moves on {moves.table.device}, a cache on {cache.device}"
+    end = check_planes(first, last, moves.spec.plane_count)
+    check_slab(slab, [moves.end - moves.spec.block_bytes], moves.spec.block_bytes)
+    if slab.device != moves.cache.device:
+        where = f"a slab on {slab.device} and a cache on {moves.cache.device}"
         raise refused(where, "one launch moves within one device")
     return end
 

@@ -28,12 +28,15 @@ import triton.language as tl
 from kvcache.block import BlockSpec
 from kvcache.device import sums_twin
 from kvcache.device.checks import alignment
-from kvcache.device.pages import Moves, PagedCache
+from kvcache.device.pages import Moves
 
 TILE_BYTES = 16_384
 PIECE_BYTES_MAX = 512
 FINISH_CHUNKS = 8
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+# Layer ranges and strides do not make another kernel of it: what is known of their alignment is ALIGNED.
+_NUMBERS = ["table_stride", "first", "planes", "page_stride", "head_stride", "token_stride"]
 
 # What a kernel is to do.
 GATHER, SCATTER, ONLY_SUM = 0, 1, 2
@@ -48,35 +51,31 @@ _MERGE = tl.constexpr(18)
 _START = tl.constexpr(19)
 
 
-def gather(cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int) -> None:
+def gather(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
     """As ``kvcache.device.gather.gather``, which has checked the arguments."""
-    _launch_copy(cache, slab, moves, first, last, GATHER)
+    _launch_copy(moves, slab, first, last, GATHER)
 
 
-def scatter(cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int) -> None:
+def scatter(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
     """As ``kvcache.device.gather.scatter``, which has checked the arguments."""
-    _launch_copy(cache, slab, moves, first, last, SCATTER)
+    _launch_copy(moves, slab, first, last, SCATTER)
 
 
-def gather_and_sum(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int
-) -> torch.Tensor:
+def gather_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """As ``kvcache.device.gather.gather_and_sum``. Two launches; three where rows are not whole stripes."""
-    if sums_in_passing(cache, slab, moves):
-        return _launch_copy_and_sum(cache, slab, moves, first, last, GATHER)
-    gather(cache, slab, moves, first, last)
-    return sum_chunks(slab, moves.offsets, moves.alignment, cache.spec(moves.pages_per_block), first, last)
+    if sums_in_passing(moves, slab):
+        return _launch_copy_and_sum(moves, slab, first, last, GATHER)
+    gather(moves, slab, first, last)
+    return sum_chunks(slab, moves.offsets, moves.alignment, moves.spec, first, last)
 
 
-def scatter_and_sum(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int
-) -> torch.Tensor:
+def scatter_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """As ``kvcache.device.gather.scatter_and_sum``. Where rows are not whole stripes the slab is read twice:
     REQUIRES then that nobody writes to it meanwhile."""
-    if sums_in_passing(cache, slab, moves):
-        return _launch_copy_and_sum(cache, slab, moves, first, last, SCATTER)
-    scatter(cache, slab, moves, first, last)
-    return sum_chunks(slab, moves.offsets, moves.alignment, cache.spec(moves.pages_per_block), first, last)
+    if sums_in_passing(moves, slab):
+        return _launch_copy_and_sum(moves, slab, first, last, SCATTER)
+    scatter(moves, slab, first, last)
+    return sum_chunks(slab, moves.offsets, moves.alignment, moves.spec, first, last)
 
 
 def sum_chunks(
@@ -89,9 +88,9 @@ def sum_chunks(
     return _launch_sum(slab, offsets, offsets, spec, first, last, (0, 0, 0, 1, 1, 1, 1), aligned, ONLY_SUM)
 
 
-def sums_in_passing(cache: PagedCache, slab: torch.Tensor, moves: Moves) -> bool:
+def sums_in_passing(moves: Moves, slab: torch.Tensor) -> bool:
     """Are these bytes summed while they are moved? Else in a pass of their own."""
-    spec = cache.spec(moves.pages_per_block)
+    cache, spec = moves.cache, moves.spec
     whole = cache.run_bytes % sums_twin.STRIPE_BYTES == 0 and spec.chunk_bytes % sums_twin.STRIPE_BYTES == 0
     return whole and _can_sum(alignment(cache.alignment, moves.alignment, *_places(slab)), spec)
 
@@ -100,27 +99,28 @@ def sums_in_passing(cache: PagedCache, slab: torch.Tensor, moves: Moves) -> bool
 def _place(
     at, pages, page_stride, head_stride, token_stride,
     ROW: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, PER_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Where word ``at`` of a plane of a block is in the plane of pages, in words."""
+    """Where words ``at`` of a plane of a block are in the plane of pages: multiples of ``ALIGNED`` words."""
     head = at // HEAD
     in_head = at % HEAD
     in_page = in_head % PAGE
     token = in_page // ROW
     page = tl.load(pages) if PER_BLOCK == 1 else tl.load(pages + in_head // PAGE)
-    return (
-        page * page_stride
-        + head.to(tl.int64) * head_stride
-        + token.to(tl.int64) * token_stride
-        + in_page % ROW
-    )
+    rows = page * page_stride + head.to(tl.int64) * head_stride + token.to(tl.int64) * token_stride
+    # Said here, because what is said of the result of a call is lost when the call is inlined.
+    if len(at.shape) == 1:
+        return tl.multiple_of(rows + in_page % ROW, [ALIGNED])
+    else:  # noqa: RET505 (Triton compiles what stands behind a return.)
+        return tl.multiple_of(rows + in_page % ROW, [ALIGNED, ALIGNED])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _copy(
     slab, addresses, table, table_stride, first, planes, plane_words, page_stride, head_stride, token_stride,
     ROW: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, PER_BLOCK: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr, ALIGNED: tl.constexpr, WORD_BYTES: tl.constexpr, KIND:
-    tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, ALIGNED: tl.constexpr, WORD_BYTES: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Programs: block x plane x tile of ``PIECES`` pieces of ``PIECE`` words. Addresses are multiples of
     ``ALIGNED`` words."""
@@ -129,9 +129,11 @@ def _copy(
     plane = first + program // tiles % planes
     row = table + (program // tiles // planes).to(tl.int64) * table_stride
     starts = (program % tiles * PIECES + tl.arange(0, PIECES)) * PIECE
-    place = _place(starts, row + 1, page_stride, head_stride, token_stride, ROW, PAGE, HEAD, PER_BLOCK)
+    place = _place(
+        starts, row + 1, page_stride, head_stride, token_stride, ROW, PAGE, HEAD, PER_BLOCK, ALIGNED
+    )
     words = tl.arange(0, PIECE)
-    there = tl.multiple_of(place, [ALIGNED])[:, None] + words[None, :]
+    there = place[:, None] + words[None, :]
     base = tl.load(row) // WORD_BYTES + plane.to(tl.int64) * plane_words
     here = tl.multiple_of(base + starts, [ALIGNED])[:, None] + words[None, :]
     pages = tl.multiple_of(tl.load(addresses + plane).to(slab.dtype), ALIGNED * WORD_BYTES)
@@ -142,7 +144,7 @@ def _copy(
         tl.store(pages + there, tl.load(slab + here, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _copy_and_sum(
     slab, addresses, table, partials, constants, table_stride, first, planes, plane_chunks, chunk_words,
     page_stride, head_stride, token_stride,
@@ -174,9 +176,11 @@ def _copy_and_sum(
     if KIND == _ONLY_SUM:
         data = tl.load(here, mask=wide, other=0)
     else:
-        place = _place(in_plane, row + 1, page_stride, head_stride, token_stride, ROW, PAGE, HEAD, PER_BLOCK)
+        place = _place(
+            in_plane, row + 1, page_stride, head_stride, token_stride, ROW, PAGE, HEAD, PER_BLOCK, ALIGNED
+        )
         pages = tl.multiple_of(tl.load(addresses + plane).to(slab.dtype), 8 * ALIGNED)
-        there = pages + (tl.multiple_of(place, [ALIGNED, ALIGNED])[:, :, None, None] + lane)
+        there = pages + (place[:, :, None, None] + lane)
         if KIND == _GATHER:
             data = tl.load(there, mask=wide, other=0)
             tl.store(here, data, mask=wide)
@@ -199,7 +203,7 @@ def _copy_and_sum(
     tl.store(out + 4, odd_sum.to(tl.int64, bitcast=True), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length"])
 def _finish(partials, sums, constants, count, length, ROUNDS: tl.constexpr, CHUNKS: tl.constexpr):
     """Programs: ``CHUNKS`` chunks. Chains the rounds of each and stores its sum."""
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
@@ -238,10 +242,9 @@ def _load_u64(at):
     return tl.load(at).to(tl.uint64, bitcast=True)
 
 
-def _launch_copy(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int, kind: int
-) -> None:
-    run, plane_bytes = cache.run_bytes, cache.spec(moves.pages_per_block).plane_bytes
+def _launch_copy(moves: Moves, slab: torch.Tensor, first: int, last: int, kind: int) -> None:
+    cache, plane_bytes = moves.cache, moves.spec.plane_bytes
+    run = cache.run_bytes
     piece = min(run & -run, PIECE_BYTES_MAX)
     aligned = alignment(piece, cache.alignment, moves.alignment, *_places(slab))
     size = min(aligned, 8)
@@ -250,20 +253,15 @@ def _launch_copy(
     with _on(slab):
         _copy[grid](
             _in_words(slab, size), cache.addresses, moves.table, moves.table.stride(0), first, last - first,
-            plane_bytes // size, *_steps(cache, moves, size),
+            plane_bytes // size, *_steps(moves, size),
             pieces, piece // size, aligned // size, size, kind,
         )  # fmt: skip
 
 
-def _launch_copy_and_sum(
-    cache: PagedCache, slab: torch.Tensor, moves: Moves, first: int, last: int, kind: int
-) -> torch.Tensor:
-    spec, aligned = (
-        cache.spec(moves.pages_per_block),
-        alignment(cache.alignment, moves.alignment, *_places(slab)),
-    )
-    steps = _steps(cache, moves, 8)
-    return _launch_sum(slab, moves.table, cache.addresses, spec, first, last, steps, aligned, kind)
+def _launch_copy_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int, kind: int) -> torch.Tensor:
+    aligned = alignment(moves.cache.alignment, moves.alignment, *_places(slab))
+    table, addresses = moves.table, moves.cache.addresses
+    return _launch_sum(slab, table, addresses, moves.spec, first, last, _steps(moves, 8), aligned, kind)
 
 
 def _launch_sum(
@@ -307,10 +305,11 @@ def _tile_rounds(rounds: int) -> int:
     return min(widths, key=lambda width: (triton.cdiv(rounds, width) * width, -width))
 
 
-def _steps(cache: PagedCache, moves: Moves, size: int) -> tuple[int, ...]:
+def _steps(moves: Moves, size: int) -> tuple[int, ...]:
     """Strides of page, head and token, and bytes of row, page and head in a block, in words; pages a
     block."""
-    row, per_block = cache.row_bytes // size, moves.pages_per_block
+    cache, per_block = moves.cache, moves.pages_per_block
+    row = cache.row_bytes // size
     strides = (cache.page_stride // size, cache.head_stride // size, cache.token_stride // size)
     return (*strides, row, row * cache.page_tokens, row * cache.page_tokens * per_block, per_block)
 

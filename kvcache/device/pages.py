@@ -54,14 +54,19 @@ class Moves:
     was made.
     """
 
+    cache: PagedCache
+    spec: BlockSpec
     table: torch.Tensor
-    pages_per_block: int
     alignment: int
     """The largest number of bytes, at most 16, that divides every offset."""
     end: int
     """One past the last byte of the slab that is touched."""
     pages_differ: bool
     """No page belongs to two blocks or twice to one."""
+
+    @property
+    def pages_per_block(self) -> int:
+        return int(self.pages.shape[1])
 
     @property
     def block_count(self) -> int:
@@ -147,7 +152,8 @@ class PagedCache:
                 f"{len(offsets)} offsets and the pages of {len(pages)} blocks", "one of each a block"
             )
         per_block = len(pages[0])
-        block_bytes = self.spec(per_block).block_bytes
+        spec = self.spec(per_block)
+        block_bytes = spec.block_bytes
         used = [page for of_block in pages for page in of_block]
         if any(len(of_block) != per_block for of_block in pages):
             raise _bad_moves("blocks of different numbers of pages", f"the first has {per_block}")
@@ -161,8 +167,9 @@ class PagedCache:
             )
         rows = [[offset, *of_block] for offset, of_block in zip(offsets, pages, strict=True)]
         return Moves(
+            self,
+            spec,
             uploaded(rows, self.device),
-            per_block,
             alignment(*offsets),
             ordered[-1] + block_bytes,
             len(set(used)) == len(used),

@@ -15,7 +15,6 @@ from kvcache.device import kernels
 WIDE_LOAD, WIDE_STORE = r"ld\.global\S*\.v2\.b64", r"st\.global\S*\.v2\.b64"
 LOCAL = r"(?:ld|st)\.local"
 POINTERS = ("slab", "addresses", "table", "partials", "constants")
-ALIGNED = (*POINTERS, "page_stride", "head_stride", "token_stride", "plane_words", "chunk_words")
 # 16 tokens of 128 bf16 a head and page, two pages a block, heads beside tokens (NHD): rows of 32 words.
 SIZES = {"ROW": 32, "PAGE": 512, "HEAD": 1024, "PER_BLOCK": 2, "ALIGNED": 2}
 
@@ -27,7 +26,7 @@ def report(name: str, kernel: triton.JITFunction, constants: Mapping[str, int]) 
         kernel,
         signature=signature,
         constexprs={(names.index(at),): value for at, value in constants.items()},
-        attrs={(names.index(at),): [["tt.divisibility", 16]] for at in ALIGNED if at in names},
+        attrs={(names.index(at),): [["tt.divisibility", 16]] for at in POINTERS if at in names},
     )
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     counts = [len(re.findall(what, ptx)) for what in (WIDE_LOAD, WIDE_STORE, LOCAL)]

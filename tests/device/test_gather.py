@@ -36,18 +36,18 @@ def check_moves(place: Place, rig: Engine, pages: list[list[int]], gap: int = 80
     expected = slab_bytes(length, offsets, pieces, first * spec.plane_bytes)
     sums = [chunk_sums(piece, spec.chunk_bytes) for piece in pieces]
     slab, summed = slab_of(length, device), slab_of(length, device)
-    made.gather(rig.cache, slab, moves, first, last)
+    made.gather(moves, slab, first, last)
     assert slab.cpu().numpy().tobytes() == expected
-    assert made.gather_and_sum(rig.cache, summed, moves, first, last).tolist() == sums
+    assert made.gather_and_sum(moves, summed, first, last).tolist() == sums
     assert summed.cpu().numpy().tobytes() == expected
 
     turned = [[(page + 1) % rig.cache.page_count for page in of_block] for of_block in pages]
     other = rig.cache.moves(offsets, turned)
     rig.put(turned, pieces, first, last)
-    made.scatter(rig.cache, slab, other, first, last)
+    made.scatter(other, slab, first, last)
     rig.check_memory()
     rig.put(pages, pieces, first, last)
-    assert made.scatter_and_sum(rig.cache, slab, moves, first, last).tolist() == sums
+    assert made.scatter_and_sum(moves, slab, first, last).tolist() == sums
     rig.check_memory()
     assert slab.cpu().numpy().tobytes() == expected, "who scatters only reads the slab"
 
@@ -93,7 +93,7 @@ def test_a_slab_that_begins_anywhere(place: Place) -> None:
     for shift in (1, 2, 4, 8, 16):
         whole = slab_of(len(expected) + 64, place.device)
         moves = rig.cache.moves([0], [[2]])
-        sums = place.made.gather_and_sum(rig.cache, whole[shift:], moves, 0, 2)
+        sums = place.made.gather_and_sum(moves, whole[shift:], 0, 2)
         assert whole.cpu().numpy().tobytes() == slab_bytes(len(whole), [shift], [expected])
         assert sums.tolist() == [chunk_sums(expected, rig.cache.spec().chunk_bytes)]
 
@@ -124,15 +124,15 @@ def test_the_public_functions_do_the_same(device: str) -> None:
     spec = rig.cache.spec()
     moves = rig.cache.moves([0], [[3]])
     slab = slab_of(spec.block_bytes, device)
-    public.gather(rig.cache, slab, moves)
+    public.gather(moves, slab)
     (block,) = rig.blocks([[3]])
     assert slab.cpu().numpy().tobytes() == block
     sums = [chunk_sums(block, spec.chunk_bytes)]
-    assert public.gather_and_sum(rig.cache, slab, moves).tolist() == sums
-    assert public.scatter_and_sum(rig.cache, slab, moves).tolist() == sums
+    assert public.gather_and_sum(moves, slab).tolist() == sums
+    assert public.scatter_and_sum(moves, slab).tolist() == sums
     half = len(sums[0]) // 2
-    assert public.scatter_and_sum(rig.cache, slab, moves, 2, 4).tolist() == [sums[0][half:]]
-    public.scatter(rig.cache, slab, moves, 1, 2)
+    assert public.scatter_and_sum(moves, slab, 2, 4).tolist() == [sums[0][half:]]
+    public.scatter(moves, slab, 1, 2)
     rig.check_memory()
 
 
@@ -142,15 +142,15 @@ def test_what_does_not_fit_is_refused_before_a_byte_moves() -> None:
     moves = rig.cache.moves([0, spec.block_bytes], [[1], [1]])
     slab = slab_of(2 * spec.block_bytes)
     for call, why in (
-        (lambda: public.gather(rig.cache, slab, moves, 3, 2), "planes 3 to 2"),
-        (lambda: public.gather(rig.cache, slab, moves, 0, 5), "planes 0 to 5"),
-        (lambda: public.gather(rig.cache, slab[1:], moves), "a block at byte"),
-        (lambda: public.gather(rig.cache, slab.view(2, -1), moves), "flat uint8"),
-        (lambda: public.gather(rig.cache, slab[::2], moves), "flat uint8"),
-        (lambda: public.gather(rig.cache, slab.view(torch.int8), moves), "flat uint8"),
-        (lambda: public.scatter(rig.cache, slab, moves), "named twice"),
-        (lambda: public.scatter_and_sum(rig.cache, slab, moves), "named twice"),
-        (lambda: public.gather(rig.cache, slab.to("meta"), moves), "one device"),
+        (lambda: public.gather(moves, slab, 3, 2), "planes 3 to 2"),
+        (lambda: public.gather(moves, slab, 0, 5), "planes 0 to 5"),
+        (lambda: public.gather(moves, slab[1:]), "a block at byte"),
+        (lambda: public.gather(moves, slab.view(2, -1)), "flat uint8"),
+        (lambda: public.gather(moves, slab[::2]), "flat uint8"),
+        (lambda: public.gather(moves, slab.view(torch.int8)), "flat uint8"),
+        (lambda: public.scatter(moves, slab), "named twice"),
+        (lambda: public.scatter_and_sum(moves, slab), "named twice"),
+        (lambda: public.gather(moves, slab.to("meta")), "one device"),
     ):
         with pytest.raises(BadInput, match=why):
             call()
