@@ -16,6 +16,7 @@ The sum: 5 to 10 us of Python a call on CUDA; a wait asks every 0.05 to 1 ms.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -178,6 +179,7 @@ class CpuStream:
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | CpuEvent | None] = queue.SimpleQueue()
         self._failure: RuntimeError | None = None
+        self._is_dead = threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"kvcache-{name}", daemon=True)
         self._thread.start()
 
@@ -190,6 +192,8 @@ class CpuStream:
     def mark(self) -> Event:
         event = CpuEvent()
         self._queue.put(event)
+        if self._is_dead.is_set():
+            self._settle_rest()
         return event
 
     def close(self) -> None:
@@ -197,12 +201,23 @@ class CpuStream:
         self._thread.join(_END_S)
 
     def _serve(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if isinstance(work, CpuEvent):
-                work.settle(self._failure)
-            elif self._failure is None:
-                self._do(work)
-            del work  # Else what it holds is held until there is more to do.
+        try:
+            while (work := self._queue.get()) is not None:
+                if isinstance(work, CpuEvent):
+                    work.settle(self._failure)
+                elif self._failure is None:
+                    self._do(work)
+                del work  # Else what it holds is held until there is more to do.
+        finally:  # Also when our own code is wrong: nobody waits for a thread that is gone.
+            self._failure = self._failure or RuntimeError("the stream has ended")
+            self._is_dead.set()
+            self._settle_rest()
+
+    def _settle_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if isinstance(event := self._queue.get_nowait(), CpuEvent):
+                    event.settle(self._failure)
 
     def _do(self, work: Callable[[], None]) -> None:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kvcache.clock import NS_PER_MS, NS_PER_S
+from kvcache.device.cap import BURST_NS, Cap
 from kvcache.device.copies import Step, copy_steps
-from kvcache.errors import Unavailable
+from kvcache.errors import BadInput, Unavailable
 from tests.device.rigs import BLOCK, PATIENCE_S, SLOTS, Make, Refusing, rigs, value_of
 
 make = pytest.fixture(rigs, name="make")
@@ -28,6 +30,33 @@ def test_saves_go_as_the_cap_lets_them(make: Make) -> None:
     assert rig.copies.hurried_bytes == 0
     rig.clock.advance_ms(1)
     rig.until(copies)
+
+
+def test_an_idle_hour_saves_up_no_more_than_a_burst() -> None:
+    cap = Cap(1000.0, 0)
+    taken = 0
+    while cap.is_open(3_600 * NS_PER_S):
+        cap.spend(1)
+        taken += 1
+    assert taken == 1000 * BURST_NS // NS_PER_S
+
+
+def test_a_share_of_the_link_is_that_of_its_bytes_over_time() -> None:
+    cap, taken = Cap.of_share(0.25, 4_000_000.0, 0), 0
+    for now_ms in range(1, 1001):
+        while cap.is_open(now_ms * NS_PER_MS):
+            cap.spend(700)
+            taken += 700
+    burst = 1_000_000 * BURST_NS / NS_PER_S
+    assert 1_000_000 <= taken <= 1_000_000 + burst + 700
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.01, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(BadInput, match="bad_config"):
+        Cap.of_share(share, 1.0, 0)
+    with pytest.raises(BadInput, match="bad_config"):
+        Cap(min(share, 0.0), 0)
 
 
 def test_loads_are_not_held_by_the_cap(make: Make) -> None:

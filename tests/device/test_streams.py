@@ -99,6 +99,26 @@ def test_a_failure_passes_on_to_who_waits_for_it() -> None:
     made.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_work_is_a_failure_and_no_hang() -> None:
+    made = CpuStreams()
+    stream, gate = made.new("one", urgent=False), threading.Event()
+
+    def wrong() -> None:
+        assert gate.wait(PATIENCE_S)
+        raise AssertionError("a bug")
+
+    stream.run(wrong)
+    before = stream.mark()
+    gate.set()
+    for event in (before, stream.mark()):
+        with pytest.raises(Unavailable, match="the stream has ended"):
+            event.wait(PATIENCE_S)
+    made.close()
+    with pytest.raises(Unavailable, match="the stream has ended"):
+        stream.mark().wait(PATIENCE_S)
+
+
 # --- CUDA, of doubles -----------------------------------------------------------------------------
 
 

@@ -1,0 +1,172 @@
+"""Between an engine's pages and host memory: device memory in which blocks lie for the time of a copy.
+
+    save   pages ─ gather ─► staging ─ copy ─► host slots       one launch, then the link
+    load   host slots ─ copy ─► staging ─ scatter ─► pages      the link, then one launch
+
+Pages of a block are scattered over the device, and the link is fast only for long runs: so all layers and
+blocks go through a *part* of staging memory that lies in one piece. ``first`` and ``last`` name planes, so
+that layer i is copied while layer i + 1 computes; the planes of a layer are one run of each block.
+
+Invariants: a part is in one copy at a time, and is free again when the copy has ended, by its event, never
+before; bytes of it that the copy does not name are not written.
+
+The sum: 64 MiB, two groups of 32 MiB under way, keep 50 GB/s busy at 1.3 ms a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvcache.device.checks import check_planes, check_slab, refused
+from kvcache.device.copies import Copies, Copy, Link, Step, Then, copy_steps
+from kvcache.device.gather import gather, scatter
+from kvcache.device.pages import Moves, PagedCache
+from kvcache.device.streams import Stream
+from kvcache.errors import Unavailable
+
+_LINK: Link = "host"
+
+
+class Staging:
+    """Device memory in equal parts. One owner; ``take`` and ``give`` decide only."""
+
+    def __init__(self, memory: torch.Tensor, part_bytes: int) -> None:
+        """``memory``: uint8 [bytes], of the cache's device. REQUIRES: at least one part."""
+        assert 0 < part_bytes <= len(memory)
+        self.memory = memory
+        self.part_bytes = part_bytes
+        self._count = len(memory) // part_bytes
+        self._free = list(range(self._count - 1, -1, -1))
+
+    def take(self) -> int:
+        """The offset of a part, the taker's until ``give``.
+
+        RAISES Unavailable when all are in copies: pump them, or do without."""
+        if not self._free:
+            raise Unavailable(
+                "unavailable",
+                "no memory of the device is free to copy through",
+                f"all {self._count} parts are in copies",
+                "wait for one of them, or recompute",
+            )
+        return self._free.pop() * self.part_bytes
+
+    def give(self, offset: int) -> None:
+        """REQUIRES: taken, and no copy over it is under way."""
+        part = offset // self.part_bytes
+        assert part not in self._free
+        self._free.append(part)
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """``ranges``: (offset in the host slab, in staging memory, bytes), a block each."""
+
+    part: int
+    moves: Moves
+    last: int
+    ranges: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """From pages to host slots and back, of one cache and one host slab (``host``: uint8 [bytes], pinned)."""
+
+    copies: Copies
+    cache: PagedCache
+    staging: Staging
+    host: torch.Tensor
+
+    def blocks_max(self, pages_per_block: int) -> int:
+        """So many blocks fit one copy."""
+        return self.staging.part_bytes // self.cache.spec(pages_per_block).block_bytes
+
+    def save(
+        self,
+        offsets: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        engine: Stream,
+        then: Then,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Copy:
+        """Planes ``first`` to ``last`` (default: all) of the blocks of ``pages`` into the host slots at
+        ``offsets``. ``then`` as in ``Copies``. REQUIRES: ``engine`` is the current stream; the slots are
+        reserved until ``then``; pages are not written again before ``hold``.
+
+        RAISES BadInput as ``gather`` and ``PagedCache.moves``; Unavailable: nothing is copied then."""
+        plan = self._plan(offsets, pages, first, last)
+        out = [(host, staged, length) for host, staged, length in plan.ranges]
+        steps = [
+            Step(0, lambda: gather(plan.moves, self.staging.memory, first, plan.last)),
+            *copy_steps(self.host, self.staging.memory, out),
+        ]
+        return self._with(plan, then, lambda ended: self.copies.save(_LINK, steps, engine, ended))
+
+    def load(
+        self,
+        offsets: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        engine: Stream,
+        then: Then,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Copy:
+        """As ``save``, the other way: the slots are leased until ``then``. The pages are to be read only
+        behind ``hold``, and counted only when their sums are right. RAISES BadInput also when a page is
+        named twice."""
+        plan = self._plan(offsets, pages, first, last)
+        if not plan.moves.pages_differ:
+            self.staging.give(plan.part)
+            raise refused("a page that is named twice", "two blocks would be written to it, in no order")
+        into = [(staged, host, length) for host, staged, length in plan.ranges]
+        steps = [
+            *copy_steps(self.staging.memory, self.host, into),
+            Step(0, lambda: scatter(plan.moves, self.staging.memory, first, plan.last)),
+        ]
+        return self._with(plan, then, lambda ended: self.copies.load(_LINK, steps, engine, ended))
+
+    def _plan(
+        self, offsets: Sequence[int], pages: Sequence[Sequence[int]], first: int, last: int | None
+    ) -> _Plan:
+        """All that can be wrong is found here: an error in the middle of a copy would cost more than it."""
+        end = check_planes(first, last, len(self.cache.planes))
+        spec = self.cache.spec(max(1, len(pages[0]) if pages else 1))
+        check_slab(self.host, offsets, spec.block_bytes)
+        if len(offsets) * spec.block_bytes > self.staging.part_bytes:
+            raise refused(
+                f"{len(offsets)} blocks of {spec.block_bytes} bytes in one copy",
+                f"a part of the staging memory has {self.staging.part_bytes} bytes",
+            )
+        part = self.staging.take()
+        try:
+            staged = [part + at * spec.block_bytes for at in range(len(offsets))]
+            moves = self.cache.moves(staged, pages)
+        except BaseException:
+            self.staging.give(part)
+            raise
+        begin, length = first * spec.plane_bytes, (end - first) * spec.plane_bytes
+        ranges = [(at + begin, via + begin, length) for at, via in zip(offsets, staged, strict=True)]
+        return _Plan(part, moves, end, ranges)
+
+    def _with(self, plan: _Plan, then: Then, ask: Callable[[Then], Copy]) -> Copy:
+        """The part is free when the copy has ended, or was not taken."""
+
+        def ended(failure: Unavailable | None) -> None:
+            self.staging.give(plan.part)
+            then(failure)
+
+        free_count = self.staging.free_count
+        try:
+            return ask(ended)
+        except BaseException:
+            if self.staging.free_count == free_count:  # Not asked for: ``then`` is never called.
+                self.staging.give(plan.part)
+            raise
