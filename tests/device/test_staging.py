@@ -11,7 +11,7 @@ import torch
 from kvcache.device.slab import CpuMemory
 from kvcache.device.staging import Path, Staging
 from kvcache.errors import BadInput, Unavailable
-from tests.device.engine_cache import POISON, Engine, Shape, engine, slab_bytes, slab_of
+from tests.device.engine_cache import POISON, Engine, Shape, chunk_sums, engine, slab_bytes, slab_of
 from tests.device.rigs import DEVICES, PATIENCE_S, Refusing, Rig, seeded
 
 SHAPE = Shape(layers=3, pages=16, heads=2, tokens=4, row=64)
@@ -58,14 +58,18 @@ def test_what_is_saved_is_loaded_elsewhere(worlds: list[World], kind: str, layou
     pages, offsets = [[3, 5], [0, 9], [2, 1]], [2 * BLOCK, 0, 5 * BLOCK]
     blocks = world.engine.blocks(pages)
     saved = world.path.save(offsets, pages, world.stream, world.rig.then("save"))
-    world.rig.until([saved])
+    world.rig.until([saved.copy])
     assert bytes(world.host.numpy()) == slab_bytes(HOST, offsets, blocks), "and nothing beside it"
     others = [[10, 11], [4, 6], [15, 14]]
     loaded = world.path.load(offsets, others, world.stream, world.rig.then("load"))
-    world.rig.copies.hold(loaded, world.stream)
-    world.rig.until([loaded])
+    world.rig.copies.hold(loaded.copy, world.stream)
+    world.rig.until([loaded.copy])
     world.engine.put(others, blocks, 0, len(world.engine.content))
     world.engine.check_memory()
+    chunk_bytes = world.engine.cache.spec(2).chunk_bytes
+    wanted = [chunk_sums(block, chunk_bytes) for block in blocks]
+    assert saved.sums.tolist() == wanted, "as commit wants them"
+    assert loaded.sums.tolist() == wanted
     assert world.rig.ended == [("save", None), ("load", None)]
     assert world.staging.free_count == 2
 
@@ -77,7 +81,7 @@ def test_layer_by_layer_is_the_same_as_at_once(worlds: list[World], kind: str) -
     for layer in range(SHAPE.layers):
         first, last = 2 * layer, 2 * layer + 2
         copy = world.path.save(offsets, pages, world.stream, world.rig.then(f"layer {layer}"), first, last)
-        world.rig.until([copy])
+        world.rig.until([copy.copy])
         if not layer:
             half = slab_bytes(HOST, offsets, world.engine.blocks(pages, 0, 2))
             assert bytes(world.host.numpy()) == half
@@ -96,17 +100,29 @@ def test_a_random_caller_gets_its_bytes_and_all_parts_back(worlds: list[World], 
         slots = chance.sample(range(8), count)
         offsets = [slot * BLOCK for slot in slots]
         if chance.random() < 0.5:
-            copy = world.path.save(offsets, pages, world.stream, world.rig.then(str(number)))
+            copy = world.path.save(offsets, pages, world.stream, world.rig.then(str(number))).copy
             for slot, block in zip(slots, world.engine.blocks(pages), strict=True):
                 host[slot] = block
         else:
-            copy = world.path.load(offsets, pages, world.stream, world.rig.then(str(number)))
+            copy = world.path.load(offsets, pages, world.stream, world.rig.then(str(number))).copy
             world.rig.copies.hold(copy, world.stream)
             world.engine.put(pages, [host[slot] for slot in slots], 0, len(world.engine.content))
         world.rig.until([copy])
     assert bytes(world.host.numpy()) == b"".join(host)
     world.engine.check_memory()
     assert world.staging.free_count == 2
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_bytes_that_changed_in_the_host_slab_are_seen_by_their_sums(worlds: list[World], kind: str) -> None:
+    worlds.append(world := World(kind))
+    saved = world.path.save([0, BLOCK], [[0, 1], [2, 3]], world.stream, world.rig.then("save"), 2, 4)
+    world.rig.until([saved.copy])
+    world.host[BLOCK + 2 * (BLOCK // 6) + 5] ^= 1
+    loaded = world.path.load([0, BLOCK], [[4, 5], [6, 7]], world.stream, world.rig.then("load"), 2, 4)
+    world.rig.until([loaded.copy])
+    assert torch.equal(loaded.sums[0], saved.sums[0])
+    assert not torch.equal(loaded.sums[1], saved.sums[1])
 
 
 def test_a_part_is_not_given_again_before_its_copy_has_ended(worlds: list[World]) -> None:
@@ -152,7 +168,7 @@ def test_what_does_not_fit_is_refused_before_anything_moves(
 def test_a_page_may_be_saved_twice_and_not_loaded_twice(worlds: list[World]) -> None:
     worlds.append(world := World("cpu"))
     pages = [[0, 1], [1, 2]]
-    world.rig.until([world.path.save([0, BLOCK], pages, world.stream, world.rig.then("a"))])
+    world.rig.until([world.path.save([0, BLOCK], pages, world.stream, world.rig.then("a")).copy])
     assert bytes(world.host.numpy()) == slab_bytes(HOST, [0, BLOCK], world.engine.blocks(pages))
     with pytest.raises(BadInput, match="named twice"):
         world.path.load([0, BLOCK], pages, world.stream, world.rig.then("b"))
@@ -163,7 +179,7 @@ def test_a_page_may_be_saved_twice_and_not_loaded_twice(worlds: list[World]) -> 
 def test_a_part_comes_back_when_the_device_refuses(worlds: list[World], dead: bool) -> None:
     worlds.append(world := World("cpu"))
     world.rig.copies._lanes["save", "host"] = Refusing(world.rig.lane("save host"), 1, dead=dead)
-    copy = world.path.save([0], [[0, 1]], world.stream, world.rig.then("a"))
+    copy = world.path.save([0], [[0, 1]], world.stream, world.rig.then("a")).copy
     world.rig.copies.wait([copy], PATIENCE_S)
     assert [(name, failure is None) for name, failure in world.rig.ended] == [("a", False)]
     assert world.staging.free_count == 2
@@ -180,7 +196,7 @@ def test_another_map_of_the_host_slab_sees_what_was_saved(worlds: list[World]) -
     again = memory.open(descriptor, HOST)
     os.close(descriptor)
     path = Path(world.rig.copies, world.engine.cache, world.staging, host)
-    world.rig.until([path.save([BLOCK], [[7, 8]], world.stream, world.rig.then("a"))])
+    world.rig.until([path.save([BLOCK], [[7, 8]], world.stream, world.rig.then("a")).copy])
     assert torch.equal(again, host)
     assert bytes(again[BLOCK : 2 * BLOCK].numpy()) == world.engine.blocks([[7, 8]])[0]
     torch.testing.assert_close(again[:BLOCK], torch.zeros(BLOCK, dtype=torch.uint8))
