@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvcache.device import sums
+from kvcache.device.checks import alignment
 
 if TYPE_CHECKING:
     from kvcache.device.pages import Moves
@@ -49,19 +50,29 @@ def _gathered(moves: Moves, first: int, last: int) -> torch.Tensor:
     """uint8 ``[block, byte of these planes]``."""
     count, per_block = moves.pages.shape
     planes = []
-    for plane in moves.cache.planes[first:last]:
+    for plane in _planes(moves, first, last):
         pages = plane[moves.pages.reshape(-1)].unflatten(0, (count, per_block))
         planes.append(
             pages.transpose(1, 2).reshape(count, -1)
         )  # [block, head, page of the block, token, row]
-    return torch.cat(planes, 1)
+    return torch.cat(planes, 1).view(torch.uint8)
 
 
 def _scatter(moves: Moves, blocks: torch.Tensor, first: int) -> None:
     """``blocks``: uint8 ``[block, byte of the planes from first on]``."""
-    _, heads, tokens, row = moves.cache.planes[0].shape
+    last = first + blocks.shape[1] // moves.spec.plane_bytes
+    planes = _planes(moves, first, last)
     count, per_block = moves.pages.shape
-    planes = blocks.view(count, -1, heads, per_block, tokens, row)
-    for at in range(planes.shape[1]):
-        pages = planes[:, at].transpose(1, 2).reshape(count * per_block, heads, tokens, row)
-        moves.cache.planes[first + at][moves.pages.reshape(-1)] = pages
+    _, heads, tokens, row = planes[0].shape
+    content = blocks.view(planes[0].dtype).view(count, len(planes), heads, per_block, tokens, row)
+    for at, plane in enumerate(planes):
+        pages = content[:, at].transpose(1, 2).reshape(count * per_block, heads, tokens, row)
+        plane[moves.pages.reshape(-1)] = pages
+
+
+def _planes(moves: Moves, first: int, last: int) -> list[torch.Tensor]:
+    """In words of 8 bytes where they are whole: torch moves a word as fast as a byte."""
+    cache = moves.cache
+    offsets = [plane.storage_offset() for plane in cache.planes[first:last]]
+    whole = alignment(cache.alignment, cache.row_bytes, *offsets) >= 8
+    return [plane.view(torch.int64) if whole else plane for plane in cache.planes[first:last]]

@@ -6,7 +6,7 @@ being bytes that are next to one another on both sides, at most 512 of them, a w
 
 ``_copy_and_sum`` does it in tiles of whole *rounds* of XXH3 (1 KiB of a chunk, 16 stripes of 64 bytes) and
 also sums them: XXH3 adds the stripes of a round in any order and only between rounds mixes what it has, so
-rounds are summed apart, 64 bytes a KiB are left in ``partials``, and ``_finish`` chains those, four chunks
+rounds are summed apart, 64 bytes a KiB are left in ``partials``, and ``_finish`` chains those, eight chunks
 a warp. It serves chunks over 240 bytes, a multiple of 8, with pages whose rows are whole stripes; the rest
 is summed by ``kvcache.device.sums_twin``.
 

@@ -23,9 +23,9 @@ class Place:
 
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if CUDA else [])]
-PLACES = [Place("torch", gather_twin, "cpu"), Place("triton-interpreter", kernels, "cpu")]
+PLACES = [Place("torch", gather_twin, "cpu"), Place("triton", kernels, "cpu")]
 if CUDA:
-    PLACES = [PLACES[0], Place("torch-cuda", gather_twin, "cuda"), Place("triton-cuda", kernels, "cuda")]
+    PLACES = [PLACES[0], Place("torch-cuda", gather_twin, "cuda"), Place("triton", kernels, "cuda")]
 
 on_all = pytest.mark.parametrize("device", DEVICES)
 by_all = pytest.mark.parametrize(
