@@ -178,14 +178,17 @@ class Path:
     def _with(self, plan: _Plan, then: Then, ask: Callable[[Then], Copy]) -> Passage:
         """The part is free when the copy has ended, or was not taken."""
 
+        is_free = False
+
         def ended(failure: Unavailable | None) -> None:
+            nonlocal is_free
+            is_free = True
             self.staging.give(plan.part)
             then(failure)
 
-        free_count = self.staging.free_count
         try:
             return Passage(ask(ended), plan.sums)
         except BaseException:
-            if self.staging.free_count == free_count:  # Not asked for: ``then`` is never called.
+            if not is_free:  # Nothing was begun: ``then`` is never called.
                 self.staging.give(plan.part)
             raise
