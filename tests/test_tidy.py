@@ -48,7 +48,6 @@ HEAVY: dict[str, str] = {
     "redis": r"kvcache/redis\.py",
     "sglang": r"client/connectors/sglang\w*\.py",
     "torch": r"client/connectors/\w+\.py|kvcache/device/\w+\.py|kvcache/tiers/hbm\.py" + DEMO_ENGINE,
-    "triton": r"kvcache/device/kernels\w*\.py",
     "triton": r"kvcache/device/kernels\.py",
     "transformers": r"client/connectors/transformers\w*\.py" + DEMO_ENGINE,
     "nixl_cu12": r"kvcache/transport/nixl\.py",
