@@ -54,7 +54,7 @@ test-ucx: .venv-ucx/.installed  ## the contract of transports over ucxx (270 MB)
 test-nixl: .venv-nixl/.installed  ## the contract of transports over NIXL (340 MB), on one host
 	$(RUN_NIXL)/pytest -m nixl --junit-xml=.reports/test-nixl.xml tests/transport
 
-test-device: .venv-device/.installed  ## the HBM tier on CPU tensors, its Triton kernels interpreted (1.6 GB)
+test-device: .venv-device/.installed  ## the HBM tier on CPU tensors, its Triton kernels interpreted (1.8 GB)
 	$(RUN_DEVICE)/pytest --junit-xml=.reports/test-device.xml tests/device
 
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
