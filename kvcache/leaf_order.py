@@ -93,21 +93,27 @@ class LeafOrder:
             put_back.append(entry)
             if holds[block]:
                 continue
-            chosen[block] = None
-            parent = parents[block]
-            own = stamps.get(parent)
-            if own is None:
-                continue
-            gone[parent] = gone.get(parent, 0) + 1
-            if gone[parent] != children[parent]:
-                continue
-            # It need not rise here: it is next either way, as all that is left is younger.
-            target = heaps[devices[parent]]
-            if target is heap:
-                heappush(heap, (own, parent))
-            elif only is None:
-                heappush(target, (own, parent))
-                many = True
+            while True:
+                chosen[block] = None
+                parent = parents[block]
+                own = stamps.get(parent)
+                if own is None:
+                    break
+                if children[parent] != 1:
+                    gone[parent] = gone.get(parent, 0) + 1
+                    if gone[parent] != children[parent]:
+                        break
+                target = heaps[devices[parent]]
+                if own > stamp:
+                    gone[parent] = children[parent]
+                    if target is heap or only is None:
+                        heappush(target, (own, parent))
+                        many = many or target is not heap
+                    break
+                # It need not rise here: it is next either way, as all that is left is younger.
+                if holds[parent] or len(chosen) == count or (target is not heap and only is not None):
+                    break
+                block = parent
         for entry in put_back:
             heappush(heaps[devices[entry[1]]], entry)
         return list(chosen)
