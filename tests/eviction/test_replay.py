@@ -1,0 +1,204 @@
+"""Replays: what is counted, by hand and by a second, slow way of counting; and the tree they run on."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache.errors import BadInput
+from kvcache.eviction.generate import Workload, generate
+from kvcache.eviction.leaf_lru import LeafLru
+from kvcache.eviction.replay import LeafCache, replay
+from kvcache.eviction.replay_tree import NONE, Forest, Path
+from kvcache.eviction.trace import Trace, read_trace
+from kvcache.policy import RequestContext
+
+SHARED = FilePath(__file__).parents[3] / "shared" / "traces"
+PERCENTS = (1, 3, 10, 30)
+REFERENCE = {  # Prefix-token hit ratios of another simulator, at 1, 3, 10 and 30 % of the blocks.
+    ("mooncake_conversation_first_half", "leaf-lru"): (0.0443, 0.0664, 0.2125, 0.3221),
+    ("mooncake_synthetic", "leaf-lru"): (0.0388, 0.1086, 0.2673, 0.4968),
+    ("claude_code_dev", "leaf-lru"): (0.2223, 0.6606, 0.9363, 0.9592),
+    ("lmcache_agent_b64", "leaf-lru"): (0.4486, 0.6975, 0.8850, 0.8881),
+}
+
+
+def tiny(parents: Sequence[int], leaves: Sequence[int], last_tokens: int = 10) -> Trace:
+    """Blocks of 10 tokens; those without children have ``last_tokens``. A request every second."""
+    tokens = [10 if block in parents else last_tokens for block in range(len(parents))]
+    lengths = []
+    for leaf in leaves:
+        length, block = 0, leaf
+        while block >= 0:
+            length, block = length + tokens[block], parents[block]
+        lengths.append(length)
+    count = len(leaves)
+    return Trace(
+        block_tokens=10,
+        parents=array("i", parents),
+        tokens=array("H", tokens),
+        leaves=array("i", leaves),
+        arrivals_ms=array("q", range(0, 1_000 * count, 1_000)),
+        input_tokens=array("i", lengths),
+        output_tokens=array("i", [1] * count),
+        sessions=array("i", [-1] * count),
+        kind_indexes=array("B", [0] * count),
+        kinds=("tool_use",),
+    )
+
+
+CHAIN = tiny([-1, 0, 1], [2, 2, 1])
+
+
+def test_the_whole_prompt_is_found_again() -> None:
+    result = replay(CHAIN, "leaf-lru", 3)
+    assert (result.blocks, result.hit_blocks) == (8, 5)
+    assert (result.prompt_tokens, result.hit_tokens) == (80, 50)
+    assert result.block_hit_ratio == result.prefix_token_hit_ratio == 5 / 8
+    assert (result.admitted_blocks, result.evicted_blocks) == (3, 0)
+
+
+def test_what_does_not_fit_is_cut_at_the_end() -> None:
+    result = replay(CHAIN, "leaf-lru", 2)
+    assert result.hit_blocks == 4
+    assert (result.admitted_blocks, result.evicted_blocks) == (2, 0)
+
+
+def test_a_partial_block_takes_a_place_and_counts_its_tokens() -> None:
+    result = replay(tiny([-1, 0], [1, 1], last_tokens=3), "leaf-lru", 2)
+    assert (result.hit_tokens, result.prompt_tokens) == (13, 26)
+    assert replay(tiny([-1, 0], [1, 1], last_tokens=3), "leaf-lru", 1).hit_tokens == 10
+
+
+def test_later_tokens_save_more() -> None:
+    result = replay(CHAIN, "leaf-lru", 3)
+    assert result.hit_cost == pytest.approx(50 + (30**2 + 20**2) / 60_000)
+    assert (
+        result.flops_saved_ratio < result.prefix_token_hit_ratio
+    )  # The first, a miss, was among the longest.
+
+
+def test_an_empty_prompt_is_a_request_all_the_same() -> None:
+    result = replay(tiny([-1], [-1, 0, 0]), "leaf-lru", 1)
+    assert (result.requests, result.hit_tokens) == (3, 10)
+
+
+def test_no_room_for_a_block_is_refused() -> None:
+    with pytest.raises(BadInput, match="0 blocks"):
+        replay(CHAIN, "leaf-lru", 0)
+
+
+def test_a_policy_that_breaks_its_contract_is_replaced_and_reported() -> None:
+    class Wrong(LeafLru):
+        def victims(self, context: RequestContext, count: int) -> Sequence[int]:
+            return [0]
+
+    trace = tiny([-1, 0, -1, -1], [1, 2, 3, 1])
+    result = replay(trace, Wrong, 2)
+    assert "no leaf" in result.policy_fault
+    assert result.hit_blocks == replay(trace, "leaf-lru", 2).hit_blocks
+
+
+def test_hints_reach_the_policy_unless_they_are_not_to() -> None:
+    class Told(LeafLru):
+        hints: list[str]
+
+        def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
+            self.hints.append(context.hint)
+
+    for hints, expected in ((True, "tool_call"), (False, "unknown")):
+        Told.hints = []
+        replay(CHAIN, Told, 3, hints=hints)
+        assert Told.hints == [expected] * 3
+
+
+def test_settings_are_the_policys_own() -> None:
+    with pytest.raises(BadInput, match="no setting 'depth'"):
+        replay(CHAIN, "leaf-lru", 3, settings={"depth": 1})
+
+
+def slow_leaf_lru(trace: Trace, capacity: int) -> int:
+    """Hit blocks, counted the long way: last use of each block, leaf by leaf."""
+    used: dict[int, int] = {}
+    hits = 0
+    for now, leaf in enumerate(trace.leaves):
+        path = trace.chain(leaf)
+        hit = 0
+        while hit < len(path) and path[hit] in used:
+            hit += 1
+        hits += hit
+        used.update(dict.fromkeys(path[:hit], now))
+        for block in path[hit:]:
+            parents = {trace.parents[each] for each in used}
+            leaves = [each for each in used if each not in parents and used[each] < now]
+            if len(used) == capacity:
+                if not leaves:
+                    break
+                del used[min(leaves, key=lambda each: used[each])]
+            used[block] = now
+    return hits
+
+
+workloads = st.builds(
+    Workload,
+    request_count=st.integers(1, 25),
+    block_tokens=st.integers(60, 400),
+    seed=st.integers(0, 1 << 32),
+    session_share=st.sampled_from([0.0, 0.5, 1.0]),
+    fan_out_share=st.just(0.0),
+)
+
+
+@given(workload=workloads, capacity=st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_leaf_lru_is_what_it_says(workload: Workload, capacity: int) -> None:
+    trace = generate(workload)
+    assert replay(trace, "leaf-lru", capacity).hit_blocks == slow_leaf_lru(trace, capacity)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 60])
+def test_the_tree_is_sound_after_every_request(capacity: int) -> None:
+    forest = Forest(generate(Workload(request_count=60, block_tokens=100, seed=3)))
+    cache = LeafCache(forest, LeafLru, capacity)
+    random = Random(1)
+    for index, leaf in enumerate(forest.trace.leaves):
+        cache.serve(RequestContext(now_ns=index), leaf)
+        cache.tree.check()
+        assert cache.tree.count <= capacity
+        assert all(cache.tree.is_evictable(block) for block in cache.tree.sample_leaves(3, random))
+    assert cache.admitted - cache.evicted == cache.tree.count
+
+
+def test_a_path_is_a_sequence_like_any_other() -> None:
+    forest = Forest(tiny([-1, 0, 1], [2]))
+    assert list(Path(forest, 2)) == [0, 1, 2]
+    assert Path(forest, 2)[-1] == 2
+    assert Path(forest, 2)[-1:] == [2]
+    assert Path(forest, 2)[:2] == [0, 1]
+    assert len(Path(forest, 2)) == 3
+    assert not Path(forest, NONE)
+    assert Path(forest, NONE)[-1:] == []
+    with pytest.raises(IndexError):
+        Path(forest, NONE)[-1]
+
+
+def shared(name: str) -> Trace:
+    path = SHARED / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"NOT TESTED on a published trace: {path.name} is not beside the project")
+    return read_trace(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "policy"), list(REFERENCE))
+def test_another_simulator_says_the_same(name: str, policy: str) -> None:
+    forest = Forest(shared(name))
+    blocks = forest.trace.block_count
+    found = [replay(forest, policy, blocks * percent // 100) for percent in PERCENTS]
+    assert tuple(round(each.prefix_token_hit_ratio, 4) for each in found) == REFERENCE[name, policy]
