@@ -177,19 +177,24 @@ def _check_requests(trace: Trace) -> None:
         raise _bad("a request ends in a block that is not there", f"there are {len(trace.parents)} blocks")
     if min(trace.input_tokens) < 0 or min(trace.output_tokens) < 0:
         raise _bad("a request has a negative length", "lengths are counts of tokens")
-    arrivals = trace.arrivals_ms
-    if any(later < earlier for earlier, later in pairwise(arrivals)):
-        raise _bad("requests are out of order", "arrivals never go back")
+    for index, (earlier, later) in enumerate(pairwise(trace.arrivals_ms), 1):
+        if later < earlier:
+            raise _bad(
+                f"request {index} arrives at {later} ms, the one before it at {earlier} ms",
+                "t_ms never runs back",
+                "if only the order is wrong, kvcache trace convert --sort mends it",
+            )
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_trace(path: Path) -> Trace:
-    """The trace in ``path``; requests are put in order of arrival. RAISES BadInput (bad_trace)."""
+def read_trace(path: Path, *, sort: bool = False) -> Trace:
+    """The kvtrace-v1 trace in ``path``. With ``sort``, requests are put in order of arrival; without, a file
+    whose time runs back is refused. RAISES BadInput (bad_trace)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Reader(path, archive).trace()
+            return _Reader(path, archive).trace(sort)
     except FileNotFoundError as error:
         raise _bad(f"{path} is not there", str(error), "give the path of a kvtrace-v1 .npz file") from error
     # RuntimeError and NotImplementedError: encrypted, or packed in a way zipfile does not know.
@@ -207,18 +212,21 @@ class _Reader:
         if len(archive.infolist()) > _MEMBERS_MAX:
             raise _bad(f"{path} has {len(archive.infolist())} members", f"a trace has at most {_MEMBERS_MAX}")
 
-    def trace(self) -> Trace:
+    def trace(self, sort: bool) -> Trace:
         block = self._integers("block", "i", 1)
         notes = self._texts("note", 1)
         if not block or not notes:
             raise _bad(f"{self._path} has no block length or no note", "the array is empty")
-        leaves, arrivals_ms, input_tokens, output_tokens, sessions, kind_indexes = _by_arrival(
+        columns: Sequence[array[int]] = (
             self._integers("leaf", "i", REQUESTS_MAX),
             self._integers("t_ms", "q", REQUESTS_MAX),
             self._integers("in_len", "i", REQUESTS_MAX),
             self._integers("out_len", "i", REQUESTS_MAX),
             self._integers("session", "i", REQUESTS_MAX),
             self._integers("kind", "B", REQUESTS_MAX),
+        )
+        leaves, arrivals_ms, input_tokens, output_tokens, sessions, kind_indexes = (
+            by_arrival(columns) if sort else columns
         )
         return Trace(
             block_tokens=block[0],
@@ -300,7 +308,7 @@ class _Reader:
             return stream.read(bytes_max)
 
 
-def _by_arrival(*columns: array[int]) -> Sequence[array[int]]:
+def by_arrival(columns: Sequence[array[int]]) -> Sequence[array[int]]:
     """The columns (leaf, t_ms, ...) with requests in order of arrival; equal arrivals keep their order."""
     arrivals = columns[1]
     if any(len(column) != len(arrivals) for column in columns):

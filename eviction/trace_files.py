@@ -1,0 +1,154 @@
+"""The front door of traces: what a file is, is read off its first bytes, whatever it is called.
+
+    what                         looks like                               read by
+    kvtrace-v1                   a zip archive (.npz)                     trace
+    Mooncake                     JSON lines with hash_ids, timestamp      trace_mooncake
+    Qwen-Bailian                 JSON lines with hash_ids, chat_id        trace_qwen
+    kv-cache-tester              one JSON object with requests, a folder  trace_tester
+    recorder                     .kvrec files, a folder of them           trace_recorded
+
+What is none of these is refused with what it looks like instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcache.errors import BadInput
+from kvcache.eviction.trace import BLOCK_TOKENS_MAX, Trace, read_trace, write_trace
+from kvcache.eviction.trace_mooncake import BLOCK_TOKENS as MOONCAKE_TOKENS
+from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
+from kvcache.eviction.trace_qwen import BLOCK_TOKENS as QWEN_TOKENS
+from kvcache.eviction.trace_qwen import qwen_lines, read_qwen
+from kvcache.eviction.trace_rows import LINE_BYTES_MAX, bad
+from kvcache.eviction.trace_tester import SPREAD_S, read_tester, tester_sessions
+
+KVTRACE, MOONCAKE, QWEN, TESTER, RECORDED = "kvtrace-v1", "mooncake", "qwen", "kv-cache-tester", "recorder"
+WRITABLE = (KVTRACE, MOONCAKE, QWEN, TESTER)
+_TODO = "give a kvtrace-v1 .npz, JSON lines of Mooncake or Qwen-Bailian, JSON of kv-cache-tester, recordings"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read what a file does not say itself. ``block_tokens`` 0: what its format has."""
+
+    block_tokens: int = 0
+    sort: bool = False
+    spread_s: float = SPREAD_S
+    seed: int = 1
+
+
+def open_trace(path: Path | str, reading: Reading | None = None) -> Trace:
+    """The trace in ``path``, in whichever format. RAISES BadInput (bad_trace) that names line or field."""
+    path = Path(path)
+    how = reading or Reading()
+    if how.block_tokens and not 1 <= how.block_tokens <= BLOCK_TOKENS_MAX:
+        raise BadInput(
+            "bad_config", f"blocks of {how.block_tokens} tokens", f"1 to {BLOCK_TOKENS_MAX} are possible"
+        )
+    trace = _READERS[format_of(path)](path, how)
+    if not trace.request_count:
+        raise bad(f"{path} has no requests", "the file is in order, but empty", _TODO)
+    return trace
+
+
+_READERS: dict[str, Callable[[Path, Reading], Trace]] = {
+    KVTRACE: lambda path, how: read_trace(path, sort=how.sort),
+    MOONCAKE: lambda path, how: read_mooncake(path, how.block_tokens or MOONCAKE_TOKENS, sort=how.sort),
+    QWEN: lambda path, how: read_qwen(path, how.block_tokens or QWEN_TOKENS, sort=how.sort),
+    TESTER: lambda path, how: read_tester(path, spread_s=how.spread_s, seed=how.seed),
+}
+
+
+def format_of(path: Path) -> str:
+    """One of the names above. RAISES BadInput (bad_trace) for what is none, with what it looks like."""
+    if path.is_dir():
+        return TESTER
+    try:
+        with path.open("rb") as stream:
+            first = stream.readline(LINE_BYTES_MAX)
+            while first and not first.strip():
+                first = stream.readline(LINE_BYTES_MAX)
+            more = bool(stream.read(1))
+    except FileNotFoundError as error:
+        raise bad(f"{path} is not there", "no file has this name", "check the path") from error
+    except OSError as error:
+        raise bad(f"{path} cannot be read", str(error)) from error
+    if first.startswith(b"PK\x03\x04"):
+        return KVTRACE
+    if first.lstrip().startswith(b"{"):
+        return _json_format(path, first.strip(), more)
+    raise bad(f"{path} is no trace that can be read", _looks_like(first), _TODO)
+
+
+def _json_format(path: Path, first: bytes, more: bool) -> str:
+    try:
+        fields = json.loads(first)
+    except (ValueError, RecursionError) as error:
+        if path.suffix == ".jsonl":
+            raise bad(f"line 1 of {path} is no JSON", str(error)[:200], "is the file whole?") from error
+        if more:
+            return TESTER  # One object over several lines; what is wrong with it, its reader says.
+        raise bad(f"{path} is no JSON", str(error)[:200], "is the file whole?") from error
+    keys = fields.keys() if isinstance(fields, dict) else set()
+    if "requests" in keys:
+        return TESTER
+    if keys & {"chat_id", "parent_chat_id"}:
+        return QWEN
+    if keys & {"hash_ids", "timestamp", "input_length"}:
+        return MOONCAKE
+    said = ", ".join(sorted(map(str, keys))[:8])[:120] or "none"
+    raise bad(f"{path} is no trace that can be read", f"its first line has the fields {said}", _TODO)
+
+
+def _looks_like(first: bytes) -> str:
+    if not first:
+        return "it is empty"
+    if first.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself: git lfs pull fetches that"
+    if first.startswith(b"\x1f\x8b"):
+        return "it is packed with gzip: gunzip it first"
+    if first.startswith(b"\x93NUMPY"):
+        return "it is one .npy array: a trace is an .npz archive of several"
+    return f"it begins with {first[:16]!r}"
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def save_trace(path: Path, trace: Trace, form: str = "") -> str:
+    """Write ``trace`` in the format ``form`` (empty: by the name of ``path``). The format's name.
+
+    RAISES BadInput (bad_config) when it cannot be written there."""
+    form = form or ("" if path.is_dir() else KVTRACE if path.suffix == ".npz" else "")
+    if form not in WRITABLE:
+        raise BadInput(
+            "bad_config",
+            f"the format {form!r}" if form else f"no format for {path}",
+            f"there are {', '.join(WRITABLE)}",
+            "give one with --format, or a name that ends in .npz",
+        )
+    try:
+        if form == KVTRACE:
+            write_trace(path, trace)
+        elif form == TESTER:
+            _write_folder(path, tester_sessions(trace))
+        else:
+            _write_lines(path, mooncake_lines(trace) if form == MOONCAKE else qwen_lines(trace))
+    except OSError as error:
+        raise BadInput("bad_config", f"{path} cannot be written", str(error)) from error
+    return form
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with path.open("w") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
+def _write_folder(path: Path, files: Iterable[tuple[str, str]]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in files:
+        (path / name).write_text(text)
