@@ -19,7 +19,7 @@ The sum: a request costs 10 us, a block that is found nothing, one that is missi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -134,7 +134,7 @@ class LeafCache:
         if missing:
             if end >= 0:
                 tree.hold(end)
-            new = missing[: self._room(context, end, len(missing))]
+            new = missing[: self._room(context, end, missing)]
             if new:
                 tree.enter(new)
                 guard.on_admitted(context, new)
@@ -143,10 +143,10 @@ class LeafCache:
                 tree.unhold(end)
         return end
 
-    def _room(self, context: RequestContext, parent: int, count: int) -> int:
-        """For how many of ``count`` leading blocks behind ``parent`` there is room, once some have gone."""
+    def _room(self, context: RequestContext, parent: int, missing: Sequence[int]) -> int:
+        """For how many of the blocks behind ``parent`` there is room, once some have gone."""
         tree, guard = self.tree, self.guard
-        wanted = guard.admit(context, parent, count)
+        wanted = guard.admit(context, parent, missing)
         over = tree.count + wanted - self.capacity
         while over > 0:
             named = guard.victims(context, over)

@@ -85,6 +85,7 @@ class ReplayTree:
         count = len(forest.parent)
         self.parent: Sequence[int] = forest.parent
         self.depth: Sequence[int] = forest.depth
+        self.key = range(count)
         self.children = [NONE] * count
         self.holds = [0] * count
         self.block_bytes: Sequence[int] = b"\1" * count

@@ -7,11 +7,11 @@ hits, never blocks that somebody holds and never a request. ``faults`` counts, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import index
 
 from kvcache.leaf_lru import LeafLru
-from kvcache.policy import DevicePolicy, EvictionPolicy, MakePolicy, RequestContext, TreeView
+from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy, MakePolicy, RequestContext, TreeView
 
 _FAULT_CHARS_MAX = 300
 
@@ -40,9 +40,13 @@ class PolicyGuard:
         except Exception as error:
             self._replace(context, f"on_request raised {error!r}")
 
-    def admit(self, context: RequestContext, parent: int, count: int) -> int:
+    def admit(self, context: RequestContext, parent: int, keys: Sequence[Hashable]) -> int:
+        count = len(keys)
         try:
-            admitted = index(self._policy.admit(context, parent, count))
+            if isinstance(self._policy, KeyedPolicy):
+                admitted = index(self._policy.admit_keys(context, parent, keys))
+            else:
+                admitted = index(self._policy.admit(context, parent, count))
         except Exception as error:
             self._replace(context, f"admit raised {error!r}")
             return count

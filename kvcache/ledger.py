@@ -166,7 +166,7 @@ class Ledger:
         twice, or when the keys skip a block that is known to come between."""
         start, before = complete(self._holdings, keys, parent_block(self._tree, parent))
         fresh, reason = missing(self._holdings, self._writes, keys, start, before, owner)
-        admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
+        admitted = self._guard.admit(context, before, fresh) if fresh else 0
         if admitted < len(fresh):
             fresh, reason = fresh[:admitted], "declined"
         slots = self._slots(context, arena, block_bytes, len(fresh), before) if fresh else []
