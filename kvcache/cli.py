@@ -37,6 +37,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "simulate": Subcommand(
         "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
     ),
+    "trace": Subcommand("kvcache.eviction.trace_cli:trace", "Look at, convert, make and record traces."),
 }
 
 
