@@ -16,7 +16,7 @@ from kvcache.policy import EvictionPolicy
 GROUP = "kvcache.eviction"
 
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"leaf-lru": LeafLru, "fifo": Fifo}
+POLICIES: dict[str, type[EvictionPolicy]] = {"leaf-lru": LeafLru, "leaf-fifo": Fifo}
 
 
 def policy_names() -> list[str]:

@@ -32,7 +32,7 @@ SETTINGS: dict[str, str] = {
     "capacity": "memory for blocks, for instance 4GiB",
     "unit": "bytes an extent, a power of two, or auto",
     "huge_pages": "auto, on or off",
-    "policy": "which block goes first (leaf-lru, fifo, or a plug-in's name)",
+    "policy": "which block goes first (leaf-lru, leaf-fifo, or a plug-in's name)",
     "credentials": "TOML file of tokens and users",
     "lease_ms_max": "longest lease in milliseconds",
     "quarantine_ms": "how long the slot of a wrong block stays unused",

@@ -69,7 +69,7 @@ class TestFifo(PolicyContract):
 
 def test_a_policy_is_found_by_name() -> None:
     assert policy_class("leaf-lru") is LeafLru
-    assert policy_class("fifo") is Fifo
+    assert policy_class("leaf-fifo") is Fifo
     assert set(policy_names()) >= set(POLICIES)
 
 
