@@ -20,100 +20,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from kvcache.errors import BadInput
+from kvcache.eviction.reference.belady import Belady, next_uses
+from kvcache.eviction.reference.blocks import BLOCK_POLICIES, BlockCache
 from kvcache.eviction.registry import policy_class
+from kvcache.eviction.replay_result import Counts, ReplayResult, Tally
 from kvcache.eviction.replay_tree import NONE, Forest, Path, ReplayTree
 from kvcache.eviction.trace import Trace
 from kvcache.guard import PolicyGuard
 from kvcache.policy import EvictionPolicy, MakePolicy, RequestContext
 
-POSITION_TOKENS = 30_000
+BELADY = "belady"
 _NS_PER_MS = 1_000_000
 _HINTS = {"tool_use": "tool_call", "tool_call": "tool_call", "end_turn": "turn_end", "turn_end": "turn_end"}
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayResult:
-    """What came of it. Costs are of prefill, in tokens: one at position ``p`` costs 1 + p / 30,000."""
-
-    policy: str
-    capacity_blocks: int
-    requests: int
-    blocks: int
-    hit_blocks: int
-    prompt_tokens: int
-    hit_tokens: int
-    prompt_cost: float
-    hit_cost: float
-    admitted_blocks: int
-    evicted_blocks: int
-    seconds: float
-    policy_fault: str = ""
-
-    @property
-    def block_hit_ratio(self) -> float:
-        return self.hit_blocks / self.blocks if self.blocks else 0.0
-
-    @property
-    def prefix_token_hit_ratio(self) -> float:
-        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def flops_saved_ratio(self) -> float:
-        return self.hit_cost / self.prompt_cost if self.prompt_cost else 0.0
-
-
-def prefill_cost(tokens: int) -> float:
-    """Of the leading ``tokens`` of a prompt: attention grows with the position, all else does not."""
-    return tokens + tokens * tokens / (2 * POSITION_TOKENS)
-
-
-class Tally:
-    """Adds up what requests found."""
-
-    def __init__(self, forest: Forest) -> None:
-        self._forest = forest
-        self._ends: dict[int, int] = {}
-        self.hit_tokens = self.hit_blocks = 0
-        self.hit_cost = 0.0
-
-    def found(self, end: int, blocks: int) -> None:
-        """A request found its prompt up to ``end``, and ``blocks`` blocks of it in all."""
-        tokens = self._forest.tokens(end)
-        self.hit_tokens += tokens
-        self.hit_blocks += blocks
-        self.hit_cost += prefill_cost(tokens)
-
-    def result(self, policy: str, capacity_blocks: int, counts: Counts) -> ReplayResult:
-        trace, depth = self._forest.trace, self._forest.depth
-        return ReplayResult(
-            policy=policy,
-            capacity_blocks=capacity_blocks,
-            requests=trace.request_count,
-            blocks=sum(depth[leaf] for leaf in trace.leaves if leaf >= 0),
-            hit_blocks=self.hit_blocks,
-            prompt_tokens=sum(trace.input_tokens),
-            hit_tokens=self.hit_tokens,
-            prompt_cost=sum(map(prefill_cost, trace.input_tokens)),
-            hit_cost=self.hit_cost,
-            admitted_blocks=counts.admitted,
-            evicted_blocks=counts.evicted,
-            seconds=counts.seconds,
-            policy_fault=counts.fault,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    admitted: int
-    evicted: int
-    seconds: float
-    fault: str = ""
 
 
 class LeafCache:
@@ -159,6 +83,48 @@ class LeafCache:
         return wanted
 
 
+class Served(Protocol):
+    """A cache that a trace is replayed over."""
+
+    @property
+    def admitted(self) -> int: ...
+
+    @property
+    def evicted(self) -> int: ...
+
+    @property
+    def fault(self) -> str:
+        """How a policy broke its contract, if it did."""
+
+    def serve(self, index: int, leaf: int) -> tuple[int, int]:
+        """What was found of a request's prompt: the end of its leading part (or NONE), how many blocks."""
+
+
+class _Leaves:
+    """The requests of a trace for one ``LeafCache``."""
+
+    def __init__(self, forest: Forest, cache: LeafCache, hints: bool) -> None:
+        self._cache = cache
+        self._depth = forest.depth
+        self._contexts = Contexts(forest.trace, hints)
+
+    @property
+    def admitted(self) -> int:
+        return self._cache.admitted
+
+    @property
+    def evicted(self) -> int:
+        return self._cache.evicted
+
+    @property
+    def fault(self) -> str:
+        return self._cache.guard.last_fault
+
+    def serve(self, index: int, leaf: int) -> tuple[int, int]:
+        end = self._cache.serve(self._contexts.of(index), leaf)
+        return end, self._depth[end] if end != NONE else 0
+
+
 def replay(
     trace: Trace | Forest,
     policy: str | MakePolicy,
@@ -175,20 +141,32 @@ def replay(
     """
     check_capacity(capacity_blocks)
     forest = trace if isinstance(trace, Forest) else Forest(trace)
-    make = named_policy(policy, settings or {}) if isinstance(policy, str) else policy
-    name = policy if isinstance(policy, str) else getattr(policy, "__name__", "policy")
     start = time.perf_counter()
-    cache = LeafCache(forest, make, capacity_blocks)
+    name, cache = _cache(forest, policy, capacity_blocks, settings or {}, hints)
     tally = Tally(forest)
-    contexts = Contexts(forest.trace, hints)
     for index, leaf in enumerate(forest.trace.leaves):
         if leaf >= 0:
-            end = cache.serve(contexts.of(index), leaf)
-            tally.found(end, forest.depth[end] if end != NONE else 0)
+            tally.found(*cache.serve(index, leaf))
         if progress is not None:
             progress(index + 1)
-    counts = Counts(cache.admitted, cache.evicted, time.perf_counter() - start, cache.guard.last_fault)
+    counts = Counts(cache.admitted, cache.evicted, time.perf_counter() - start, cache.fault)
     return tally.result(name, capacity_blocks, counts)
+
+
+def _cache(
+    forest: Forest, policy: str | MakePolicy, capacity: int, settings: Mapping[str, float], hints: bool
+) -> tuple[str, Served]:
+    if not isinstance(policy, str):
+        name = getattr(policy, "__name__", type(policy).__name__)
+        return name, _Leaves(forest, LeafCache(forest, policy, capacity), hints)
+    if policy != BELADY and policy not in BLOCK_POLICIES:
+        make = named_policy(policy, settings)
+        return policy, _Leaves(forest, LeafCache(forest, make, capacity), hints)
+    if settings:
+        raise BadInput("bad_config", f"{policy} has no setting {next(iter(settings))!r}", "it has none")
+    if policy == BELADY:
+        return policy, Belady(forest, next_uses(forest), capacity)
+    return policy, BlockCache(forest, policy, capacity)
 
 
 class Contexts:
