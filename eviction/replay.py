@@ -18,6 +18,7 @@ The sum: a request costs 10 us, a block that is found nothing, one that is missi
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +27,7 @@ from typing import Protocol
 from kvcache.errors import BadInput
 from kvcache.eviction.reference.belady import Belady, next_uses
 from kvcache.eviction.reference.blocks import BLOCK_POLICIES, BlockCache
-from kvcache.eviction.registry import policy_class
+from kvcache.eviction.registry import policy_class, policy_names
 from kvcache.eviction.replay_result import Counts, ReplayResult, Tally
 from kvcache.eviction.replay_tree import NONE, Forest, Path, ReplayTree
 from kvcache.eviction.trace import Trace
@@ -34,6 +35,7 @@ from kvcache.guard import PolicyGuard
 from kvcache.policy import EvictionPolicy, MakePolicy, RequestContext
 
 BELADY = "belady"
+REPLAY_ONLY = frozenset({BELADY, *BLOCK_POLICIES})
 _NS_PER_MS = 1_000_000
 _HINTS = {"tool_use": "tool_call", "tool_call": "tool_call", "end_turn": "turn_end", "turn_end": "turn_end"}
 
@@ -159,7 +161,7 @@ def _cache(
     if not isinstance(policy, str):
         name = getattr(policy, "__name__", type(policy).__name__)
         return name, _Leaves(forest, LeafCache(forest, policy, capacity), hints)
-    if policy != BELADY and policy not in BLOCK_POLICIES:
+    if policy not in REPLAY_ONLY:
         make = named_policy(policy, settings)
         return policy, _Leaves(forest, LeafCache(forest, make, capacity), hints)
     if settings:
@@ -191,8 +193,21 @@ def check_capacity(capacity_blocks: int) -> None:
         raise BadInput("too_small", f"a cache of {capacity_blocks} blocks", "one block is the least")
 
 
+def replay_names() -> list[str]:
+    """Every policy that can be replayed: the store's first."""
+    return [*policy_names(), *BLOCK_POLICIES, BELADY]
+
+
 def named_policy(name: str, settings: Mapping[str, float]) -> MakePolicy:
     """RAISES BadInput for a name that nobody offers, a setting that it has not or that is out of range."""
+    if name not in policy_names():
+        near = difflib.get_close_matches(name, replay_names(), 1)
+        raise BadInput(
+            "bad_config",
+            f"no policy is called {name!r}",
+            f"there are {', '.join(replay_names())}",
+            f"did you mean {near[0]!r}?" if near else "choose one of these",
+        )
     found: type[EvictionPolicy] = policy_class(name)
     params = found.params()
     for key, value in settings.items():

@@ -11,7 +11,8 @@ POSITION_TOKENS = 30_000
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What came of it. Costs are of prefill, in tokens: one at position ``p`` costs 1 + p / 30,000."""
+    """What came of it. ``*_squared`` are sums, over requests, of leading tokens squared: what attention over
+    them costs grows so."""
 
     policy: str
     capacity_blocks: int
@@ -20,8 +21,8 @@ class ReplayResult:
     hit_blocks: int
     prompt_tokens: int
     hit_tokens: int
-    prompt_cost: float
-    hit_cost: float
+    prompt_squared: int
+    hit_squared: int
     admitted_blocks: int
     evicted_blocks: int
     seconds: float
@@ -37,12 +38,13 @@ class ReplayResult:
 
     @property
     def flops_saved_ratio(self) -> float:
-        return self.hit_cost / self.prompt_cost if self.prompt_cost else 0.0
+        return self.flops_saved(POSITION_TOKENS)
 
-
-def prefill_cost(tokens: int) -> float:
-    """Of the leading ``tokens`` of a prompt: attention grows with the position, all else does not."""
-    return tokens + tokens * tokens / (2 * POSITION_TOKENS)
+    def flops_saved(self, position_tokens: float) -> float:
+        """Of prefill's work, the share that was found, where attention at position ``position_tokens`` costs
+        as much as all else (``kvcache.eviction.models``)."""
+        whole = self.prompt_tokens + self.prompt_squared / (2 * position_tokens)
+        return (self.hit_tokens + self.hit_squared / (2 * position_tokens)) / whole if whole else 0.0
 
 
 class Tally:
@@ -50,16 +52,14 @@ class Tally:
 
     def __init__(self, forest: Forest) -> None:
         self._forest = forest
-        self._ends: dict[int, int] = {}
-        self.hit_tokens = self.hit_blocks = 0
-        self.hit_cost = 0.0
+        self.hit_tokens = self.hit_blocks = self.hit_squared = 0
 
     def found(self, end: int, blocks: int) -> None:
         """A request found its prompt up to ``end``, and ``blocks`` blocks of it in all."""
         tokens = self._forest.tokens(end)
         self.hit_tokens += tokens
         self.hit_blocks += blocks
-        self.hit_cost += prefill_cost(tokens)
+        self.hit_squared += tokens * tokens
 
     def result(self, policy: str, capacity_blocks: int, counts: Counts) -> ReplayResult:
         trace, depth = self._forest.trace, self._forest.depth
@@ -71,8 +71,8 @@ class Tally:
             hit_blocks=self.hit_blocks,
             prompt_tokens=sum(trace.input_tokens),
             hit_tokens=self.hit_tokens,
-            prompt_cost=sum(map(prefill_cost, trace.input_tokens)),
-            hit_cost=self.hit_cost,
+            prompt_squared=sum(tokens * tokens for tokens in trace.input_tokens),
+            hit_squared=self.hit_squared,
             admitted_blocks=counts.admitted,
             evicted_blocks=counts.evicted,
             seconds=counts.seconds,

@@ -112,10 +112,9 @@ def test_a_partial_block_takes_a_place_and_counts_its_tokens() -> None:
 
 def test_later_tokens_save_more() -> None:
     result = replay(CHAIN, "leaf-lru", 3)
-    assert result.hit_cost == pytest.approx(50 + (30**2 + 20**2) / 60_000)
-    assert (
-        result.flops_saved_ratio < result.prefix_token_hit_ratio
-    )  # The first, a miss, was among the longest.
+    assert (result.hit_squared, result.prompt_squared) == (30**2 + 20**2, 30**2 + 30**2 + 20**2)
+    assert result.flops_saved(10) == pytest.approx((50 + 1300 / 20) / (80 + 2200 / 20))
+    assert result.flops_saved(1e12) == pytest.approx(result.prefix_token_hit_ratio)
 
 
 def test_an_empty_prompt_is_a_request_all_the_same() -> None:

@@ -1,0 +1,18 @@
+"""``kvcache tune``: what a cache would have been worth under another policy or size.
+
+Exit status: 0 done, 1 something is wrong with what was asked, 2 usage.
+"""
+
+from __future__ import annotations
+
+import click
+
+from kvcache.eviction.cli_replay import replay_command
+
+
+@click.group()
+def tune() -> None:
+    """Try policies and sizes of the cache on traces of requests."""
+
+
+tune.add_command(replay_command)
