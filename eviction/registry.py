@@ -10,13 +10,18 @@ from importlib.metadata import entry_points
 
 from kvcache.errors import BadInput
 from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.policy import EvictionPolicy
 
 GROUP = "kvcache.eviction"
 
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"leaf-lru": LeafLru, "leaf-fifo": Fifo}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "leaf-lru": LeafLru,
+    "leaf-hazard": LeafHazard,
+    "leaf-fifo": Fifo,
+}
 
 
 def policy_names() -> list[str]:

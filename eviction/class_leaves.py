@@ -1,0 +1,96 @@
+"""Leaves by class, the longest unused of each first: where a policy of classes finds its candidates.
+
+Within a class the leaf that was used first goes first, so that where classes are worth the same, or
+nothing is learned yet, what goes is what leaf-first LRU would let go; of equally old ones, the deepest.
+Each pile of leaves is a heap, one a class and device.
+
+Invariants: every tracked leaf has an entry in the pile of its class and device that carries its last
+use; other entries are stale and dropped when met; when there are more than twice as many entries as
+tracked blocks, and a few, all piles are made anew.
+
+The sum: a leaf that comes or goes costs 1 us; looking at the first of a pile 0.5 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from heapq import heapify, heappop, heappush
+
+from kvcache.eviction.reuse_times import ReuseClass, Use
+from kvcache.policy import TreeView
+
+_SPARE_ENTRIES = 256
+
+Entry = tuple[int, int, int]  # last use, minus the depth, block
+
+
+class Pile:
+    """The leaves of one class on one device."""
+
+    __slots__ = ("device", "heap", "kind")
+
+    def __init__(self, kind: ReuseClass, device: int) -> None:
+        self.kind = kind
+        self.device = device
+        self.heap: list[Entry] = []
+
+
+class ClassLeaves:
+    def __init__(self, tree: TreeView, uses: Mapping[int, Use]) -> None:
+        """``uses`` has the last use of every tracked block, and changes."""
+        self._tree = tree
+        self._uses = uses
+        self._piles: dict[tuple[ReuseClass, int], Pile] = {}
+        self._entries = 0
+
+    def add(self, block: int) -> None:
+        """It is a leaf now, or was used. Nothing happens when it is neither tracked nor a leaf."""
+        use = self._uses.get(block)
+        if use is not None and not self._tree.children[block]:
+            heappush(self._pile(use, block).heap, (use.at_ms, -self._tree.depth[block], block))
+            self._entries += 1
+            if self._entries > 2 * len(self._uses) + _SPARE_ENTRIES:
+                self._make_anew()
+
+    def piles(self, device: int | None) -> Iterable[Pile]:
+        """Those of one device, or of all (None)."""
+        return [pile for pile in self._piles.values() if pile.heap and device in (None, pile.device)]
+
+    def first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
+        """The oldest evictable leaf that is not ``chosen``. Entries that were passed over and must not be
+        lost go to ``aside``; give them back with ``put_back``."""
+        heap, uses, children, holds = pile.heap, self._uses, self._tree.children, self._tree.holds
+        while heap:
+            entry = heap[0]
+            block = entry[2]
+            use = uses.get(block)
+            if use is None or use.kind is not pile.kind or use.at_ms != entry[0] or children[block]:
+                heappop(heap)
+                self._entries -= 1
+            elif holds[block] or block in chosen:
+                aside.append(heappop(heap))
+            else:
+                return entry
+        return None
+
+    def put_back(self, aside: Iterable[Entry]) -> None:
+        for entry in aside:
+            heappush(self._pile(self._uses[entry[2]], entry[2]).heap, entry)
+
+    def _pile(self, use: Use, block: int) -> Pile:
+        at = use.kind, self._tree.device[block]
+        pile = self._piles.get(at)
+        if pile is None:
+            pile = self._piles[at] = Pile(*at)
+        return pile
+
+    def _make_anew(self) -> None:
+        self._piles.clear()
+        self._entries = 0
+        children, depth = self._tree.children, self._tree.depth
+        for block, use in self._uses.items():
+            if not children[block]:
+                self._pile(use, block).heap.append((use.at_ms, -depth[block], block))
+                self._entries += 1
+        for pile in self._piles.values():
+            heapify(pile.heap)
