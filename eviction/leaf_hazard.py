@@ -28,6 +28,7 @@ worth at an age is a Gittins index; declining what is worth less is the bypass o
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import groupby
@@ -58,7 +59,7 @@ class LeafHazard:
         self,
         tree: TreeView,
         capacity_bytes: int,
-        samples: float = 16,
+        samples: float = 8,
         decay: float = 0.98,
         memory: float = 4.0,
         decline: float = 1.0,
@@ -71,18 +72,19 @@ class LeafHazard:
         self._random = Random(1)
         self._times = ReuseTimes(_PRIOR_USES)
         self._uses: dict[int, Use] = {}  # of held blocks
-        self._names: dict[Hashable, Use] = {}  # of others, the first remembered first
+        self._names: OrderedDict[Hashable, Use] = OrderedDict()  # of others, the first remembered first
         self._leaves = ClassLeaves(tree, self._uses)
         self._now_ms = 0
         self._requests = 0
         self._rebuilt_at = 0
         self._rebuild_at = _REBUILD_FIRST
+        self._expected: list[int] = []  # what may go next, chosen since anything was told
         self._full = 0  # so many blocks were held at most, since the table was built; 0: nothing went yet
 
     @classmethod
     def params(cls) -> Mapping[str, Param]:
         return {
-            "samples": Param(16, 0, 256, "leaves drawn evenly and compared, beside the oldest of each class"),
+            "samples": Param(8, 0, 256, "leaves drawn evenly and compared, beside the oldest of each class"),
             "decay": Param(
                 0.98, 0.5, 1.0, "what 200 requests leave of the weight of what was learned before"
             ),
@@ -98,6 +100,7 @@ class LeafHazard:
 
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
         self._tick(context)
+        self._expected = []
         self._requests += 1
         if self._requests >= self._rebuild_at:
             self._rebuild()
@@ -148,6 +151,7 @@ class LeafHazard:
 
     def on_admitted(self, context: RequestContext, blocks: Sequence[int]) -> None:
         self._tick(context)
+        self._expected = []
         uses, names, key, now_ms = self._uses, self._names, self._tree.key, self._now_ms
         hint = _HINT_AT[context.hint]
 
@@ -165,6 +169,7 @@ class LeafHazard:
             self._full = max(self._full, len(uses))
 
     def on_evicted(self, blocks: Sequence[int], reason: str) -> None:
+        self._expected = []
         uses, names, tree = self._uses, self._names, self._tree
         parents, children, key = tree.parent, tree.children, tree.key
         if not self._full and reason in _MADE_ROOM:
@@ -184,6 +189,10 @@ class LeafHazard:
     # --- what goes --------------------------------------------------------------------------------
 
     def victims(self, context: RequestContext, count: int) -> Sequence[int]:
+        """What was chosen to see whether a branch is worth its room goes for it, if it still can."""
+        expected = self._expected[:count]
+        if len(expected) == count and self._can_go(expected):
+            return expected
         return self._choose(context, count, None)
 
     def victims_on(self, context: RequestContext, count: int, device: int) -> Sequence[int]:
@@ -222,10 +231,20 @@ class LeafHazard:
         leaves.put_back(aside)
         return list(chosen)
 
+    def _can_go(self, blocks: Sequence[int]) -> bool:
+        """Is each an evictable leaf, once those before it have gone?"""
+        parents, children, holds = self._tree.parent, self._tree.children, self._tree.holds
+        gone: dict[int, int] = {}
+        for block in blocks:
+            if holds[block] or children[block] != gone.get(block, 0):
+                return False
+            parent = parents[block]
+            gone[parent] = gone.get(parent, 0) + 1
+        return True
+
     def _candidate(self, block: int, now_ms: int, pile: int) -> _Candidate:
         use = self._uses[block]
-        rate = use.kind.worth[age_index(max(0, now_ms - use.at_ms))]
-        return rate, use.at_ms, -self._tree.depth[block], block, pile
+        return _worth(use, now_ms), use.at_ms, -self._tree.depth[block], block, pile
 
     def _drawn(self, now_ms: int, device: int | None) -> list[_Candidate]:
         return [
@@ -236,8 +255,12 @@ class LeafHazard:
 
     def _bar(self, context: RequestContext, count: int) -> list[float]:
         """What each of ``count`` victims is worth, the first of them last."""
-        now_ms = self._time_ms(context)
-        return [self._candidate(block, now_ms, -1)[0] for block in reversed(self.victims(context, count))]
+        self._expected = self._choose(context, count, None)
+        now_ms = self._now_ms
+        bar: list[float] = []
+        for use, run in groupby(reversed(self._expected), self._uses.__getitem__):
+            bar += [_worth(use, now_ms)] * len(list(run))
+        return bar
 
     # --- what is known ----------------------------------------------------------------------------
 
@@ -263,7 +286,7 @@ class LeafHazard:
     def _forget(self) -> None:
         limit = max(_NAMES_MIN, int(self._memory * len(self._uses)))
         while len(self._names) > limit:
-            self._times.forget(self._names.pop(next(iter(self._names))), 1)
+            self._times.forget(self._names.popitem(last=False)[1], 1)
 
     def _covered(self, path: Sequence[int]) -> int:
         """How many leading blocks of the path come before its last fork."""
@@ -285,14 +308,20 @@ class LeafHazard:
         return max(self._now_ms, context.now_ns // _NS_PER_MS)
 
     def _tick(self, context: RequestContext) -> None:
-        self._now_ms = self._time_ms(context)
-        self._times.advance(self._now_ms)
+        now_ms = self._time_ms(context)
+        if now_ms != self._now_ms:
+            self._now_ms = now_ms
+            self._times.advance(now_ms)
 
     def state(self) -> bytes:
         return self._times.state()
 
     def load_state(self, data: bytes) -> None:
         self._times.load_state(data)
+
+
+def _worth(use: Use, now_ms: int) -> float:
+    return use.kind.worth[age_index(max(0, now_ms - use.at_ms))]
 
 
 def _gap(gap_ms: int) -> int:

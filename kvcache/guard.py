@@ -30,9 +30,14 @@ class PolicyGuard:
         self._tree = tree
         self._capacity_bytes = capacity_bytes
         self._committed = committed
-        self._policy: EvictionPolicy = make_policy(tree, capacity_bytes)
+        self._install(make_policy(tree, capacity_bytes))
         self.faults = 0
         self.last_fault = ""
+
+    def _install(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._keyed = policy if isinstance(policy, KeyedPolicy) else None
+        self._devices = policy if isinstance(policy, DevicePolicy) else None
 
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
         try:
@@ -43,8 +48,8 @@ class PolicyGuard:
     def admit(self, context: RequestContext, parent: int, keys: Sequence[Hashable]) -> int:
         count = len(keys)
         try:
-            if isinstance(self._policy, KeyedPolicy):
-                admitted = index(self._policy.admit_keys(context, parent, keys))
+            if self._keyed is not None:
+                admitted = index(self._keyed.admit_keys(context, parent, keys))
             else:
                 admitted = index(self._policy.admit(context, parent, count))
         except Exception as error:
@@ -89,10 +94,10 @@ class PolicyGuard:
 
     def victims_on(self, context: RequestContext, count: int, device: int) -> list[int]:
         """As ``victims``: of one device if the policy can tell them apart, and then perhaps none."""
-        if not isinstance(self._policy, DevicePolicy):
+        if self._devices is None:
             return self.victims(context, count)
         try:
-            named = [index(block) for block in self._policy.victims_on(context, count, device)]
+            named = [index(block) for block in self._devices.victims_on(context, count, device)]
         except Exception as error:
             fault = f"victims_on raised {error!r}"
         else:
@@ -153,7 +158,8 @@ class PolicyGuard:
         assert type(self._policy) is not LeafLru, fault  # Ours is wrong: nothing is left to fall back to.
         self.faults += 1
         self.last_fault = f"{type(self._policy).__name__}: {fault}"[:_FAULT_CHARS_MAX]
-        self._policy = policy = LeafLru(self._tree, self._capacity_bytes)
+        policy = LeafLru(self._tree, self._capacity_bytes)
+        self._install(policy)
         for block in self._committed():
             policy.on_admitted(context, (block,))
         return policy
