@@ -5,6 +5,7 @@
     kvcache trace anonymize TRACE OUT       what tuning needs, and no more
     kvcache trace split TRACE A B           by time or by session
     kvcache trace generate OUT              made up, or with parameters fitted from another (--like)
+    kvcache trace record begin|end|tell     what a node is asked (``trace_record_cli``)
 
 TRACE is in any format that ``trace_files`` knows. Exit status: 0 done, 1 wrong settings or trace, 2 usage.
 """
@@ -18,11 +19,11 @@ from pathlib import Path
 
 import click
 
-from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import anonymized, coarsened, split_by_session, split_by_time
+from kvcache.eviction.trace_edit import anonymized, coarsened, parse_share, split_by_session, split_by_time
 from kvcache.eviction.trace_files import WRITABLE, Reading, format_of, open_trace, save_trace
+from kvcache.eviction.trace_record_cli import record
 from kvcache.eviction.trace_shape import picture, shape_of
 from kvcache.eviction.trace_tester import SPREAD_S
 
@@ -33,6 +34,9 @@ TRACE = click.Path(path_type=Path)
 @click.group()
 def trace() -> None:
     """Look at request traces, convert, anonymize, split and make them."""
+
+
+trace.add_command(record)
 
 
 def _reads(command: Command) -> Command:
@@ -193,14 +197,6 @@ def make(
         progress = _progress(out.name, requests or read.request_count)
         made = generate_like(model, requests or read.request_count, seed, progress)
     _write(out, made, form, as_json)
-
-
-def parse_share(text: str) -> float:
-    """``50%`` or ``0.5``. RAISES BadInput (bad_config)."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise BadInput("bad_config", f"a share of {text!r}", "write for instance 50% or 0.5") from error
 
 
 def _write(out: Path, made: Trace, form: str, as_json: bool) -> None:

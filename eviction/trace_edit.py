@@ -86,6 +86,14 @@ def split_by_session(trace: Trace, share: float, seed: int = 1) -> tuple[Trace, 
     return _parts(trace, first, rest, f"{share:.0%} of the sessions of", "the other sessions of")
 
 
+def parse_share(text: str) -> float:
+    """``50%`` or ``0.5``. RAISES BadInput (bad_config)."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise BadInput("bad_config", f"a share of {text!r}", "write for instance 50% or 0.5") from error
+
+
 def _check_share(share: float) -> None:
     if not 0 < share < 1:
         raise BadInput("bad_config", f"a share of {share}", "it is over 0 and below 1, for instance 50%")

@@ -23,6 +23,7 @@ from kvcache.eviction.trace_mooncake import BLOCK_TOKENS as MOONCAKE_TOKENS
 from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
 from kvcache.eviction.trace_qwen import BLOCK_TOKENS as QWEN_TOKENS
 from kvcache.eviction.trace_qwen import qwen_lines, read_qwen
+from kvcache.eviction.trace_recorded import MAGIC, SUFFIX, read_recorded
 from kvcache.eviction.trace_rows import LINE_BYTES_MAX, bad
 from kvcache.eviction.trace_tester import SPREAD_S, read_tester, tester_sessions
 
@@ -59,6 +60,7 @@ _READERS: dict[str, Callable[[Path, Reading], Trace]] = {
     KVTRACE: lambda path, how: read_trace(path, sort=how.sort),
     MOONCAKE: lambda path, how: read_mooncake(path, how.block_tokens or MOONCAKE_TOKENS, sort=how.sort),
     QWEN: lambda path, how: read_qwen(path, how.block_tokens or QWEN_TOKENS, sort=how.sort),
+    RECORDED: lambda path, how: read_recorded(path),
     TESTER: lambda path, how: read_tester(path, spread_s=how.spread_s, seed=how.seed),
 }
 
@@ -66,7 +68,7 @@ _READERS: dict[str, Callable[[Path, Reading], Trace]] = {
 def format_of(path: Path) -> str:
     """One of the names above. RAISES BadInput (bad_trace) for what is none, with what it looks like."""
     if path.is_dir():
-        return TESTER
+        return RECORDED if next(path.glob(f"*{SUFFIX}"), None) else TESTER
     try:
         with path.open("rb") as stream:
             first = stream.readline(LINE_BYTES_MAX)
@@ -79,6 +81,8 @@ def format_of(path: Path) -> str:
         raise bad(f"{path} cannot be read", str(error)) from error
     if first.startswith(b"PK\x03\x04"):
         return KVTRACE
+    if first.startswith(MAGIC):
+        return RECORDED
     if first.lstrip().startswith(b"{"):
         return _json_format(path, first.strip(), more)
     raise bad(f"{path} is no trace that can be read", _looks_like(first), _TODO)

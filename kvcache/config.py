@@ -71,6 +71,9 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     nvme_late_ms: Milliseconds = 2_000
     nvme_direct: Literal["auto", "on", "off"] = "auto"
     nvme_scrub_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    record: str = "none"
+    record_bytes: str = "256MiB"
+    record_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
 
     @property
     def capacity_bytes(self) -> int:

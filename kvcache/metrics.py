@@ -98,6 +98,12 @@ STATS: tuple[Stat, ...] = (
     ),
     Stat("short_reservations", "counter", "Reservations of less than asked.", "reason", ("busy", "full")),
     Stat("leases_taken", "counter", "Leases given."),
+    # What was recorded of requests.
+    Stat("recording", "gauge", "1 while requests are recorded."),
+    Stat("recorded_requests", "counter", "Requests recorded."),
+    Stat("recorded_bytes", "counter", "Bytes of recordings written."),
+    Stat("record_lost_batches", "counter", "Batches of records that the disk did not take in time."),
+    Stat("record_failures", "counter", "Recordings that ended because their disk failed."),
     # What went to NVMe and came from there.
     Stat("nvme_written_blocks", "counter", "Blocks written to NVMe."),
     Stat("nvme_written_bytes", "counter", "Their bytes."),

@@ -48,6 +48,7 @@ from kvcache.wire_peers import Follow as Follow
 from kvcache.wire_peers import Followed as Followed
 from kvcache.wire_peers import Post as Post
 from kvcache.wire_peers import Posted as Posted
+from kvcache.wire_record import Record as Record
 from kvcache.wire_slices import PIECES_MAX as PIECES_MAX
 from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
 from kvcache.wire_slices import ChunkSums as ChunkSums
@@ -303,7 +304,7 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 _Asking = Hello | Open | Match | TakeLease | Release | Read | Sums | Stats | Watch
-_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
+_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub | Record
 _Moving = Export | Post | Advance | Follow
 Request = _Asking | _Changing | _Moving
 

@@ -54,6 +54,9 @@ SETTINGS: dict[str, str] = {
     "nvme_writes_a_day": "drive writes a day: how often its capacity is written in 24 hours (0: no limit)",
     "nvme_late_ms": "a read that takes longer is late; several in a row fence the device",
     "nvme_direct": "auto, on or off: past the page cache",
+    "record": "folder to record what is asked into, for tuning (docs/traces.md), or none",
+    "record_bytes": "most bytes of recordings in it; the oldest go",
+    "record_sample": "share of the sessions that is recorded, over 0 to 1",
     "nvme_scrub_share": "share of the read bandwidth that verifying what is stored may take (0: off)",
 }
 

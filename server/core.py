@@ -26,6 +26,7 @@ from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
 from kvcache.server.bringing import Bringing
 from kvcache.server.progress import Progress
+from kvcache.server.recording import Recording
 from kvcache.server.telling import Telling
 from kvcache.server.tickets import Tickets
 from kvcache.server.uses import Uses
@@ -100,6 +101,7 @@ class Core:
         self.uses = Uses(self._freed)
         self.progress = Progress()
         self.bringing = Bringing(ledger, clock)
+        self.recording = Recording(clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -297,6 +299,7 @@ class Core:
         self.tickets.tick()
         self.plane.tick()
         self.bringing.tick()
+        self.recording.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()
@@ -348,6 +351,7 @@ class Core:
         return {
             **self.bringing.stats(),
             **self.telling.stats(),
+            **self.recording.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -373,7 +377,7 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return self.bringing.troubles()
+        return self.bringing.troubles() + ([self.recording.trouble] if self.recording.trouble else [])
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
@@ -386,5 +390,6 @@ class Core:
         self.telling.check()
 
     def close(self) -> None:
+        self.recording.close()
         self._summing.shutdown(wait=True, cancel_futures=True)
         self.host.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 
 from kvcache import wire
@@ -13,11 +15,13 @@ from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
 from kvcache.server.reading import WAIT_MS_MAX, Reading
+from kvcache.server.recording import asked_plan
 from kvcache.server.session import Answer, Later
 from kvcache.server.streams import Streams
 from kvcache.server.watching import Watching
 from kvcache.server.writing import Writing
 from kvcache.server.written import Written
+from kvcache.wire_record import BEGIN, END, TELL
 
 
 class Connection:
@@ -67,6 +71,8 @@ class Connection:
                 return self._persist(request)
             case wire.Scrub():
                 return self._scrub()
+            case wire.Record():
+                return self._record(request)
             case wire.Stats():
                 identity.require("reader", "writer", "router", "operator")
                 return wire.StatsReply(core.stats(), core.troubles())
@@ -137,6 +143,18 @@ class Connection:
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
+
+    def _record(self, request: wire.Record) -> wire.Reply:
+        self._identity.require("operator")
+        recording = self._core.recording
+        if request.action not in (BEGIN, END, TELL):
+            raise BadInput("bad_message", f"action {request.action!r:.40}", f"it is {BEGIN}, {END} or {TELL}")
+        if request.action == BEGIN:
+            plan = asked_plan(self._core.config, request, self._identity.peer.uid == os.getuid())
+            recording.begin(plan, time.time_ns() // NS_PER_MS)
+        elif request.action == END:
+            recording.end()
+        return wire.StatsReply(recording.stats(), [recording.said()])
 
     def _persist(self, request: wire.Persist) -> Answer | Later:
         self._identity.require("writer")

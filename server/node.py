@@ -39,6 +39,7 @@ from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
 from kvcache.server.peering import join, peer_token
+from kvcache.server.recording import Plan
 from kvcache.server.session import Session, failure
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
@@ -120,6 +121,8 @@ class Node:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
         self.core.bringing.start()
+        if (plan := Plan.of(self.config)) is not None:
+            self.core.recording.begin(plan, time.time_ns() // NS_PER_MS)
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()

@@ -96,6 +96,8 @@ class Reading:
             core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
                 core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+                if core.recording.is_on:
+                    core.recording.asked(request, opened.spec.block_tokens)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),

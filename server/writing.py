@@ -45,6 +45,8 @@ class Writing:
             self._context(request),
         )
         core.settle()
+        if core.recording.is_on and not self._identity.node:
+            core.recording.saved(request, opened.spec.block_tokens, opened.tenant)
         if reservation.reason in ("busy", "full"):
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:

@@ -1,0 +1,168 @@
+"""A node that records what it is asked: one record a request, off when told, and never in the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvcache import wire
+from kvcache.channel import BlockingChannel
+from kvcache.config import NodeConfig
+from kvcache.errors import BadInput
+from kvcache.eviction.trace import Trace
+from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.server.recording import Plan, asked_plan
+from tests.server.conftest import EmbeddedNode, Serve
+from tests.server.talk import HASHES, connected, deadline, lease, opened, refused, reserve, save, stats
+
+
+def record(channel: BlockingChannel, action: str, folder: Path | str = "", **more: int) -> wire.StatsReply:
+    reply = channel.call(wire.Record(action, str(folder), **more), deadline())
+    assert isinstance(reply, wire.StatsReply)
+    return reply
+
+
+def read(node: EmbeddedNode, folder: Path) -> Trace:
+    """What has been recorded, which ends with this."""
+    node.call(node.node.core.recording.close)
+    return read_recorded(folder)
+
+
+def test_nothing_is_recorded_by_default(serve: Serve, tmp_path: Path) -> None:
+    node = serve()
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        lease(channel, namespace, HASHES[:4])
+        assert stats(channel)["recording"] == 0
+        assert record(channel, "tell").troubles == ["not recording"]
+        assert node.node.core.recording._recorder is None
+
+
+def test_a_node_records_from_its_start(serve: Serve, tmp_path: Path) -> None:
+    node = serve(record=str(tmp_path / "rec"))
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        lease(channel, namespace, HASHES[:20])
+        reserve(channel, namespace, HASHES[:24])
+        lease(channel, namespace, HASHES[:17], request="a")
+        lease(channel, namespace, HASHES[:17], request="a")
+        told = stats(channel)
+        assert (told["recording"], told["recorded_requests"]) == (1, 2)
+    trace = read(node, tmp_path / "rec")
+    assert [request.prompt_tokens for request in trace.requests()] == [20 * 16, 17 * 16]
+    assert trace.output_tokens.tolist() == [4 * 16, 0]
+    first, second = (list(request.blocks) for request in trace.requests())
+    assert first[:2] == second[:2]
+
+
+def test_an_operator_turns_it_on_and_off(serve: Serve, tmp_path: Path) -> None:
+    node = serve()
+    folder = tmp_path / "rec"
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        begun = record(channel, "begin", folder, sample=1_000_000)
+        assert begun.troubles == [f"recording into {folder}"]
+        lease(channel, namespace, HASHES[:9])
+        assert record(channel, "tell").values["recorded_requests"] == 1
+        assert record(channel, "end").troubles == ["not recording"]
+        lease(channel, namespace, HASHES[:9])
+        assert record(channel, "tell").values["recorded_requests"] == 1
+        record(channel, "begin", folder)
+        lease(channel, namespace, HASHES[:5])
+        assert record(channel, "end").values["recorded_requests"] == 2
+    node.call(node.node.core.recording.close)
+    trace = read_recorded(folder)
+    assert trace.request_count == 2
+    assert "2 files of 2 recordings" in trace.note
+
+
+def test_what_is_asked_wrongly_is_refused(serve: Serve, tmp_path: Path) -> None:
+    node = serve()
+    with connected(node.node.address) as channel:
+        refused("bad_config", channel, wire.Record("begin"))
+        refused("bad_config", channel, wire.Record("begin", str(tmp_path), bytes_max=5))
+        refused("bad_config", channel, wire.Record("begin", str(tmp_path), sample=2_000_000))
+        refused("bad_message", channel, wire.Record("pause"))
+
+
+def test_only_the_nodes_own_user_names_a_folder() -> None:
+    config = NodeConfig(record="/var/rec", record_bytes="2MiB", record_sample=0.5)
+    assert asked_plan(config, wire.Record("begin"), False) == Plan(Path("/var/rec"), 2 << 20, 0.5)
+    asked = wire.Record("begin", "/elsewhere", 3 << 20, 250_000)
+    assert asked_plan(config, asked, True) == Plan(Path("/elsewhere"), 3 << 20, 0.25)
+    with pytest.raises(Exception, match="may not choose where"):
+        asked_plan(config, asked, False)
+
+
+@pytest.mark.parametrize("settings", [{"record_bytes": "5"}, {"record_bytes": "many"}])
+def test_settings_that_are_none(settings: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="record_bytes"):
+        Plan.of(NodeConfig(record="/var/rec", **settings))
+
+
+def test_a_disk_that_fails_is_said_once_and_the_node_goes_on(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "rec"
+    folder.write_text("in the way")
+    node = serve(record=str(folder))
+    recording = node.node.core.recording
+    assert recording._files is not None
+    recording._files._thread.join(10)
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        for count in range(1, 9):
+            lease(channel, namespace, HASHES[:count])
+            node.call(recording.tick)
+        assert save(channel, namespace, HASHES[:4]) == 4
+        told = stats(channel)
+        assert (told["recording"], told["record_failures"]) == (0, 1)
+        reply = record(channel, "tell")
+        assert "the recording ended" in reply.troubles[0]
+        assert str(folder) in reply.troubles[0]
+        assert recording.trouble in node.node.core.troubles()
+    assert len([each for each in caplog.messages if "the recording ended" in each]) == 1
+    folder.unlink()
+    with connected(node.node.address) as channel:
+        assert record(channel, "begin").values["recording"] == 1
+        assert node.node.core.troubles() == []
+
+
+def test_clients_that_send_nonsense_do_no_harm(serve: Serve, tmp_path: Path) -> None:
+    node = serve(record=str(tmp_path))
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        for parent in (b"", b"x", b"y" * 15, b"z" * 64):
+            for prefix in (b"", HASHES[3] * 5, b"".join(HASHES[::-1])):
+                channel.call(wire.TakeLease(namespace, prefix, "n" * 900, parent=parent), deadline())
+    assert read(node, tmp_path).request_count >= 2
+
+
+def test_it_is_written_while_the_node_lives(serve: Serve, tmp_path: Path) -> None:
+    node = serve(record=str(tmp_path))
+    with connected(node.node.address) as channel:
+        lease(channel, opened(channel), HASHES[:9])
+    node.call(node.node.core.recording._flush)
+    while not any(path.stat().st_size > 100 for path in tmp_path.glob("*.kvrec")):
+        os.sched_yield()
+    assert read_recorded(tmp_path).request_count == 1
+
+
+def test_a_disk_that_fails_at_the_very_end_is_said_too(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvcache.eviction.record_files.os.write", full)
+    node = serve(record=str(tmp_path / "rec"))
+    recording = node.node.core.recording
+    with connected(node.node.address) as channel:
+        lease(channel, opened(channel), HASHES[:9])
+        record(channel, "end")
+        node.call(recording.close)
+        node.call(recording.tick)
+        assert "No space left on device" in record(channel, "tell").troubles[0]
+        assert stats(channel)["record_failures"] == 1
