@@ -144,16 +144,21 @@ class Connection:
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
 
-    def _record(self, request: wire.Record) -> wire.Reply:
+    def _record(self, request: wire.Record) -> Answer | Later:
         self._identity.require("operator")
         recording = self._core.recording
         if request.action not in (BEGIN, END, TELL):
             raise BadInput("bad_message", f"action {request.action!r:.40}", f"it is {BEGIN}, {END} or {TELL}")
+        if request.action == END:
+            return self._end_recording()
         if request.action == BEGIN:
             plan = asked_plan(self._core.config, request, self._identity.peer.uid == os.getuid())
             recording.begin(plan, time.time_ns() // NS_PER_MS)
-        elif request.action == END:
-            recording.end()
+        return wire.StatsReply(recording.stats(), [recording.said()])
+
+    async def _end_recording(self) -> Answer:
+        recording = self._core.recording
+        await recording.end_and_wait()
         return wire.StatsReply(recording.stats(), [recording.said()])
 
     def _persist(self, request: wire.Persist) -> Answer | Later:

@@ -8,6 +8,7 @@ that fails ends the recording (said once, in the log, in ``troubles`` and by ``k
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from dataclasses import dataclass
@@ -124,6 +125,13 @@ class Recording:
             self._files.end()
             self._ending = self._files
             self._leave()
+
+    async def end_and_wait(self) -> None:
+        """``end``, and wait until it is written, unless the disk takes long; others go on meanwhile."""
+        self.end()
+        if self._ending is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._ending.close)
+            self.tick()  # It may have failed at the very end.
 
     def close(self) -> None:
         """``end``, and wait until it is written, unless the disk takes long. May be called twice."""
