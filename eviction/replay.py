@@ -45,29 +45,46 @@ Progress = Callable[[int], None]
 class LeafCache:
     """One cache that evicts leaves, as the store does, under a policy of the store's."""
 
-    def __init__(self, forest: Forest, make: MakePolicy, capacity: int) -> None:
-        self._forest = forest
+    def __init__(
+        self,
+        forest: Forest,
+        make: MakePolicy,
+        capacity: int,
+        below: Callable[[RequestContext, Sequence[int]], None] | None = None,
+    ) -> None:
+        """``below`` is told of what goes, before it goes."""
         self.capacity = capacity
+        self._below = below
         self.tree = ReplayTree(forest)
         self.guard = PolicyGuard(self.tree, capacity, make, self.tree.cached)
         self.admitted = self.evicted = 0
 
     def serve(self, context: RequestContext, leaf: int) -> int:
         """One request whose prompt ends in ``leaf``. The last block of it that was found, or NONE."""
-        tree, guard = self.tree, self.guard
-        end, missing = tree.find(leaf)
-        guard.on_request(context, Path(self._forest, end))
+        end, missing = self.look(context, leaf)
         if missing:
-            if end >= 0:
-                tree.hold(end)
-            new = missing[: self._room(context, end, missing)]
-            if new:
-                tree.enter(new)
-                guard.on_admitted(context, new)
-                self.admitted += len(new)
-            if end >= 0:
-                tree.unhold(end)
+            self.store(context, end, missing)
         return end
+
+    def look(self, context: RequestContext, leaf: int) -> tuple[int, list[int]]:
+        """The last block of the prompt that is here, or NONE, and what is missing behind it."""
+        end, missing = self.tree.find(leaf)
+        self.guard.on_request(context, Path(self.tree.parent, end))
+        return end, missing
+
+    def store(self, context: RequestContext, end: int, missing: Sequence[int]) -> int:
+        """What is ``missing`` behind ``end`` has come. So many leading blocks of it were kept."""
+        tree = self.tree
+        if end >= 0:
+            tree.hold(end)
+        new = missing[: self._room(context, end, missing)]
+        if new:
+            tree.enter(new)
+            self.guard.on_admitted(context, new)
+            self.admitted += len(new)
+        if end >= 0:
+            tree.unhold(end)
+        return len(new)
 
     def _room(self, context: RequestContext, parent: int, missing: Sequence[int]) -> int:
         """For how many of the blocks behind ``parent`` there is room, once some have gone."""
@@ -78,6 +95,8 @@ class LeafCache:
             named = guard.victims(context, over)
             if not named:
                 return wanted - over
+            if self._below is not None:
+                self._below(context, named)
             tree.leave(named)
             guard.on_evicted(context, named, "evicted")
             self.evicted += len(named)

@@ -18,7 +18,7 @@ The sum: a block costs 0.2 us when it comes and when it goes, what is found cost
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import overload
 
@@ -45,19 +45,34 @@ class Forest:
             return 0
         return (self.depth[block] - 1) * self.trace.block_tokens + self.trace.tokens[block]
 
+    def continued(self) -> list[list[int]]:
+        """Of each block, those that continue it."""
+        found: list[list[int]] = [[] for _ in self.parent]
+        for block, parent in enumerate(self.parent):
+            if parent >= 0:
+                found[parent].append(block)
+        return found
+
 
 class Path(Sequence[int]):
-    """The blocks from the first of a prompt to ``end``; none for NONE."""
+    """The blocks from the first of a prompt to ``end``, or from the first of which ``parents`` knows; none
+    for NONE. It is walked when somebody looks at more than its end."""
 
-    __slots__ = ("_blocks", "_end", "_forest")
+    __slots__ = ("_blocks", "_end", "_parents")
 
-    def __init__(self, forest: Forest, end: int) -> None:
-        self._forest = forest
+    def __init__(self, parents: Sequence[int], end: int) -> None:
+        self._parents = parents
         self._end = end
         self._blocks: list[int] | None = None
 
     def __len__(self) -> int:
-        return self._forest.depth[self._end] if self._end >= 0 else 0
+        return len(self._walked())
+
+    def __bool__(self) -> bool:
+        return self._end >= 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._walked())
 
     @overload
     def __getitem__(self, at: int) -> int: ...
@@ -71,8 +86,17 @@ class Path(Sequence[int]):
                 return [self._end] if self._end >= 0 else []
             if at == -1 and self._end >= 0:
                 return self._end
-            self._blocks = self._forest.trace.chain(self._end)
-        return self._blocks[at]
+        return self._walked()[at]
+
+    def _walked(self) -> list[int]:
+        if self._blocks is None:
+            self._blocks = []
+            block = self._end
+            while block >= 0:
+                self._blocks.append(block)
+                block = self._parents[block]
+            self._blocks.reverse()
+        return self._blocks
 
 
 _LAST = slice(-1, None)

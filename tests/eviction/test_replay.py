@@ -209,16 +209,18 @@ def test_the_tree_is_sound_after_every_request(capacity: int) -> None:
 
 
 def test_a_path_is_a_sequence_like_any_other() -> None:
-    forest = Forest(tiny([-1, 0, 1], [2]))
-    assert list(Path(forest, 2)) == [0, 1, 2]
-    assert Path(forest, 2)[-1] == 2
-    assert Path(forest, 2)[-1:] == [2]
-    assert Path(forest, 2)[:2] == [0, 1]
-    assert len(Path(forest, 2)) == 3
-    assert not Path(forest, NONE)
-    assert Path(forest, NONE)[-1:] == []
+    parents = [-1, 0, 1]
+    assert list(Path(parents, 2)) == [0, 1, 2]
+    assert Path(parents, 2)[-1] == 2
+    assert Path(parents, 2)[-1:] == [2]
+    assert Path(parents, 2)[:2] == [0, 1]
+    assert len(Path(parents, 2)) == 3
+    assert Path(parents, 0)
+    assert not Path(parents, NONE)
+    assert len(Path(parents, NONE)) == 0
+    assert Path(parents, NONE)[-1:] == []
     with pytest.raises(IndexError):
-        Path(forest, NONE)[-1]
+        Path(parents, NONE)[-1]
 
 
 def shared(name: str) -> Trace:

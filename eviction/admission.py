@@ -1,0 +1,89 @@
+"""What is worth writing to the lower tier, and how much may be: branch by branch, leading blocks first.
+
+    all             whatever falls out of memory
+    touched>=2      blocks that so many requests had (any number will do)
+    branch-reused   the same, and all of a branch of which some block was touched twice: a conversation
+                    that came back once is written whole, its newest part too
+    hazard          what the lower tier's own policy says (``admit``): for policies that learn
+
+A prefix is written or nothing is, so no rule ever leaves a hole: what continues it on the lower tier already
+decides for a block. The budget is a bucket of blocks that fills at an even rate; it counts what is
+written for that reason too, and then waits until it is paid.
+
+CacheLib (OSDI 20) and Flashield (NSDI 19) admit to flash by the same two thoughts, for objects that
+stand alone: only what has proved itself, and never more than the drive bears.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvcache.errors import BadInput
+
+RULES = ("all", "touched>=2", "branch-reused", "hazard")
+DAY_S = 86_400
+_BURST_S = 60.0
+_NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A rule of ``RULES``: ``touches`` is the least a block needs; ``branch`` asks it of one of a branch."""
+
+    name: str
+    touches: int = 0
+    branch: bool = False
+    asks_policy: bool = False
+
+
+ALL = Admission("all")
+
+
+def parse_admission(text: str) -> Admission:
+    """RAISES BadInput for what is no rule."""
+    match = re.fullmatch(r"touched>=([1-9][0-9]{0,3})", text.replace(" ", ""))
+    if match is not None:
+        return Admission(text, touches=int(match[1]))
+    if text == "all":
+        return ALL
+    if text == "branch-reused":
+        return Admission(text, touches=2, branch=True)
+    if text == "hazard":
+        return Admission(text, asks_policy=True)
+    raise BadInput("bad_config", f"no admission is called {text!r}", f"there are {', '.join(RULES)}")
+
+
+def leading(
+    rule: Admission, branch: Sequence[int], touches: Sequence[int], reused: Callable[[], bool]
+) -> int:
+    """How many leading blocks of a branch are worth writing, by themselves. ``reused``: does it belong to a
+    longer branch of which some block was touched twice?"""
+    if rule.branch and branch and (touches[branch[0]] >= rule.touches or reused()):
+        return len(branch)
+    count = 0
+    while count < len(branch) and touches[branch[count]] >= rule.touches:
+        count += 1
+    return count
+
+
+class Budget:
+    """How many blocks may be written by now. ``blocks_a_second`` 0: any number."""
+
+    def __init__(self, blocks_a_second: float, start_ns: int) -> None:
+        self._rate = blocks_a_second
+        self._most = max(1.0, blocks_a_second * _BURST_S)
+        self._left = self._most
+        self._now_ns = start_ns
+
+    def left(self, now_ns: int, wanted: int) -> int:
+        """Of ``wanted``, so many may be written now."""
+        if not self._rate:
+            return wanted
+        self._left = min(self._most, self._left + (now_ns - self._now_ns) * self._rate / _NS_PER_S)
+        self._now_ns = now_ns
+        return max(0, min(wanted, int(self._left)))
+
+    def spend(self, count: int) -> None:
+        self._left -= count
