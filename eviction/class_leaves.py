@@ -13,7 +13,7 @@ The sum: a leaf that comes or goes costs 1 us; looking at the first of a pile 0.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from heapq import heapify, heappop, heappush
 
 from kvcache.eviction.reuse_times import ReuseClass, Use
@@ -22,6 +22,7 @@ from kvcache.policy import TreeView
 _SPARE_ENTRIES = 256
 
 Entry = tuple[int, int, int]  # last use, minus the depth, block
+_Candidate = tuple[float, int, int, int, int]  # rank, an entry, its pile or -1
 
 
 class Pile:
@@ -52,13 +53,55 @@ class ClassLeaves:
             if self._entries > 2 * len(self._uses) + _SPARE_ENTRIES:
                 self._make_anew()
 
-    def piles(self, device: int | None) -> Iterable[Pile]:
-        """Those of one device, or of all (None)."""
-        return [pile for pile in self._piles.values() if pile.heap and device in (None, pile.device)]
+    def choose(
+        self, count: int, device: int | None, rank: Callable[[Use], float], drawn: Iterable[int] = ()
+    ) -> list[int]:
+        """At most ``count`` blocks of one device, or of all (None), each an evictable leaf once those before
+        it have gone: the lowest of the oldest of each class, and of the leaves ``drawn``. After a leaf
+        comes the branch that it ends, as far as that was used at once."""
+        tree, uses = self._tree, self._uses
+        parents, children, holds, devices = tree.parent, tree.children, tree.holds, tree.device
+        chosen: dict[int, None] = {}
+        gone: dict[int, int] = {}
+        aside: list[Entry] = []
+        piles = [pile for pile in self._piles.values() if pile.heap and device in (None, pile.device)]
+        found: list[_Candidate] = []
+        for at, pile in enumerate(piles):
+            if (entry := self._first(pile, chosen, aside)) is not None:
+                found.append((rank(uses[entry[2]]), *entry, at))
+        found += [
+            self._candidate(block, rank)
+            for block in drawn
+            if block in uses and device in (None, devices[block])
+        ]
+        heapify(found)
+        while found and len(chosen) < count:
+            block, at = heappop(found)[3:]
+            use = uses[block]
+            while block not in chosen:
+                chosen[block] = None
+                block = parents[block]
+                gone[block] = gone.get(block, 0) + 1
+                if len(chosen) == count or block < 0 or gone[block] != children[block]:
+                    break
+                if holds[block] or block not in uses or device not in (None, devices[block]):
+                    break
+                if uses[block] is not use:
+                    heappush(found, self._candidate(block, rank))
+                    break
+            if at >= 0 and (entry := self._first(piles[at], chosen, aside)) is not None:
+                heappush(found, (rank(uses[entry[2]]), *entry, at))
+        for entry in aside:
+            heappush(self._pile(uses[entry[2]], entry[2]).heap, entry)
+        return list(chosen)
 
-    def first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
+    def _candidate(self, block: int, rank: Callable[[Use], float]) -> _Candidate:
+        use = self._uses[block]
+        return rank(use), use.at_ms, -self._tree.depth[block], block, -1
+
+    def _first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
         """The oldest evictable leaf that is not ``chosen``. Entries that were passed over and must not be
-        lost go to ``aside``; give them back with ``put_back``."""
+        lost go to ``aside``."""
         heap, uses, children, holds = pile.heap, self._uses, self._tree.children, self._tree.holds
         while heap:
             entry = heap[0]
@@ -72,10 +115,6 @@ class ClassLeaves:
             else:
                 return entry
         return None
-
-    def put_back(self, aside: Iterable[Entry]) -> None:
-        for entry in aside:
-            heappush(self._pile(self._uses[entry[2]], entry[2]).heap, entry)
 
     def _pile(self, use: Use, block: int) -> Pile:
         at = use.kind, self._tree.device[block]

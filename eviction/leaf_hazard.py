@@ -30,12 +30,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from heapq import heappop, heappush
 from itertools import groupby
 from random import Random
 
-from kvcache.eviction.class_leaves import ClassLeaves, Entry
-from kvcache.eviction.reuse_times import ReuseTimes, Use, age_index
+from kvcache.eviction.class_leaves import ClassLeaves
+from kvcache.eviction.reuse_times import ReuseTimes, Use
 from kvcache.policy import HINTS, Param, RequestContext, TreeView
 
 _NS_PER_MS = 1_000_000
@@ -48,8 +47,6 @@ _REBUILD_REQUESTS = 200
 _MADE_ROOM = ("evicted", "reclaimed")
 _ORDINARY_PRIORITY = 50
 _HINT_AT = {hint: at for at, hint in enumerate(HINTS)}
-
-_Candidate = tuple[float, int, int, int, int]  # worth, last use, minus the depth, block, its pile or -1
 
 
 class LeafHazard:
@@ -199,37 +196,13 @@ class LeafHazard:
         return self._choose(context, count, device)
 
     def _choose(self, context: RequestContext, count: int, device: int | None) -> list[int]:
-        uses, leaves, now_ms = self._uses, self._leaves, self._time_ms(context)
-        tree, parents, children = self._tree, self._tree.parent, self._tree.children
-        chosen: dict[int, None] = {}
-        gone: dict[int, int] = {}
-        aside: list[Entry] = []
-        piles = list(leaves.piles(device))
-        firsts = ((at, leaves.first(pile, chosen, aside)) for at, pile in enumerate(piles))
-        candidates = [self._candidate(entry[2], now_ms, at) for at, entry in firsts if entry is not None]
-        candidates += self._drawn(now_ms, device)
-        candidates.sort()
-        while candidates and len(chosen) < count:
-            block, pile = heappop(candidates)[3:]
-            use = uses[block]
-            while block not in chosen:
-                chosen[block] = None
-                parent = parents[block]
-                gone[parent] = gone.get(parent, 0) + 1
-                if len(chosen) == count or parent < 0 or gone[parent] != children[parent]:
-                    break
-                if tree.holds[parent] or parent not in uses or device not in (None, tree.device[parent]):
-                    break
-                if uses[parent] is not use:
-                    heappush(candidates, self._candidate(parent, now_ms, -1))
-                    break
-                block = parent
-            if pile >= 0:
-                entry = leaves.first(piles[pile], chosen, aside)
-                if entry is not None:
-                    heappush(candidates, self._candidate(entry[2], now_ms, pile))
-        leaves.put_back(aside)
-        return list(chosen)
+        now_ms = self._time_ms(context)
+
+        def rank(use: Use) -> float:
+            return use.kind.worth_at(max(0, now_ms - use.at_ms))
+
+        drawn = self._tree.sample_leaves(self._samples, self._random)
+        return self._leaves.choose(count, device, rank, drawn)
 
     def _can_go(self, blocks: Sequence[int]) -> bool:
         """Is each an evictable leaf, once those before it have gone?"""
@@ -242,24 +215,13 @@ class LeafHazard:
             gone[parent] = gone.get(parent, 0) + 1
         return True
 
-    def _candidate(self, block: int, now_ms: int, pile: int) -> _Candidate:
-        use = self._uses[block]
-        return _worth(use, now_ms), use.at_ms, -self._tree.depth[block], block, pile
-
-    def _drawn(self, now_ms: int, device: int | None) -> list[_Candidate]:
-        return [
-            self._candidate(block, now_ms, -1)
-            for block in self._tree.sample_leaves(self._samples, self._random)
-            if block in self._uses and device in (None, self._tree.device[block])
-        ]
-
     def _bar(self, context: RequestContext, count: int) -> list[float]:
         """What each of ``count`` victims is worth, the first of them last."""
         self._expected = self._choose(context, count, None)
         now_ms = self._now_ms
         bar: list[float] = []
         for use, run in groupby(reversed(self._expected), self._uses.__getitem__):
-            bar += [_worth(use, now_ms)] * len(list(run))
+            bar += [use.kind.worth_at(max(0, now_ms - use.at_ms))] * len(list(run))
         return bar
 
     # --- what is known ----------------------------------------------------------------------------
@@ -318,10 +280,6 @@ class LeafHazard:
 
     def load_state(self, data: bytes) -> None:
         self._times.load_state(data)
-
-
-def _worth(use: Use, now_ms: int) -> float:
-    return use.kind.worth[age_index(max(0, now_ms - use.at_ms))]
 
 
 def _gap(gap_ms: int) -> int:

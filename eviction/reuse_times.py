@@ -76,6 +76,15 @@ class ReuseClass:
         self.hazard: list[float] = [0.0] * AGES if wider is None else wider.hazard
         self.worth: list[float] = [0.0] * AGES if wider is None else wider.worth
 
+    def worth_at(self, age_ms: int) -> float:
+        """Between the starts of two ages, as far between their worths: that two classes differ by a chance
+        of a few per cent must not count for more than half an octave of age. REQUIRES: not negative."""
+        at = age_index(age_ms)
+        if at == AGES - 1:
+            return self.worth[at]
+        worth, start = self.worth[at], STARTS_MS[at]
+        return worth + (self.worth[at + 1] - worth) * (age_ms - start) / _WIDTHS_MS[at]
+
 
 class Use:
     """Some blocks, used at once. ``count`` of them have not been used again, as far as is known."""
