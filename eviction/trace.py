@@ -42,6 +42,7 @@ REQUESTS_MAX = 1 << 22
 BLOCK_TOKENS_MAX = 65_535
 KINDS_MAX = 256
 TEXT_CHARS_MAX = 4_096
+AT_MS_MAX = 1 << 53
 _MEMBERS_MAX = 64
 _ITEM_BYTES_MAX = 8
 
@@ -177,6 +178,8 @@ def _check_requests(trace: Trace) -> None:
         raise _bad("a request ends in a block that is not there", f"there are {len(trace.parents)} blocks")
     if min(trace.input_tokens) < 0 or min(trace.output_tokens) < 0:
         raise _bad("a request has a negative length", "lengths are counts of tokens")
+    if max(map(abs, (min(trace.arrivals_ms), max(trace.arrivals_ms)))) > AT_MS_MAX:
+        raise _bad("t_ms is out of range", f"times are within {AT_MS_MAX} ms of 0")
     for index, (earlier, later) in enumerate(pairwise(trace.arrivals_ms), 1):
         if later < earlier:
             raise _bad(
@@ -195,6 +198,10 @@ def read_trace(path: Path, *, sort: bool = False) -> Trace:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Reader(path, archive).trace(sort)
+    except BadInput as error:
+        if str(path) in error.what:
+            raise
+        raise _bad(f"{error.what}, in {path}", error.why, error.todo) from error
     except FileNotFoundError as error:
         raise _bad(f"{path} is not there", str(error), "give the path of a kvtrace-v1 .npz file") from error
     # RuntimeError and NotImplementedError: encrypted, or packed in a way zipfile does not know.

@@ -13,11 +13,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.trace import AT_MS_MAX, Trace
 from kvcache.eviction.trace_rows import LENGTH_MAX, Rows, names, objects, whole
 
 BLOCK_TOKENS = 512
-AT_MS_MAX = 1 << 53
 
 
 def read_mooncake(path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False) -> Trace:
