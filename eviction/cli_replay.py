@@ -2,6 +2,7 @@
 
     kvcache tune replay TRACE --policy leaf-lru,leaf-fifo --capacity 1%,3%,10%,30%
     kvcache tune replay TRACE --capacity 40GiB,400GiB --model llama-3.1-70b
+    kvcache tune replay TRACE --capacity 1% --nvme 10% --admit all,touched>=2 --dwpd 1
 
 What is counted: ``kvcache.eviction.replay``. TRACE is in any format that ``trace_files`` knows.
 """
@@ -11,17 +12,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import click
 
 from kvcache.errors import BadInput
 from kvcache.eviction.capacity import Capacity, parse_capacities
+from kvcache.eviction.cli_below import BelowRow, LowerOptions, with_below
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.models import MODELS, Model, model_named
 from kvcache.eviction.replay import BELADY, REPLAY_ONLY, replay, replay_names
 from kvcache.eviction.replay_result import ReplayResult
+from kvcache.eviction.replay_tiers import TiersResult, replay_tiers
 from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.spill import Below
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_files import Reading, open_trace
 
@@ -38,6 +43,7 @@ class Row:
     optimum: float | None
     block_bytes: int
     model: Model | None
+    below: BelowRow | None = None
 
     def as_dict(self) -> dict[str, object]:
         result = self.result
@@ -66,6 +72,8 @@ class Row:
                 "stored_bytes": result.admitted_blocks * self.block_bytes,
                 "flops_saved": self.model.flops(result.hit_tokens, result.hit_squared),
             }
+        if self.below is not None:
+            found |= self.below.as_dict(self.block_bytes)
         if result.policy_fault:
             found["policy_fault"] = result.policy_fault
         return found
@@ -84,6 +92,7 @@ class Row:
     "--capacity", default="1%,3%,10%,30%", show_default=True, help="of a trace's blocks; or blocks; or 40GiB"
 )
 @click.option("--model", "model_name", default="", help=f"{', '.join(MODELS)}, or bytes of KV a token")
+@with_below
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a setting of the policies")
 @click.option("--hints/--no-hints", default=True, help="tell policies how requests ended")
 @click.option("--bound/--no-bound", default=None, help="the optimum beside it (default: without --json)")
@@ -101,6 +110,7 @@ def replay_command(
     block_tokens: int,
     sort: bool,
     as_json: bool,
+    **lower: str,
 ) -> None:
     """Replay traces over a cache, for each policy and size.
 
@@ -108,8 +118,9 @@ def replay_command(
     comparison: lru, fifo, arc, s3-fifo, sieve, w-tinylfu, each also with -rev, touched from the end.
     """
     model = model_named(model_name) if model_name else None
+    wanted_bound = not as_json if bound is None else bound
     asked = Asked(
-        chosen(policies), model, parse_settings(settings), hints, not as_json if bound is None else bound
+        chosen(policies), model, parse_settings(settings), hints, wanted_bound, LowerOptions(**lower)
     )
     for path in traces:
         trace = open_trace(path, Reading(block_tokens=block_tokens, sort=sort))
@@ -129,23 +140,43 @@ class Asked:
     settings: Mapping[str, float]
     hints: bool
     bound: bool
+    lower: LowerOptions
 
 
 def replayed(name: str, trace: Trace, sizes: Sequence[Capacity], asked: Asked) -> Iterator[Row]:
-    """A row for each size and policy, as it is done."""
+    """A row for each size, policy and lower tier, as it is done."""
     forest, model = Forest(trace), asked.model
     block_bytes = trace.block_tokens * (model.token_bytes if model else 0)
-    for size in sizes:
-        best = _replay(name, forest, BELADY, size, asked) if asked.bound else None
+    lower: Sequence[Below | None] = asked.lower.tiers(trace, model) or [None]
+    for size, under in product(sizes, lower):
+        in_all = size if under is None else Capacity(size.text, size.blocks + under.capacity_blocks)
+        best = _replay(name, forest, BELADY, in_all, asked) if asked.bound else None
+        optimum = best.prefix_token_hit_ratio if best else None
         for policy in asked.policies:
-            result = best if best and policy == BELADY else _replay(name, forest, policy, size, asked)
-            yield Row(name, size, result, best.prefix_token_hit_ratio if best else None, block_bytes, model)
+            if under is not None:
+                found = _replay_tiers(name, forest, policy, size, under, asked)
+                yield Row(
+                    name, size, found.whole, optimum, block_bytes, model, BelowRow(asked.lower.nvme, found)
+                )
+            else:
+                result = best if best and policy == BELADY else _replay(name, forest, policy, size, asked)
+                yield Row(name, size, result, optimum, block_bytes, model)
 
 
 def _replay(name: str, forest: Forest, policy: str, size: Capacity, asked: Asked) -> ReplayResult:
     progress = bar(f"{Path(name).name}: {policy}, {size.text}", forest.trace.request_count)
     own = {} if policy in REPLAY_ONLY else asked.settings
     return replay(forest, policy, size.blocks, settings=own, hints=asked.hints, progress=progress)
+
+
+def _replay_tiers(
+    name: str, forest: Forest, policy: str, size: Capacity, under: Below, asked: Asked
+) -> TiersResult:
+    label = f"{Path(name).name}: {policy}, {size.text}, {under.admission.name}"
+    progress = bar(label, forest.trace.request_count)
+    return replay_tiers(
+        forest, policy, size.blocks, under, settings=asked.settings, hints=asked.hints, progress=progress
+    )
 
 
 def chosen(names: str) -> list[str]:
@@ -215,5 +246,7 @@ def _cells(row: Row) -> dict[str, str]:
         cells["size GiB"] = f"{row.capacity.blocks * row.block_bytes / _GIB:,.1f}"
         cells["loaded GiB"] = f"{result.hit_tokens * row.model.token_bytes / _GIB:,.0f}"
         cells["stored GiB"] = f"{result.admitted_blocks * row.block_bytes / _GIB:,.0f}"
+    if row.below is not None:
+        cells |= row.below.cells()
     cells["seconds"] = f"{result.seconds:.1f}"
     return cells

@@ -15,10 +15,12 @@ The sum: 20 us a request, 0.1 us a block of its prompt, and 3 us a block that fa
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvcache.errors import BadInput
 from kvcache.eviction.admission import DAY_S
-from kvcache.eviction.replay import Contexts, LeafCache, Progress, check_capacity, named_policy
+from kvcache.eviction.replay import REPLAY_ONLY, Contexts, LeafCache, Progress, check_capacity, named_policy
 from kvcache.eviction.replay_result import Counts, ReplayResult, Tally
 from kvcache.eviction.replay_tree import NONE, Forest
 from kvcache.eviction.spill import Below, Spill
@@ -58,13 +60,22 @@ class TiersResult:
 class TwoTiers:
     """What a trace is replayed over."""
 
-    def __init__(self, forest: Forest, policy: str, capacity_blocks: int, below: Below, hints: bool) -> None:
+    def __init__(
+        self,
+        forest: Forest,
+        policy: str,
+        capacity_blocks: int,
+        below: Below,
+        *,
+        settings: Mapping[str, float],
+        hints: bool,
+    ) -> None:
         trace = forest.trace
         start_ns = trace.arrivals_ms[0] * _NS_PER_MS if trace.request_count else 0
         self._forest = forest
         self._contexts = Contexts(trace, hints)
         self.spill = Spill(forest, below, named_policy(below.policy, {}), start_ns)
-        self.memory = LeafCache(forest, named_policy(policy, {}), capacity_blocks, self.spill.fall)
+        self.memory = LeafCache(forest, named_policy(policy, settings), capacity_blocks, self.spill.fall)
         self.promoted = self.memory_hit_tokens = 0
 
     def serve(self, index: int, leaf: int) -> int:
@@ -101,16 +112,21 @@ def replay_tiers(
     capacity_blocks: int,
     below: Below,
     *,
+    settings: Mapping[str, float] | None = None,
     hints: bool = True,
     progress: Progress | None = None,
 ) -> TiersResult:
     """The whole trace over memory of ``capacity_blocks`` under ``policy``, and what is ``below``; both empty
-    at first. RAISES BadInput as ``replay``."""
+    at first; ``settings`` are of the policy in memory. RAISES BadInput as ``replay``, and for policies that
+    are there in one tier only."""
     check_capacity(capacity_blocks)
     check_capacity(below.capacity_blocks)
+    for name in (policy, below.policy):
+        if name in REPLAY_ONLY:
+            raise BadInput("bad_config", f"{name} over two tiers", "it can be replayed over one only")
     forest = trace if isinstance(trace, Forest) else Forest(trace)
     start = time.perf_counter()
-    tiers = TwoTiers(forest, policy, capacity_blocks, below, hints)
+    tiers = TwoTiers(forest, policy, capacity_blocks, below, settings=settings or {}, hints=hints)
     tally = Tally(forest)
     for index, leaf in enumerate(forest.trace.leaves):
         if leaf >= 0:

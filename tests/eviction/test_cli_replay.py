@@ -44,6 +44,12 @@ def rows(*arguments: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def number(row: dict[str, object], name: str) -> float:
+    found = row[name]
+    assert isinstance(found, int | float)
+    return found
+
+
 def refused(*arguments: str) -> BadInput:
     error = run(*arguments).exception
     assert isinstance(error, BadInput), error
@@ -88,6 +94,46 @@ def test_a_policy_that_was_replaced_is_said(trace: str, monkeypatch: pytest.Monk
     assert "victims raised" in str(row["policy_fault"])
     shown = run(trace, "--policy", "leaf-fifo", "--capacity", "10").output
     assert "leaf-fifo was replaced by leaf-lru: Fifo: victims raised" in shown
+
+
+def test_two_tiers_say_what_is_written(trace: str) -> None:
+    tiers = (trace, "--capacity", "2%", "--nvme", "20%")
+    every, twice = rows(*tiers, "--admit", "all,touched>=2", "--model", "llama-3.1-8b", "--bound")
+    assert [every["admit"], twice["admit"]] == ["all", "touched>=2"]
+    for row in (every, twice):
+        memory, both = number(row, "memory_prefix_token_hit_ratio"), number(row, "prefix_token_hit_ratio")
+        assert memory < both <= number(row, "optimum")
+        assert number(row, "written_bytes") == number(row, "written_blocks") * 16 * 131_072
+    assert number(twice, "drive_writes_a_day") < number(every, "drive_writes_a_day")
+    (bound,) = rows(*tiers, "--dwpd", "3")
+    assert number(bound, "drive_writes_a_day") < number(every, "drive_writes_a_day")
+    (bytes_bound,) = rows(*tiers, "--write-budget", "1MB/s", "--model", "llama-3.1-8b")
+    assert number(bytes_bound, "written_blocks") < number(every, "written_blocks")
+    shown = run(*tiers, "--admit", "branch-reused").output
+    for word in ("NVMe blocks", "DWPD", "branch-reused", "in memory"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dwpd", "1"), "without --nvme"),
+        (("--nvme", "10%", "--dwpd", "much"), "--dwpd much"),
+        (("--nvme", "10%", "--dwpd", "-1"), "--dwpd -1"),
+        (("--nvme", "10%", "--dwpd", "nan"), "--dwpd nan"),
+        (("--nvme", "10%", "--write-budget", "1MB/s"), "--write-budget 1MB"),
+        (("--nvme", "10%", "--write-budget", "0MB/s", "--model", "4096"), "budget of 0"),
+        (("--nvme", "10%", "--write-budget", "fast", "--model", "4096"), "--write-budget"),
+        (("--nvme", "10%", "--admit", "some"), "'some'"),
+        (("--nvme", "0"), "capacity of 0"),
+        (("--nvme", "10%", "--policy", "arc"), "arc over two tiers"),
+        (("--nvme", "10%", "--nvme-policy", "leaf"), "'leaf'"),
+    ],
+)
+def test_wrong_lower_tiers_are_said_in_plain_words(
+    trace: str, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(trace, *arguments).what
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_nothing_is_ever_out_of_reach(
 ) -> None:
     forest = Forest(generate(Workload(request_count=30, block_tokens=200, seed=seed)))
     under = Below(below, policy, parse_admission(rule), rate > 0, rate)
-    two = TwoTiers(forest, policy, memory, under, hints=True)
+    two = TwoTiers(forest, policy, memory, under, settings={}, hints=True)
     for index, leaf in enumerate(forest.trace.leaves):
         if leaf >= 0:
             two.serve(index, leaf)
@@ -117,6 +117,8 @@ def test_what_is_no_rule_is_refused() -> None:
     assert parse_admission("touched>=3").touches == 3
     with pytest.raises(BadInput):
         tiers(30, 0)
+    with pytest.raises(BadInput, match="arc over two tiers"):
+        replay_tiers(MADE, "arc", 30, Below(100))
 
 
 @pytest.mark.slow
