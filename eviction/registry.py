@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 
 from kvcache.errors import BadInput
 from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.leaf_arc import LeafArc
 from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.policy import EvictionPolicy
@@ -20,6 +21,7 @@ GROUP = "kvcache.eviction"
 POLICIES: dict[str, type[EvictionPolicy]] = {
     "leaf-lru": LeafLru,
     "leaf-hazard": LeafHazard,
+    "leaf-arc": LeafArc,
     "leaf-fifo": Fifo,
 }
 
