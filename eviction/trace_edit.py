@@ -125,15 +125,15 @@ def coarsened(trace: Trace, block_tokens: int) -> Trace:
     if factor == 1:
         return trace
     parents, tokens = array("i"), array("H")
-    whole = array("i", [-1]) * trace.block_count  # Of each old block, the last whole new one up to it.
+    whole = array("i", [-1]) * trace.block_count  # Of each old block, the last new one that ends by it.
     partial: dict[int, int] = {}
     depths, ends = depths_of(trace.parents), set(trace.leaves)
     for block, (parent, size) in enumerate(zip(trace.parents, trace.tokens, strict=True)):
         before = whole[parent] if parent >= 0 else -1
         in_group = (depths[block] - 1) % factor
-        is_whole = in_group == factor - 1 and size == trace.block_tokens
-        whole[block] = len(parents) if is_whole else before
-        if is_whole or block in ends:
+        is_last = in_group == factor - 1
+        whole[block] = len(parents) if is_last else before
+        if is_last or block in ends:
             partial[block] = len(parents)
             parents.append(before)
             tokens.append(in_group * trace.block_tokens + size)

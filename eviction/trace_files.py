@@ -52,7 +52,7 @@ def open_trace(path: Path | str, reading: Reading | None = None) -> Trace:
         )
     trace = _READERS[format_of(path)](path, how)
     if not trace.request_count:
-        raise bad(f"{path} has no requests", "the file is in order, but empty", _TODO)
+        raise bad(f"{path} has no requests", f"there is nothing else: {trace.note}", _TODO)
     return trace
 
 

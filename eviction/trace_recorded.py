@@ -72,11 +72,12 @@ def read_recorded(path: Path) -> Trace:
     paths = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if len(paths) > FILES_MAX:
         raise bad(f"{path} has {len(paths)} files", f"the limit is {FILES_MAX}")
-    files = [_file(each) for each in paths]
+    read = [_file(each) for each in paths]
+    files = [file for file in read if file.head.life]
     files.sort(key=lambda file: (file.head.started_ms, file.head.life, file.head.sequence))
     lives: dict[str, _Life] = {}
     gathered = _Gathered()
-    torn = 0
+    torn = len(read) - len(files)
     for file in files:
         life = lives.setdefault(file.head.life, _Life(gathered))
         life.read(file)
@@ -89,6 +90,9 @@ def read_recorded(path: Path) -> Trace:
 
 
 # --- one file -------------------------------------------------------------------------------------
+
+
+_NO_HEAD = Head("", 0, 1, 0, 0, 1, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ def _file(path: Path) -> _File:
         data = path.read_bytes()
     except OSError as error:
         raise bad(f"{path} cannot be read", str(error)) from error
+    if _is_cut_head(data):
+        return _File(path, _NO_HEAD, [], True)
     head, at = _head(path, data)
     chunks: list[bytes] = []
     while at < len(data):
@@ -133,6 +139,16 @@ def _unpacked(path: Path, at: int, packed: bytes) -> bytes:
     return found
 
 
+def _is_cut_head(data: bytes) -> bool:
+    """Was the node killed when it had just begun this file?"""
+    start = len(MAGIC) + _HEAD.size
+    if len(data) < start:
+        return MAGIC.startswith(data[: len(MAGIC)])
+    return (
+        data.startswith(MAGIC) and len(data) < start + _HEAD.unpack(data[len(MAGIC) : start])[0] + _CRC.size
+    )
+
+
 def _head(path: Path, data: bytes) -> tuple[Head, int]:
     where = f"the head of {path}"
     start = len(MAGIC) + _HEAD.size
@@ -143,7 +159,7 @@ def _head(path: Path, data: bytes) -> tuple[Head, int]:
         raise bad(f"{where} is damaged", "its checksum is another")
     fields = parsed(where, data[start:end])
     life, sample = fields.get("life"), fields.get("sample")
-    if not isinstance(life, str) or not isinstance(sample, int | float) or not 0 < sample <= 1:
+    if not isinstance(life, str) or not life or not isinstance(sample, int | float) or not 0 < sample <= 1:
         raise bad(f"{where} has no life or no sample", "both are needed")
     head = Head(
         life,

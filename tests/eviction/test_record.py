@@ -68,6 +68,13 @@ def test_forgetting_loses_what_is_shared_and_nothing_else(
     assert played.recorder.known_blocks <= 2 * known_max + 2 * max(len(blocks) for _, blocks, _ in expected)
 
 
+def test_what_the_last_generation_had_is_still_known(tmp_path: Path) -> None:
+    recorder = Recorder(b"s" * 16, 0, known_max=25)
+    for first in (0, 1_000, 2_000, 0):  # 10 recorded blocks each; the third begins a generation.
+        recorder.asked(0, run(first, 80), b"", BLOCK, "", False)
+    assert told(tmp_path, recorder).leaves.tolist() == [9, 19, 29, 9]
+
+
 def test_records_are_small(tmp_path: Path) -> None:
     trace = made(count=2_000)
     Played(tmp_path).play(trace, every=500)
@@ -95,6 +102,16 @@ def test_two_lives_share_nothing_and_stand_in_order(tmp_path: Path) -> None:
     assert renumbered(read).block_count == 2 * renumbered(one).block_count
     assert format_of(tmp_path) == format_of(next(tmp_path.glob("b*"))) == RECORDED
     assert "2 files of 2 recordings" in open_trace(tmp_path).note
+
+
+def test_sessions_of_two_lives_are_not_one(tmp_path: Path) -> None:
+    for life in ("b", "c"):
+        recorder = Recorder(b"s" * 16, 0)
+        recorder.asked(0, run(0, 9), b"", BLOCK, "", False)
+        recorder.saved(run(0, 9), b"", BLOCK, "t", 7, "final")
+        head = Head(life * 16, 0, 1, 0, 0, 128, 1.0)
+        (tmp_path / f"{life}.kvrec").write_bytes(head.packed() + packed_chunk(recorder.take()))
+    assert read_recorded(tmp_path).sessions.tolist() == [0, 1]
 
 
 # --- more than a look-up --------------------------------------------------------------------------

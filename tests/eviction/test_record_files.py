@@ -57,6 +57,15 @@ def test_the_oldest_go_before_there_is_too_much(tmp_path: Path) -> None:
     assert not any(name.startswith("0") for name in names)
 
 
+def test_what_is_being_written_stays(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, BYTES_MIN)
+    files.begin(HEAD)
+    assert all(files.put(noise(number, 30_000)) for number in range(45))
+    files.close()
+    [name] = held(tmp_path)
+    assert (tmp_path / name).stat().st_size == files.written_bytes > BYTES_MIN
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "mine.npz"
     mine.write_bytes(bytes(2 * BYTES_MIN))

@@ -54,6 +54,37 @@ def test_damage_is_found(tmp_path_factory: pytest.TempPathFactory, at: int, flip
         assert content(read) == content(whole)[: read.request_count] if read.request_count else True
 
 
+def test_a_last_chunk_that_was_never_filled_is_torn(tmp_path: Path) -> None:
+    """After a power cut a file may be as long as it was to be, and empty at its end."""
+    path = recorded(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes(9))
+    assert "torn" in read_recorded(path).note
+
+
+def test_a_file_that_had_just_begun_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = recorded(tmp_path)
+    whole = read_recorded(tmp_path)
+    for cut in (0, 1, 8, 9, 10, 40, len(HEAD.packed()) - 1):
+        (tmp_path / "next.kvrec").write_bytes(HEAD.packed()[:cut])
+        read = read_recorded(tmp_path)
+        assert content(read) == content(whole)
+        assert "1 with a torn last record" in read.note
+    assert "torn" not in read_recorded(path).note
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = recorded(tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x78\x9c")  # The first chunk's records, packed.
+    data[at + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        BadInput, match=rf"the chunk at byte {at - 8} of .* is damaged.*its checksum is another"
+    ):
+        read_recorded(path)
+
+
 def chunk(*values: int) -> bytes:
     return packed_chunk(bytes(values))
 
@@ -61,7 +92,8 @@ def chunk(*values: int) -> bytes:
 HEAD = Head("a" * 16, 0, 1, 0, 0, 128, 1.0)
 BAD: dict[str, tuple[bytes, str]] = {
     "not a recording": (b"hello", "is no recording"),
-    "cut head": (HEAD.packed()[:20], "the head of .* is damaged"),
+    "cut head": (HEAD.packed()[:20], "has no requests.*1 with a torn last record"),
+    "empty": (MAGIC, "has no requests.*1 with a torn last record"),
     "other head": (HEAD.packed().replace(b"aaaa", b"aaab"), "the head of .* is damaged"),
     "no block": (HEAD.packed() + chunk(0, 0, 3, 0, 0), "chunk 0 of .* speaks of block -2"),
     "no request": (HEAD.packed() + chunk(3, 9, 0, 0, 0), "a request 9 back"),
