@@ -42,6 +42,7 @@ class ClassLeaves:
         self._tree = tree
         self._uses = uses
         self._piles: dict[tuple[ReuseClass, int], Pile] = {}
+        self._piles_max = _SPARE_ENTRIES
         self._entries = 0
 
     def add(self, block: int) -> None:
@@ -54,21 +55,30 @@ class ClassLeaves:
                 self._make_anew()
 
     def choose(
-        self, count: int, device: int | None, rank: Callable[[Use], float], drawn: Iterable[int] = ()
+        self,
+        count: int,
+        device: int | None,
+        rank: Callable[[int], float],
+        drawn: Iterable[int] = (),
+        only: Container[ReuseClass] | None = None,
     ) -> list[int]:
         """At most ``count`` blocks of one device, or of all (None), each an evictable leaf once those before
         it have gone: the lowest of the oldest of each class, and of the leaves ``drawn``. After a leaf
-        comes the branch that it ends, as far as that was used at once."""
+        comes the branch that it ends, as far as that was used at once. With ``only``, of these classes."""
         tree, uses = self._tree, self._uses
         parents, children, holds, devices = tree.parent, tree.children, tree.holds, tree.device
         chosen: dict[int, None] = {}
         gone: dict[int, int] = {}
         aside: list[Entry] = []
-        piles = [pile for pile in self._piles.values() if pile.heap and device in (None, pile.device)]
+        piles = [
+            pile
+            for pile in self._piles.values()
+            if pile.heap and device in (None, pile.device) and (only is None or pile.kind in only)
+        ]
         found: list[_Candidate] = []
         for at, pile in enumerate(piles):
             if (entry := self._first(pile, chosen, aside)) is not None:
-                found.append((rank(uses[entry[2]]), *entry, at))
+                found.append((rank(entry[2]), *entry, at))
         found += [
             self._candidate(block, rank)
             for block in drawn
@@ -87,17 +97,18 @@ class ClassLeaves:
                 if holds[block] or block not in uses or device not in (None, devices[block]):
                     break
                 if uses[block] is not use:
-                    heappush(found, self._candidate(block, rank))
+                    if only is None or uses[block].kind in only:
+                        heappush(found, self._candidate(block, rank))
                     break
             if at >= 0 and (entry := self._first(piles[at], chosen, aside)) is not None:
-                heappush(found, (rank(uses[entry[2]]), *entry, at))
+                heappush(found, (rank(entry[2]), *entry, at))
         for entry in aside:
             heappush(self._pile(uses[entry[2]], entry[2]).heap, entry)
         return list(chosen)
 
-    def _candidate(self, block: int, rank: Callable[[Use], float]) -> _Candidate:
+    def _candidate(self, block: int, rank: Callable[[int], float]) -> _Candidate:
         use = self._uses[block]
-        return rank(use), use.at_ms, -self._tree.depth[block], block, -1
+        return rank(block), use.at_ms, -self._tree.depth[block], block, -1
 
     def _first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
         """The oldest evictable leaf that is not ``chosen``. Entries that were passed over and must not be
@@ -120,6 +131,9 @@ class ClassLeaves:
         at = use.kind, self._tree.device[block]
         pile = self._piles.get(at)
         if pile is None:
+            if len(self._piles) >= self._piles_max:
+                self._piles = {at: pile for at, pile in self._piles.items() if pile.heap}
+                self._piles_max = 2 * len(self._piles) + _SPARE_ENTRIES
             pile = self._piles[at] = Pile(*at)
         return pile
 

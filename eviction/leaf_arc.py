@@ -68,7 +68,7 @@ class LeafArc:
 
     def _choose(self, count: int, device: int | None) -> list[int]:
         first = _ONCE if self._held[_ONCE] > self._target else _AGAIN
-        return self._leaves.choose(count, device, lambda run: float(run.kind is not first))
+        return self._leaves.choose(count, device, lambda block: self._runs[block].kind is not first)
 
     def on_evicted(self, blocks: Sequence[int], reason: str) -> None:
         parents, children, key = self._tree.parent, self._tree.children, self._tree.key

@@ -196,9 +196,10 @@ class LeafHazard:
         return self._choose(context, count, device)
 
     def _choose(self, context: RequestContext, count: int, device: int | None) -> list[int]:
-        now_ms = self._time_ms(context)
+        now_ms, uses = self._time_ms(context), self._uses
 
-        def rank(use: Use) -> float:
+        def rank(block: int) -> float:
+            use = uses[block]
             return use.kind.worth_at(max(0, now_ms - use.at_ms))
 
         drawn = self._tree.sample_leaves(self._samples, self._random)

@@ -1,18 +1,25 @@
 """Policies by name: ours in the table, others' by the entry point group ``kvcache.eviction``.
 
-An entry point's class is loaded only when its name is asked for; a name of ours cannot be taken over.
+A name may go on with wrappers, innermost first: "leaf-hazard+keep". A class with no more than a ``score`` is
+made a policy (``kvcache.eviction.score``). An entry point's class is loaded only when its name is asked
+for; a name of ours cannot be taken over.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from importlib.metadata import entry_points
 
 from kvcache.errors import BadInput
+from kvcache.eviction.cost import Cost
 from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.keep import Keep
 from kvcache.eviction.leaf_arc import LeafArc
 from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
+from kvcache.eviction.score import is_score, scored
+from kvcache.eviction.wrapper import Wrapper, wrapped
 from kvcache.policy import EvictionPolicy
 
 GROUP = "kvcache.eviction"
@@ -24,6 +31,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
     "leaf-arc": LeafArc,
     "leaf-fifo": Fifo,
 }
+WRAPPERS: dict[str, type[Wrapper]] = {"keep": Keep, "cost": Cost}
 
 
 def policy_names() -> list[str]:
@@ -34,6 +42,36 @@ def policy_names() -> list[str]:
 
 def policy_class(name: str) -> type[EvictionPolicy]:
     """RAISES BadInput when nobody offers this name, or when what is offered cannot be loaded."""
+    base, *around = name.split("+")
+    found = _base(base)
+    for each in around:
+        if each not in WRAPPERS or around.count(each) > 1:
+            why = f"what goes around a policy is {', '.join(WRAPPERS)}, each once"
+            raise BadInput("bad_config", f"policy {name!r} names {each!r}", why)
+        found = wrapped(WRAPPERS[each], found)
+    return found
+
+
+def load_class(target: str) -> type[EvictionPolicy]:
+    """The policy at ``module:Class``. RAISES BadInput when it is not there, or is none."""
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput("bad_config", f"there is no policy at {target!r}", str(error)) from error
+    return _policy(found, target, target)
+
+
+def _policy(found: object, name: str, where: str) -> type[EvictionPolicy]:
+    if is_score(found):
+        return scored(found)
+    if not callable(found):
+        raise BadInput("bad_config", f"policy {name!r} is no class", f"{where} is {found!r}"[:200])
+    loaded: type[EvictionPolicy] = found  # type: ignore[assignment]  # The guard and the contract see the rest.
+    return loaded
+
+
+def _base(name: str) -> type[EvictionPolicy]:
     if name in POLICIES:
         return POLICIES[name]
     for entry in entry_points(group=GROUP, name=name):
@@ -46,10 +84,7 @@ def policy_class(name: str) -> type[EvictionPolicy]:
                 f"{entry.value}: {error}",
                 "install the package that offers it again, or choose another policy",
             ) from error
-        if not callable(found):
-            raise BadInput("bad_config", f"policy {name!r} is no class", f"{entry.value} is {found!r}"[:200])
-        loaded: type[EvictionPolicy] = found
-        return loaded
+        return _policy(found, name, entry.value)
     near = difflib.get_close_matches(name, policy_names(), 1)
     raise BadInput(
         "bad_config",

@@ -1,0 +1,156 @@
+"""What stands around a policy: the contract around several, and what each wrapper keeps."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcache.errors import BadInput
+from kvcache.eviction.registry import policy_class
+from kvcache.policy import RequestContext
+from kvcache.testing.policies import Grove, PolicyContract
+
+MS = 1_000_000
+
+
+def said(now_ms: int = 1, **more: object) -> RequestContext:
+    return RequestContext(now_ns=now_ms * MS, **more)  # type: ignore[arg-type]
+
+
+class TestKeep(PolicyContract):
+    make = policy_class("leaf-lru+keep")
+
+    def test_the_higher_priority_stays(self) -> None:
+        grove = self.grove()
+        grove.store("a/b", said(priority=80))
+        grove.store("c/d", said(priority=60))
+        grove.store("e/f")
+        assert grove.evict(6) == ["e/f", "e", "c/d", "c", "a/b", "a"]
+
+    def test_the_lower_priority_goes_before_all_else(self) -> None:
+        grove = self.grove("a", "b")
+        grove.store("c/d", said(priority=20))
+        grove.store("e", said(priority=10))
+        assert grove.evict(5) == ["e", "c/d", "c", "a", "b"]
+
+    def test_a_low_request_lowers_nothing_that_others_use(self) -> None:
+        grove = self.grove("s/a", "t")
+        grove.request("s/a", said(priority=10))
+        assert grove.evict(3) == ["t", "s/a", "s"]
+
+    def test_what_was_low_rises_when_it_is_used(self) -> None:
+        grove = self.grove("t")
+        grove.store("a", said(priority=10))
+        grove.request("a")
+        assert grove.evict(2) == ["t", "a"]
+
+    def test_a_duration_ends(self) -> None:
+        grove = self.grove()
+        grove.store("a", said(0, priority=90, keep_ms=100))
+        grove.store("b")
+        assert grove.victims(1, said(99)) == ["b"]
+        assert grove.victims(1, said(101)) == ["a"]
+
+    def test_a_session_that_waits_for_a_tool_stays(self) -> None:
+        grove = self.grove()
+        grove.store("a", said(0, hint="tool_call"))
+        grove.store("b", said(0, hint="turn_end"))
+        assert grove.victims(1, said(119_000)) == ["b"]
+        assert grove.victims(1, said(121_000)) == ["a"]
+
+    def test_it_stays_as_long_as_the_engine_expects_and_a_half_more(self) -> None:
+        grove = self.grove()
+        grove.store("a", said(0, hint="tool_call", expected_gap_ms=1_000))
+        grove.store("b")
+        assert grove.victims(1, said(1_400)) == ["b"]
+        assert grove.victims(1, said(1_600)) == ["a"]
+
+    def test_what_ranks_high_goes_when_nothing_else_can(self) -> None:
+        grove = self.grove()
+        grove.store("a/b/c", said(priority=100))
+        assert grove.victims(1) == ["a/b/c"]
+        assert grove.evict(3) == ["a/b/c", "a/b", "a"]
+
+    def test_a_shared_block_keeps_its_highest_rank(self) -> None:
+        grove = self.grove()
+        grove.store("s/a", said(priority=90))
+        grove.store("t")
+        grove.request("s/a", said(priority=50))
+        assert grove.evict(3) == ["t", "s/a", "s"]
+
+
+def make(name: str, **settings: float) -> Grove:
+    found = policy_class(name)
+    return Grove(lambda tree, capacity: found(tree, capacity, **settings))  # type: ignore[arg-type]
+
+
+def test_what_was_just_stored_is_retained() -> None:
+    grove = make("leaf-lru+keep", retain_ms=1_000)
+    grove.store("a", said(0))
+    grove.request("a", said(0))
+    grove.store("b", said(2_000))
+    grove.store("c", said(2_500))
+    assert grove.evict(3, said(3_200)) == ["a", "b", "c"]
+    grove.store("d", said(5_000))
+    grove.store("e", said(3_000))
+    assert grove.victims(1, said(5_500)) == ["d"]
+
+
+def test_a_tenant_beyond_its_share_gives_first() -> None:
+    grove = make("leaf-lru+keep", tenant_share=0.5)
+    grove.store("a/b", said(tenant="small"))
+    for name in ("u/v", "w/x", "y/z"):
+        grove.store(name, said(tenant="large"))
+    assert grove.evict(2) == ["u/v", "u"]
+    assert grove.evict(1) == ["w/x"]
+    assert grove.evict(2) == ["a/b", "a"]
+
+
+def test_tenants_that_have_gone_are_forgotten() -> None:
+    grove = make("leaf-lru+keep", tenant_share=0.5)
+    for turn in range(2_000):
+        grove.store("a", said(tenant=f"t{turn}"))
+        grove.drain()
+    policy = grove.policy
+    assert not policy._counts and not policy._kinds  # type: ignore[attr-defined]
+    assert len(policy._leaves._piles) < 1_000  # type: ignore[attr-defined]
+
+
+class TestKeepAroundHazard(PolicyContract):
+    make = policy_class("leaf-hazard+keep")
+
+
+class TestKeepAroundFifo(PolicyContract):
+    make = policy_class("leaf-fifo+keep")
+
+
+class TestCost(PolicyContract):
+    make = policy_class("leaf-lru+cost")
+
+    def test_without_weight_the_order_is_the_bases(self) -> None:
+        assert self.grove("a/b/c", "d", "e").evict(5) == ["a/b/c", "a/b", "a", "d", "e"]
+
+
+class TestAllAroundArc(PolicyContract):
+    make = policy_class("leaf-arc+keep+cost")
+
+
+def test_with_weight_shallow_branches_go_before_deep_ones() -> None:
+    grove = make("leaf-lru+cost", cost_weight=2)
+    for path in ("a/b/c/d", "e", "f"):
+        grove.store(path)
+    assert grove.evict(2) == ["e", "f"]
+    assert grove.evict(9) == ["a/b/c/d", "a/b/c", "a/b", "a"]
+
+
+def test_settings_of_both_are_taken_and_others_refused() -> None:
+    found = policy_class("leaf-hazard+keep")
+    assert {"decline", "tool_call_ms"} <= found.params().keys()
+    with pytest.raises(TypeError):
+        make("leaf-hazard+keep", colour=1.0)
+
+
+@pytest.mark.parametrize("name", ["leaf-lru+", "leaf-lru+wrap", "leaf-lru+keep+keep", "+keep"])
+def test_wrappers_that_nobody_knows_are_refused(name: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        policy_class(name)
+    assert refused.value.code == "bad_config"
