@@ -13,16 +13,17 @@ TRACE is in any format that ``trace_files`` knows. Exit status: 0 done, 1 wrong 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
+from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_edit import anonymized, coarsened, parse_share, split_by_session, split_by_time
-from kvcache.eviction.trace_files import WRITABLE, Reading, format_of, open_trace, save_trace
+from kvcache.eviction.trace_files import WRITABLE, Reading, bytes_of, format_of, open_trace, save_trace
 from kvcache.eviction.trace_record_cli import record
 from kvcache.eviction.trace_shape import picture, shape_of
 from kvcache.eviction.trace_tester import SPREAD_S
@@ -73,8 +74,9 @@ def info(
 ) -> None:
     """What traces are like: their ideal hit, reuse times, depth and working set."""
     for path in traces:
-        read = open_trace(path, Reading(block_tokens, sort, spread, seed))
-        shape = shape_of(read, _progress(path.name, read.request_count))
+        read = _read(path, Reading(block_tokens, sort, spread, seed))
+        with _watched(path.name, read.request_count) as progress:
+            shape = shape_of(read, progress)
         if as_json:
             found = {"trace": str(path), "format": format_of(path), **shape.as_dict()}
             click.echo(json.dumps(found))
@@ -101,7 +103,7 @@ def convert(
     as_json: bool,
 ) -> None:
     """Write a trace in another format, with larger blocks, or in order of its time."""
-    read = open_trace(source, Reading(block_tokens, sort, spread, seed))
+    read = _read(source, Reading(block_tokens, sort, spread, seed))
     made = coarsened(read, to_block_tokens) if to_block_tokens else read
     _write(out, made, form, as_json)
 
@@ -129,7 +131,7 @@ def anonymize(
     as_json: bool,
 ) -> None:
     """Keep what tuning needs, and no more: lengths, times from 0, and what prompts share."""
-    read = open_trace(source, Reading(block_tokens, sort, spread, seed))
+    read = _read(source, Reading(block_tokens, sort, spread, seed))
     made = anonymized(read, round_ms=round_ms, kinds=not no_kinds, sessions=not no_sessions)
     _write(out, made, form, as_json)
 
@@ -157,7 +159,7 @@ def split(
     as_json: bool,
 ) -> None:
     """Two parts: choose a setting on the one, and see on the other whether it was right."""
-    read = open_trace(source, Reading(block_tokens, sort, spread, seed))
+    read = _read(source, Reading(block_tokens, sort, spread, seed))
     part = parse_share(share)
     one, other = split_by_time(read, part) if by == "time" else split_by_session(read, part, seed)
     _write(first, one, form, as_json)
@@ -192,10 +194,11 @@ def make(
     else:
         from kvcache.eviction.generate_like import fit, generate_like
 
-        read = open_trace(like, Reading(block_tokens, sort, spread, seed))
+        read = _read(like, Reading(block_tokens, sort, spread, seed))
         model = fit(coarsened(read, to_block_tokens) if to_block_tokens else read)
-        progress = _progress(out.name, requests or read.request_count)
-        made = generate_like(model, requests or read.request_count, seed, progress)
+        count = requests or read.request_count
+        with _watched(out.name, count) as progress:
+            made = generate_like(model, count, seed, progress)
     _write(out, made, form, as_json)
 
 
@@ -211,13 +214,19 @@ def _write(out: Path, made: Trace, form: str, as_json: bool) -> None:
         )
 
 
-def _progress(name: str, total: int) -> Callable[[int], None] | None:
-    """How far it is, on standard error, where a person watches."""
-    if not sys.stderr.isatty():
-        return None
+def _read(path: Path, how: Reading) -> Trace:
+    with _watched(f"reading {path.name}", bytes_of(path)) as progress:
+        return open_trace(path, how, progress)
 
-    def show(done: int) -> None:
-        more = f"{name} {done / total:4.0%}" if done + 256 < total else ""
-        click.echo(f"\r\x1b[2K{more}", nl=False, err=True)
 
-    return show
+@contextmanager
+def _watched(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar, where a person watches; it is gone at the end."""
+    shown = bar(label, total)
+    try:
+        yield (
+            None if shown is None else lambda done: shown(done // 64 * 64)
+        )  # It looks at round numbers only.
+    finally:
+        if shown is not None:
+            shown(max(total, 1))

@@ -24,7 +24,7 @@ from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
 from kvcache.eviction.trace_qwen import BLOCK_TOKENS as QWEN_TOKENS
 from kvcache.eviction.trace_qwen import qwen_lines, read_qwen
 from kvcache.eviction.trace_recorded import MAGIC, SUFFIX, read_recorded
-from kvcache.eviction.trace_rows import LINE_BYTES_MAX, bad
+from kvcache.eviction.trace_rows import LINE_BYTES_MAX, Progress, bad
 from kvcache.eviction.trace_tester import SPREAD_S, read_tester, tester_sessions
 
 KVTRACE, MOONCAKE, QWEN, TESTER, RECORDED = "kvtrace-v1", "mooncake", "qwen", "kv-cache-tester", "recorder"
@@ -42,27 +42,41 @@ class Reading:
     seed: int = 1
 
 
-def open_trace(path: Path | str, reading: Reading | None = None) -> Trace:
-    """The trace in ``path``, in whichever format. RAISES BadInput (bad_trace) that names line or field."""
+def open_trace(path: Path | str, reading: Reading | None = None, progress: Progress | None = None) -> Trace:
+    """The trace in ``path``, in whichever format. ``progress`` hears how many of its ``bytes_of`` are read.
+
+    RAISES BadInput (bad_trace) that names line or field."""
     path = Path(path)
     how = reading or Reading()
     if how.block_tokens and not 1 <= how.block_tokens <= BLOCK_TOKENS_MAX:
         raise BadInput(
             "bad_config", f"blocks of {how.block_tokens} tokens", f"1 to {BLOCK_TOKENS_MAX} are possible"
         )
-    trace = _READERS[format_of(path)](path, how)
+    trace = _READERS[format_of(path)](path, how, progress)
     if not trace.request_count:
         raise bad(f"{path} has no requests", f"there is nothing else: {trace.note}", _TODO)
     return trace
 
 
-_READERS: dict[str, Callable[[Path, Reading], Trace]] = {
-    KVTRACE: lambda path, how: read_trace(path, sort=how.sort),
-    MOONCAKE: lambda path, how: read_mooncake(path, how.block_tokens or MOONCAKE_TOKENS, sort=how.sort),
-    QWEN: lambda path, how: read_qwen(path, how.block_tokens or QWEN_TOKENS, sort=how.sort),
-    RECORDED: lambda path, how: read_recorded(path),
-    TESTER: lambda path, how: read_tester(path, spread_s=how.spread_s, seed=how.seed),
+_READERS: dict[str, Callable[[Path, Reading, Progress | None], Trace]] = {
+    KVTRACE: lambda path, how, progress: read_trace(path, sort=how.sort),
+    MOONCAKE: lambda path, how, progress: read_mooncake(
+        path, how.block_tokens or MOONCAKE_TOKENS, sort=how.sort, progress=progress
+    ),
+    QWEN: lambda path, how, progress: read_qwen(
+        path, how.block_tokens or QWEN_TOKENS, sort=how.sort, progress=progress
+    ),
+    RECORDED: lambda path, how, progress: read_recorded(path, progress),
+    TESTER: lambda path, how, progress: read_tester(
+        path, spread_s=how.spread_s, seed=how.seed, progress=progress
+    ),
 }
+
+
+def bytes_of(path: Path) -> int:
+    """Of the file, or of all in the folder; 0 of what is not there."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def format_of(path: Path) -> str:

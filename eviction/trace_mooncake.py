@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvcache.eviction.trace import AT_MS_MAX, Trace
-from kvcache.eviction.trace_rows import LENGTH_MAX, Rows, names, objects, whole
+from kvcache.eviction.trace_rows import LENGTH_MAX, Progress, Rows, names, objects, whole
 
 BLOCK_TOKENS = 512
 
 
-def read_mooncake(path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False) -> Trace:
+def read_mooncake(
+    path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False, progress: Progress | None = None
+) -> Trace:
     """The trace in ``path``. RAISES BadInput (bad_trace)."""
     rows = Rows(block_tokens, prefix_names=True, sort=sort)
-    for where, fields in objects(path):
+    for where, fields in objects(path, progress):
         rows.add(
             where,
             whole(where, fields, "timestamp", AT_MS_MAX),

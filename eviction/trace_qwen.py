@@ -16,16 +16,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_rows import LENGTH_MAX, NAME_MAX, Rows, bad, names, objects, seconds, text, whole
+from kvcache.eviction.trace_rows import (
+    LENGTH_MAX,
+    NAME_MAX,
+    Progress,
+    Rows,
+    bad,
+    names,
+    objects,
+    seconds,
+    text,
+    whole,
+)
 
 BLOCK_TOKENS = 16
 
 
-def read_qwen(path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False) -> Trace:
+def read_qwen(
+    path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False, progress: Progress | None = None
+) -> Trace:
     """The trace in ``path``. RAISES BadInput (bad_trace)."""
     rows = Rows(block_tokens, prefix_names=False, sort=sort)
     chats = _Chats(sort)
-    for where, fields in objects(path):
+    for where, fields in objects(path, progress):
         chat = whole(where, fields, "chat_id", NAME_MAX)
         parent = whole(where, {"parent_chat_id": -1, **fields}, "parent_chat_id", NAME_MAX, low=-1)
         whole(where, {"turn": 1, **fields}, "turn")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from kvcache.eviction.record import ASKED, LONGER, ODD, SAVED
 from kvcache.eviction.trace import BLOCK_TOKENS_MAX, BLOCKS_MAX, REQUESTS_MAX, Trace, by_arrival
-from kvcache.eviction.trace_rows import bad, parsed, whole
+from kvcache.eviction.trace_rows import Progress, bad, parsed, whole
 from kvcache.policy import HINTS
 
 MAGIC = b"KVREC01\n"
@@ -67,7 +67,7 @@ def packed_chunk(records: bytes) -> bytes:
     return _CHUNK.pack(len(data), zlib.crc32(data)) + data
 
 
-def read_recorded(path: Path) -> Trace:
+def read_recorded(path: Path, progress: Progress | None = None) -> Trace:
     """The recording in the file ``path``, or those in the folder. RAISES BadInput (bad_trace)."""
     paths = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if len(paths) > FILES_MAX:
@@ -77,10 +77,13 @@ def read_recorded(path: Path) -> Trace:
     files.sort(key=lambda file: (file.head.started_ms, file.head.life, file.head.sequence))
     lives: dict[str, _Life] = {}
     gathered = _Gathered()
-    torn = len(read) - len(files)
+    done, torn = 0, len(read) - len(files)
     for file in files:
         life = lives.setdefault(file.head.life, _Life(gathered))
         life.read(file)
+        done += file.file_bytes
+        if progress is not None:
+            progress(done)
         torn += file.is_torn
     notes = [f"{path.name}: {len(files)} files of {len(lives)} recordings"]
     sample = min((file.head.sample for file in files), default=1.0)
@@ -98,6 +101,7 @@ _NO_HEAD = Head("", 0, 1, 0, 0, 1, 1.0)
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
+    file_bytes: int
     head: Head
     chunks: Sequence[bytes]
     is_torn: bool
@@ -112,7 +116,7 @@ def _file(path: Path) -> _File:
     except OSError as error:
         raise bad(f"{path} cannot be read", str(error)) from error
     if _is_cut_head(data):
-        return _File(path, _NO_HEAD, [], True)
+        return _File(path, size, _NO_HEAD, [], True)
     head, at = _head(path, data)
     chunks: list[bytes] = []
     while at < len(data):
@@ -120,12 +124,12 @@ def _file(path: Path) -> _File:
         length, crc = _CHUNK.unpack(data[at:start]) if start <= len(data) else (1, 0)
         packed = data[start : start + length]
         if len(packed) < length or (start + length == len(data) and zlib.crc32(packed) != crc):
-            return _File(path, head, chunks, True)
+            return _File(path, size, head, chunks, True)
         if zlib.crc32(packed) != crc:
             raise bad(f"the chunk at byte {at} of {path} is damaged", "its checksum is another")
         chunks.append(_unpacked(path, at, packed))
         at = start + length
-    return _File(path, head, chunks, False)
+    return _File(path, size, head, chunks, False)
 
 
 def _unpacked(path: Path, at: int, packed: bytes) -> bytes:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,10 @@ SECONDS_MAX = 1e10
 SESSIONS_MAX = REQUESTS_MAX
 KIND_CHARS_MAX = 64
 _SHOWN_CHARS = 40
+_NAME_BITS = 96  # With what readers put before a name to tell one file's from another's.
+
+Progress = Callable[[int], None]
+"""How many bytes have been read."""
 
 
 def bad(what: str, why: str, todo: str = "") -> BadInput:
@@ -50,7 +54,7 @@ class Rows:
         self._parents = array("i")
         self._tokens = array("H")
         self._numbers: dict[int, int] = {}
-        self._behind: dict[tuple[int, int], int] = {}
+        self._behind: dict[int, int] = {}
         self._columns = [array(code) for code in "iqiiiB"]
         self._kinds: dict[str, int] = {}
 
@@ -145,9 +149,10 @@ class Rows:
         parent = -1
         parents, tokens, behind, full = self._parents, self._tokens, self._behind, self._full
         for name in names:
-            number = behind.get((parent, name), -1)
+            key = parent + 1 << _NAME_BITS | name  # Half as large as a pair of the two.
+            number = behind.get(key, -1)
             if number < 0:
-                number = behind[parent, name] = len(parents)
+                number = behind[key] = len(parents)
                 parents.append(parent)
                 tokens.append(full)
             if parent >= 0:
@@ -159,13 +164,17 @@ class Rows:
 # --- lines and fields ---------------------------------------------------------------------------
 
 
-def objects(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def objects(path: Path, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, object]]]:
     """Every line of ``path`` as an object, with the words for it; empty lines are passed over.
 
     RAISES BadInput (bad_trace) for a line that is none, and for a file that cannot be read."""
     try:
+        done = 0
         with path.open("rb") as stream:
             for number, line in _lines(path, stream):
+                done += len(line)
+                if progress is not None:
+                    progress(done)
                 if line.strip():
                     where = f"line {number} of {path}"
                     yield where, parsed(where, line)

@@ -31,6 +31,7 @@ from kvcache.eviction.trace import BLOCK_TOKENS_MAX, REQUESTS_MAX, Trace
 from kvcache.eviction.trace_rows import (
     LENGTH_MAX,
     NAME_MAX,
+    Progress,
     Rows,
     bad,
     names,
@@ -63,6 +64,7 @@ class _Asked:
 @dataclass(frozen=True, slots=True)
 class _Session:
     where: str
+    file_bytes: int
     start_ms: int
     """-1: not said."""
     block_tokens: int
@@ -76,15 +78,21 @@ class _Session:
         return tuple((each.input_tokens, each.output_tokens) for each in self.requests[:_LIKE_REQUESTS])
 
 
-def read_tester(path: Path, *, spread_s: float = SPREAD_S, seed: int = 1) -> Trace:
+def read_tester(
+    path: Path, *, spread_s: float = SPREAD_S, seed: int = 1, progress: Progress | None = None
+) -> Trace:
     """The session in the file ``path``, or those in the folder. RAISES BadInput (bad_trace)."""
     if not 0 <= spread_s <= 1e8:
         raise bad(f"a spread of {spread_s} seconds", "0 to 1e8 is possible")
     random = Random(seed)
     merged, left_out = _Merged(), 0
     seen: set[tuple[object, ...]] = set()
+    done = 0
     for file in _files(path):
         session = _session(file)
+        done += session.file_bytes
+        if progress is not None:
+            progress(done)
         start_ms = session.start_ms if session.start_ms >= 0 else int(random.uniform(0, spread_s) * 1_000)
         if session.start_ms < 0 and session.beginning in seen:
             left_out += 1
@@ -169,6 +177,7 @@ def _session(path: Path) -> _Session:
     requests.sort(key=lambda each: each.at_ms)
     return _Session(
         where,
+        size,
         seconds(where, fields, "start") if "start" in fields else -1,
         whole(where, fields, "block_size", BLOCK_TOKENS_MAX + 1, low=1),
         text(where, fields, "hash_id_scope", "local") == "global",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
+from kvcache.eviction import cli_progress, trace_cli
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import read_trace, write_trace
 from kvcache.eviction.trace_cli import trace
-from kvcache.eviction.trace_files import MOONCAKE, Reading, format_of, open_trace
+from kvcache.eviction.trace_files import MOONCAKE, Reading, format_of, open_trace, save_trace
 
 
 def run(*arguments: str | Path) -> Result:
@@ -100,3 +102,22 @@ def test_reading_is_what_the_options_say(tmp_path: Path) -> None:
     (folder / "a.json").write_text(json.dumps({"block_size": 64, "requests": [asked]}))
     run("convert", folder, tmp_path / "t.npz", "--spread", "0", "--seed", "3")
     assert read_trace(tmp_path / "t.npz") == open_trace(folder, Reading(spread_s=0, seed=3))
+
+
+def test_a_person_who_waits_sees_how_far_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr(
+        trace_cli, "bar", lambda label, total: cli_progress.Bar(label, total, lambda: next(seconds))
+    )
+    chats = tmp_path / "chats.jsonl"
+    save_trace(chats, open_trace(source), "qwen")
+    for path in (source, chats):
+        with pytest.raises(SystemExit):
+            trace.main(["info", str(path)])
+        out, err = capsys.readouterr()
+        assert f"{path.name}: 120 requests" in out
+        assert err.endswith("\r")  # Cleared; colours and the like are for a terminal.
+        assert "\r" not in out
+    assert "reading chats.jsonl [#" in err
