@@ -22,7 +22,14 @@ import click
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import anonymized, coarsened, parse_share, split_by_session, split_by_time
+from kvcache.eviction.trace_edit import (
+    anonymized,
+    coarsened,
+    parse_share,
+    split_by_session,
+    split_by_time,
+    with_sessions,
+)
 from kvcache.eviction.trace_files import WRITABLE, Reading, bytes_of, format_of, open_trace, save_trace
 from kvcache.eviction.trace_record_cli import record
 from kvcache.eviction.trace_shape import picture, shape_of
@@ -88,6 +95,7 @@ def info(
 @click.argument("source", type=TRACE, metavar="TRACE")
 @click.argument("out", type=TRACE)
 @click.option("--to-block-tokens", default=0, help="make so many tokens one block")
+@click.option("--sessions", is_flag=True, help="guess which requests without a session belong together")
 @_writes
 @_reads
 @_says
@@ -95,6 +103,7 @@ def convert(
     source: Path,
     out: Path,
     to_block_tokens: int,
+    sessions: bool,
     form: str,
     block_tokens: int,
     sort: bool,
@@ -105,7 +114,7 @@ def convert(
     """Write a trace in another format, with larger blocks, or in order of its time."""
     read = _read(source, Reading(block_tokens, sort, spread, seed))
     made = coarsened(read, to_block_tokens) if to_block_tokens else read
-    _write(out, made, form, as_json)
+    _write(out, with_sessions(made) if sessions else made, form, as_json)
 
 
 @trace.command()

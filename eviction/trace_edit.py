@@ -57,6 +57,29 @@ def renumbered(trace: Trace) -> Trace:
     )
 
 
+def with_sessions(trace: Trace) -> Trace:
+    """Every request has a session: its own, if it says so; else that of the request from whose end its prompt
+    goes on, as the next turn of a conversation does; else a new one."""
+    parents, full = trace.parents, trace.block_tokens
+    last = array("i", [-1]) * trace.block_count
+    sessions = array("i", trace.sessions)
+    fresh = max(sessions, default=-1) + 1
+    ends = [parents[leaf] if leaf >= 0 and trace.tokens[leaf] < full else leaf for leaf in trace.leaves]
+    for index, leaf in enumerate(trace.leaves):
+        block, before = leaf, -1
+        while block >= 0:
+            if before < 0 and last[block] >= 0:
+                user = last[block]
+                before = user if block in (ends[user], trace.leaves[user]) else index
+            last[block] = index
+            block = parents[block]
+        if sessions[index] < 0:
+            goes_on = 0 <= before < index
+            sessions[index] = sessions[before] if goes_on else fresh
+            fresh += not goes_on
+    return replace(trace, sessions=sessions)
+
+
 # --- splitting ----------------------------------------------------------------------------------
 
 

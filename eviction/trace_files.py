@@ -83,6 +83,8 @@ def format_of(path: Path) -> str:
     """One of the names above. RAISES BadInput (bad_trace) for what is none, with what it looks like."""
     if path.is_dir():
         return RECORDED if next(path.glob(f"*{SUFFIX}"), None) else TESTER
+    if path.exists() and not path.is_file():
+        raise bad(f"{path} cannot be read", "it is neither a file nor a folder")
     try:
         with path.open("rb") as stream:
             first = stream.readline(LINE_BYTES_MAX)

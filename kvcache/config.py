@@ -205,6 +205,7 @@ def _check(config: NodeConfig) -> None:
     if config.nvme_places:
         _check_nvme(config)
     _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s
+    _ = parse_size(config.record_bytes, "record_bytes")
     for address in config.index_addresses:
         parse(address)
     if config.index_bytes_max < INDEX_BYTES_MIN:

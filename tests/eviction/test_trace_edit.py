@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from kvcache.eviction.trace_edit import (
     split_by_session,
     split_by_time,
     subset,
+    with_sessions,
 )
 
 
@@ -70,6 +72,24 @@ def test_sessions_are_not_torn() -> None:
     assert min(first.request_count, rest.request_count) > 10
     assert split_by_session(trace, 0.5) == (first, rest)
     assert split_by_session(trace, 0.5, seed=2) != (first, rest)
+
+
+def test_sessions_are_guessed_from_who_goes_on_where() -> None:
+    workload = Workload(request_count=300, system_prompt_tokens=2_000, question_tokens=200, fan_out_share=0.0)
+    trace = generate(workload)
+    bare = replace(trace, sessions=array("i", [-1]) * trace.request_count)
+    guessed = with_sessions(bare)
+    pairs = [(one, other) for one in range(100, 300) for other in range(one)]
+    same = [trace.sessions[one] == trace.sessions[other] for one, other in pairs]
+    found = [guessed.sessions[one] == guessed.sessions[other] for one, other in pairs]
+    right = sum(one == other for one, other in zip(same, found, strict=True))
+    assert right / len(pairs) > 0.99
+    assert sum(one and other for one, other in zip(same, found, strict=True)) > 0.8 * sum(same)
+    assert with_sessions(trace) == trace
+    half = array("i", [session if at % 2 else -1 for at, session in enumerate(trace.sessions)])
+    assert [with_sessions(replace(trace, sessions=half)).sessions[at] for at in range(1, 300, 2)] == list(
+        half[1::2]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 7.0, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,6 +266,12 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
         open_trace(tmp_path)
     with pytest.raises(BadInput, match="blocks of -1 tokens"):
         open_trace(tmp_path / "none.npz", Reading(block_tokens=-1))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="neither a file nor a folder"):
+        open_trace(tmp_path / "pipe")
 
 
 def test_a_trace_without_requests_is_refused(tmp_path: Path) -> None:
