@@ -113,12 +113,14 @@ class ClassLeaves:
     def _first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
         """The oldest evictable leaf that is not ``chosen``. Entries that were passed over and must not be
         lost go to ``aside``."""
-        heap, uses, children, holds = pile.heap, self._uses, self._tree.children, self._tree.holds
+        heap, uses, tree = pile.heap, self._uses, self._tree
+        children, holds, devices = tree.children, tree.holds, tree.device
         while heap:
             entry = heap[0]
             block = entry[2]
             use = uses.get(block)
-            if use is None or use.kind is not pile.kind or use.at_ms != entry[0] or children[block]:
+            stale = use is None or use.kind is not pile.kind or use.at_ms != entry[0]
+            if stale or children[block] or devices[block] != pile.device:  # A number may be another's now.
                 heappop(heap)
                 self._entries -= 1
             elif holds[block] or block in chosen:

@@ -142,3 +142,13 @@ def test_time_may_stand_still_or_run_back() -> None:
         shop.ask(f"x{now_s}/b/c", at(now_s))
         shop.policy._times.check()
     assert len(shop.grove.tree) <= 8
+
+
+def test_a_number_that_another_device_uses_now_is_not_taken_for_the_old_one() -> None:
+    grove = Shop(9).grove
+    grove.store("a", at(1))
+    grove.drop(["a"], "evicted")
+    grove.store("b", at(1), device=1)
+    assert isinstance(grove.policy, LeafHazard)
+    assert grove.policy.victims_on(at(1), 3, 0) == []
+    assert grove.policy.victims_on(at(1), 3, 1) == [grove.block("b")]

@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.leaf_lru import LeafLru
+from kvcache.eviction.registry import policy_class
+from kvcache.eviction.score import BlockMeta, scored
 from kvcache.policy import EvictionPolicy, RequestContext, TreeView
 from kvcache.testing.device_model import DeviceModel
 from kvcache.testing.ledger_model import OWNERS, LedgerModel, pick
@@ -46,7 +48,32 @@ class Erratic(LeafLru):
         return right
 
 
-POLICIES: tuple[type[EvictionPolicy], ...] = (LeafLru, Fifo, Erratic)
+class Deepest:
+    """The short form, and as unhelpful as one can be: parents would go first, if they could."""
+
+    def score(self, block: int, meta: BlockMeta, now: float) -> float:
+        return meta.depth
+
+
+def strict() -> type[EvictionPolicy]:
+    """Every wrapper, with quotas and retention that matter in a small cache."""
+    everything = policy_class("leaf-hazard+keep+cost")
+
+    class Strict(everything):  # type: ignore[misc, valid-type]  # It is made when it is asked for.
+        def __init__(self, tree: TreeView, capacity_bytes: int) -> None:
+            super().__init__(tree, capacity_bytes, tenant_share=0.3, retain_ms=1, cost_weight=0.5, samples=1)
+
+    return Strict
+
+
+POLICIES: tuple[type[EvictionPolicy], ...] = (
+    LeafLru,
+    Fifo,
+    Erratic,
+    scored(Deepest),
+    *map(policy_class, ("leaf-hazard", "leaf-arc", "leaf-arc+cost+keep")),
+    strict(),
+)
 OWNER = st.sampled_from(OWNERS)
 NAMESPACE = st.sampled_from(NAMESPACES)
 STEPS = st.lists(st.sampled_from("ab"), min_size=1, max_size=6).map("".join)
