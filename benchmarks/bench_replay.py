@@ -34,7 +34,7 @@ from kvcache.eviction.trace_files import open_trace
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 ROUNDS, QUICK_ROUNDS = 5, 1
 PER_BLOCK = "lru-rev"
-RULES = ("touched>=2", "branch-reused")
+RULES = ("touched>=2", "branch-reused", "hazard=30%", "hazard=50%")
 QUICK_BLOCKS = 1_000_000
 
 

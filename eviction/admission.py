@@ -4,7 +4,8 @@
     touched>=2      blocks that so many requests had (any number will do)
     branch-reused   the same, and all of a branch of which some block was touched twice: a conversation
                     that came back once is written whole, its newest part too
-    hazard          what the lower tier's own policy says (``admit``): for policies that learn
+    hazard=30%      so much of what falls, the best of it by what was learned (``admission_learned``)
+    policy          what the lower tier's own policy says (``admit``): for policies that decline
 
 A prefix is written or nothing is, so no rule ever leaves a hole: what continues it on the lower tier already
 decides for a block. The budget is a bucket of blocks that fills at an even rate; it counts what is
@@ -22,19 +23,22 @@ from dataclasses import dataclass
 
 from kvcache.errors import BadInput
 
-RULES = ("all", "touched>=2", "branch-reused", "hazard")
+RULES = ("all", "touched>=2", "branch-reused", "hazard", "policy")
 DAY_S = 86_400
+_SHARE_PERCENT = 30
 _BURST_S = 60.0
 _NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A rule of ``RULES``: ``touches`` is the least a block needs; ``branch`` asks it of one of a branch."""
+    """A rule of ``RULES``: ``touches`` is the least a block needs; ``branch`` asks it of one of a branch;
+    ``share`` of what falls is written, the best of it."""
 
     name: str
     touches: int = 0
     branch: bool = False
+    share: float = 0.0
     asks_policy: bool = False
 
 
@@ -50,8 +54,11 @@ def parse_admission(text: str) -> Admission:
         return ALL
     if text == "branch-reused":
         return Admission(text, touches=2, branch=True)
-    if text == "hazard":
+    if text == "policy":
         return Admission(text, asks_policy=True)
+    match = re.fullmatch(r"hazard(?:=(\d{1,3}(?:\.\d{1,3})?)%)?", text)
+    if match is not None and 0 < float(match[1] or _SHARE_PERCENT) <= 100:
+        return Admission(text, share=float(match[1] or _SHARE_PERCENT) / 100)
     raise BadInput("bad_config", f"no admission is called {text!r}", f"there are {', '.join(RULES)}")
 
 

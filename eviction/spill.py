@@ -3,7 +3,7 @@
 What falls is looked at branch by branch. What has a copy here already is not written again, and counts as
 used; of the rest, admission (``kvcache.eviction.admission``) and budget say how many leading blocks are
 written. A block that something here continues is written whatever they say, so that no hole comes
-to be, unless nothing here can go to make room for it.
+to be; where there is no room even for that, what continues it goes instead.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcache.eviction.admission import ALL, Admission, Budget, leading
+from kvcache.eviction.admission_learned import LearnedAdmission
 from kvcache.eviction.replay_tree import NONE, Forest, Path
 from kvcache.eviction.spill_tree import SpillTree
 from kvcache.guard import PolicyGuard
@@ -41,6 +42,8 @@ class Spill:
         self.touches = [0] * len(forest.parent)
         self._budget = Budget(below.blocks_a_second, start_ns)
         self._children = [0] * len(forest.parent)  # Seen so far.
+        share = below.admission.share
+        self._learned = LearnedAdmission(len(forest.parent), share, below.capacity_blocks) if share else None
         self.written = self.declined = self.written_tokens = 0
 
     def seen(self, leaf: int) -> None:
@@ -60,6 +63,9 @@ class Spill:
         count = 0
         while count < len(missing) and children[missing[count]] >= 0:
             count += 1
+        if self._learned is not None:
+            self._learned.wanted(missing)
+            self._learned.computed(missing[count:], self._forest.depth[missing[0]] - 1 + count)
         if count:
             self.tree.hold(missing[count - 1])
             self.guard.on_request(context, Path(self.tree.parent, missing[count - 1]))
@@ -92,6 +98,8 @@ class Spill:
         self.declined += len(new) - taken
         if taken:
             self._write(context, new[:taken])
+        if taken < least:
+            self._give_up(context, branch)
 
     def _worth(self, context: RequestContext, new: Sequence[int]) -> int:
         below, tokens = self._below, self._forest.trace.tokens
@@ -99,6 +107,8 @@ class Spill:
             new = new[:-1]
         if not new:
             return 0
+        if self._learned is not None:
+            return self._learned.fell(new, self.touches)
         if below.admission.asks_policy:
             return self.guard.admit(context, self._parent(new[0]), new)
         return leading(below.admission, new, self.touches, lambda: self._reused(new[0]))
@@ -115,6 +125,20 @@ class Spill:
             before = parent[before]
         return before >= 0 and self._children[before] == 1
 
+    def _give_up(self, context: RequestContext, branch: Sequence[int]) -> None:
+        """There is not even room for what something here continues: let that go."""
+        tree = self.tree
+        while any(tree.children[block] < 0 and tree.is_continued(block) for block in branch):
+            named = self.guard.victims(context, 1)
+            if not named:
+                return
+            self._evict(context, named)
+
+    def _evict(self, context: RequestContext, named: Sequence[int]) -> None:
+        self.tree.leave(named)
+        self.guard.on_evicted(context, named, "evicted")
+        self.tree.forget(named)
+
     def _room(self, context: RequestContext, wanted: int, branch: Sequence[int]) -> int:
         """For how many there is room, once some have gone."""
         tree, guard = self.tree, self.guard
@@ -127,9 +151,7 @@ class Spill:
             if not named:
                 wanted -= over
                 break
-            tree.leave(named)
-            guard.on_evicted(context, named, "evicted")
-            tree.forget(named)
+            self._evict(context, named)
             over -= len(named)
         for block in kept:
             tree.unhold(block)
@@ -141,4 +163,6 @@ class Spill:
             self.written_tokens += self._forest.trace.tokens[block]
         self.written += len(blocks)
         self._budget.spend(len(blocks))
+        if self._learned is not None:
+            self._learned.wrote(len(blocks))
         self.guard.on_admitted(context, blocks)

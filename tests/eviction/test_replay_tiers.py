@@ -114,11 +114,30 @@ def test_what_is_no_rule_is_refused() -> None:
     for text in ("touched>=0", "touched", "", "always", "touched>=99999"):
         with pytest.raises(BadInput):
             parse_admission(text)
+    for text in ("hazard=0%", "hazard=101%", "hazard=30", "hazard=%"):
+        with pytest.raises(BadInput):
+            parse_admission(text)
     assert parse_admission("touched>=3").touches == 3
+    assert parse_admission("hazard").share == parse_admission("hazard=30%").share == 0.3
     with pytest.raises(BadInput):
         tiers(30, 0)
     with pytest.raises(BadInput, match="arc over two tiers"):
         replay_tiers(MADE, "arc", 30, Below(100))
+
+
+@pytest.mark.slow
+def test_learned_admission_keeps_most_hits_for_a_third_of_the_writes() -> None:
+    path = SHARED / "mooncake_conversation_first_half.npz"
+    if not path.exists():
+        pytest.skip(f"NOT TESTED on a published trace: {path.name} is not beside the project")
+    forest = Forest(read_trace(path))
+    blocks = len(forest.parent)
+    every, best = (
+        replay_tiers(forest, "leaf-lru", blocks // 100, Below(blocks // 10, admission=parse_admission(rule)))
+        for rule in ("all", "hazard=30%")
+    )
+    assert best.whole.hit_tokens > 0.94 * every.whole.hit_tokens
+    assert best.written_blocks < 0.37 * every.written_blocks
 
 
 @pytest.mark.slow
