@@ -282,11 +282,17 @@ class Recorder:
         young, old = self._young, self._old
         runs: list[tuple[int, int]] = []
         number = self.next_number
-        for key in keys:
+        for at, key in enumerate(keys):
             value = young.get(key)
             if value is None:
                 value = old.pop(key, 0)
             before = value >> 3
+            if not value and not self._is_sampled:  # So are all behind it, and most prompts end with many.
+                count = len(keys) - at
+                young.update(zip(keys[at:], range(number << 3, number + count << 3, 8), strict=True))
+                runs.append((0, count))
+                number += count
+                break
             if runs and before == (runs[-1][0] + runs[-1][1] if runs[-1][0] else 0):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:

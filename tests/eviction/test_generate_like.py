@@ -55,6 +55,7 @@ def assert_no_clone(trace: Trace, other: Trace) -> None:
     assert same < trace.request_count / 2
 
 
+@pytest.mark.slow
 def test_it_is_like_a_trace_of_ours() -> None:
     trace = generate(Workload(request_count=1_500, seed=3))
     other = generate_like(fit(trace), trace.request_count)
@@ -65,6 +66,7 @@ def test_it_is_like_a_trace_of_ours() -> None:
     assert generate_like(fit(trace), 1_500, seed=2) != other
 
 
+@pytest.mark.slow
 def test_more_or_fewer_requests_come_at_the_same_rate() -> None:
     trace = generate(Workload(request_count=600, seed=3))
     for count in (200, 1_800):

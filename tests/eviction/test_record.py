@@ -22,6 +22,7 @@ from tests.eviction.record_world import BLOCK, START_NS, Played, alike, content,
 
 @given(seed=st.integers(0, 200), every=st.integers(0, 9), files=st.sampled_from([0, 1, 7, 30]))
 @settings(max_examples=40)
+@pytest.mark.slow
 def test_what_is_read_is_what_was_asked(
     tmp_path_factory: pytest.TempPathFactory, seed: int, every: int, files: int
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_file_is_read_without_those_before_it(tmp_path: Path) -> None:
 
 @given(seed=st.integers(0, 100), known_max=st.integers(2, 60), files=st.sampled_from([0, 11]))
 @settings(max_examples=40)
+@pytest.mark.slow
 def test_forgetting_loses_what_is_shared_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, seed: int, known_max: int, files: int
 ) -> None:
@@ -189,6 +191,7 @@ def test_blocks_of_other_lengths_keep_their_tokens(tmp_path: Path) -> None:
 
 @given(data=st.data())
 @settings(max_examples=60)
+@pytest.mark.slow
 def test_whatever_clients_send_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -218,6 +221,7 @@ def test_whatever_clients_send_is_read_back(
 # --- sampling -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_has_whole_sessions(tmp_path: Path) -> None:
     workload = Workload(
         request_count=3_000, block_tokens=BLOCK, session_share=1.0, fan_out_share=0.0, question_tokens=400

@@ -18,6 +18,7 @@ from tests.eviction.test_trace import traces
 
 @given(trace=traces())
 @settings(max_examples=120)
+@pytest.mark.slow
 def test_it_has_a_shape(trace: Trace) -> None:
     if trace.request_count:
         shape = shape_of(trace)
@@ -29,6 +30,7 @@ def test_it_has_a_shape(trace: Trace) -> None:
 
 @given(trace=traces())
 @settings(max_examples=120)
+@pytest.mark.slow
 def test_it_can_be_edited(trace: Trace) -> None:
     known = list(uses_of(trace).known_blocks)
     for same in (anonymized(trace), renumbered(trace), coarsened(trace, trace.block_tokens)):
@@ -49,6 +51,7 @@ def test_it_can_be_edited(trace: Trace) -> None:
 
 @given(trace=traces())
 @settings(max_examples=120)
+@pytest.mark.slow
 def test_it_can_be_made_up_again(trace: Trace) -> None:
     if trace.request_count:
         other = generate_like(fit(trace), 2 * trace.request_count)

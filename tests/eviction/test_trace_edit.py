@@ -74,6 +74,7 @@ def test_sessions_are_not_torn() -> None:
     assert split_by_session(trace, 0.5, seed=2) != (first, rest)
 
 
+@pytest.mark.slow
 def test_sessions_are_guessed_from_who_goes_on_where() -> None:
     workload = Workload(request_count=300, system_prompt_tokens=2_000, question_tokens=200, fan_out_share=0.0)
     trace = generate(workload)

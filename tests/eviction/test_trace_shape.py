@@ -54,6 +54,7 @@ def test_a_small_one_by_hand() -> None:
 
 @given(workload=workloads)
 @settings(max_examples=40)
+@pytest.mark.slow
 def test_the_walk_agrees_with_counting(workload: Workload) -> None:
     trace = generate(workload)
     uses = uses_of(trace)
