@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from functools import partial
 from importlib.metadata import entry_points
 
 from kvcache.errors import BadInput
@@ -20,7 +21,7 @@ from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.score import is_score, scored
 from kvcache.eviction.wrapper import Wrapper, wrapped
-from kvcache.policy import EvictionPolicy
+from kvcache.policy import EvictionPolicy, MakePolicy
 
 GROUP = "kvcache.eviction"
 
@@ -50,6 +51,11 @@ def policy_class(name: str) -> type[EvictionPolicy]:
             raise BadInput("bad_config", f"policy {name!r} names {each!r}", why)
         found = wrapped(WRAPPERS[each], found)
     return found
+
+
+def willing(found: type[EvictionPolicy]) -> MakePolicy:
+    """The policy where what it declines would be lost to more than its own tier: it then declines nothing."""
+    return partial(found, decline=0.0) if "decline" in found.params() else found  # type: ignore[call-arg]
 
 
 def load_class(target: str) -> type[EvictionPolicy]:

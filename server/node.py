@@ -28,7 +28,7 @@ from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
-from kvcache.eviction.registry import policy_class
+from kvcache.eviction.registry import policy_class, willing
 from kvcache.ledger import Ledger
 from kvcache.peers.peer import Here
 from kvcache.peers.plane import DataPlane
@@ -315,7 +315,9 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
             "lower --capacity",
         )
     space = Space(config.capacity_bytes, config.unit_bytes)
-    ledger = Ledger(space, policy_class(config.policy))
+    policy = policy_class(config.policy)
+    # What memory declined would never get to NVMe.
+    ledger = Ledger(space, willing(policy) if config.nvme_places else policy)
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
@@ -347,7 +349,7 @@ def _build_stack(core: Core, clock: Clock) -> Stack:
         ),
         core.ledger,
         core.host,
-        policy_class(config.policy),
+        willing(policy_class(config.policy)),
         core.spec_of,
         clock,
         core.counters,

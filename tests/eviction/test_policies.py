@@ -6,9 +6,12 @@ import pytest
 
 from kvcache.errors import BadInput
 from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
-from kvcache.eviction.registry import POLICIES, policy_class, policy_names
+from kvcache.eviction.registry import POLICIES, policy_class, policy_names, willing
+from kvcache.eviction.wrapper import Wrapper
 from kvcache.policy import RequestContext
+from kvcache.prefix import PrefixTree
 from kvcache.testing.policies import CONTEXT, PolicyContract
 
 
@@ -104,3 +107,12 @@ def test_a_context_is_checked() -> None:
         RequestContext(now_ns=1, hint="soon")
     with pytest.raises(BadInput, match="priority 101"):
         RequestContext(now_ns=1, priority=101)
+
+
+def test_above_another_tier_nothing_is_declined() -> None:
+    tree = PrefixTree()
+    made = willing(policy_class("leaf-hazard+keep"))(tree, 64)
+    assert isinstance(made, Wrapper)
+    assert isinstance(made.base, LeafHazard)
+    assert made.base._decline == 0
+    assert isinstance(willing(LeafLru)(tree, 64), LeafLru)
