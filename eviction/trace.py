@@ -204,8 +204,11 @@ def read_trace(path: Path, *, sort: bool = False) -> Trace:
         raise _bad(f"{error.what}, in {path}", error.why, error.todo) from error
     except FileNotFoundError as error:
         raise _bad(f"{path} is not there", str(error), "give the path of a kvtrace-v1 .npz file") from error
+    except zipfile.BadZipFile as error:
+        todo = "is it a kvtrace-v1 .npz file, and whole? Such a file that was cut off has lost its directory"
+        raise _bad(f"{path} cannot be read", str(error)[:200], todo) from error
     # RuntimeError and NotImplementedError: encrypted, or packed in a way zipfile does not know.
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, zlib.error, ValueError) as error:
         raise _bad(f"{path} cannot be read", str(error)[:200], "is it a kvtrace-v1 .npz file?") from error
 
 

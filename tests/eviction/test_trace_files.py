@@ -320,3 +320,11 @@ def test_a_damaged_file_is_read_or_refused(
         assert str(path.name) in str(error) or zipfile.is_zipfile(path)
     else:
         assert replace(trace) == trace  # It checks itself.
+
+
+def test_an_npz_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    write_trace(path, made())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="cut off has lost its directory"):
+        open_trace(path)
