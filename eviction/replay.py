@@ -32,12 +32,12 @@ from kvcache.eviction.replay_result import Counts, ReplayResult, Tally
 from kvcache.eviction.replay_tree import NONE, Forest, Path, ReplayTree
 from kvcache.eviction.trace import Trace
 from kvcache.guard import PolicyGuard
-from kvcache.policy import EvictionPolicy, MakePolicy, RequestContext
+from kvcache.policy import HINTS, EvictionPolicy, MakePolicy, RequestContext
 
 BELADY = "belady"
 REPLAY_ONLY = frozenset({BELADY, *BLOCK_POLICIES})
 _NS_PER_MS = 1_000_000
-_HINTS = {"tool_use": "tool_call", "tool_call": "tool_call", "end_turn": "turn_end", "turn_end": "turn_end"}
+_HINTS = {**{hint: hint for hint in HINTS}, "tool_use": "tool_call", "end_turn": "turn_end"}
 
 Progress = Callable[[int], None]
 
