@@ -16,11 +16,11 @@ looks like is learned as requests come, hints or none. The policy knows three th
 Of all leaves, the longest unused of each class and a few drawn evenly are compared; then the branch goes
 from its leaf up as long as its blocks were used alike. With nothing learned it is leaf-first LRU.
 
-Memory: 100 bytes a held block, and as much, with the name, for each remembered one: ``memory`` times as
-many as are held, 65,536 at least (15 MB). The oldest is forgotten first.
+Memory: 100 bytes a held block, and 200 with its name for a remembered one: ``memory`` times as many as are
+held, 65,536 at least (15 MB). What was remembered first is forgotten first.
 
-The sum: a request of 24 blocks takes 40 to 80 us, half of it the choice of what goes; long prompts take
-0.3 us a block more. Classes are at most 101, so the table is small beside the names.
+The sum: a request of 24 blocks takes 50 us, half of it the choice of what goes; long prompts take 0.8 us a
+block. Classes are at most 101, so the table is small beside the names.
 
 Related: LHD (NSDI 18) estimates hit density from ages in the same way, for objects that stand alone; the
 worth at an age is a Gittins index; declining what is worth less is the bypass of Belady's MIN.
