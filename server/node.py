@@ -316,7 +316,6 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
         )
     space = Space(config.capacity_bytes, config.unit_bytes)
     policy = policy_class(config.policy)
-    # What memory declined would never get to NVMe.
     ledger = Ledger(space, willing(policy) if config.nvme_places else policy)
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)

@@ -152,3 +152,15 @@ def test_a_number_that_another_device_uses_now_is_not_taken_for_the_old_one() ->
     assert isinstance(grove.policy, LeafHazard)
     assert grove.policy.victims_on(at(1), 3, 0) == []
     assert grove.policy.victims_on(at(1), 3, 1) == [grove.block("b")]
+
+
+def test_what_comes_before_a_fork_teaches_nothing() -> None:
+    """A system prompt is used all the time; that says nothing about the tails that use it once."""
+    grove = Shop(99).grove
+    for turn in range(60):
+        grove.request(f"s/p/x{turn}", at(turn))
+        grove.store(f"s/p/x{turn}", at(turn))
+    assert isinstance(grove.policy, LeafHazard)
+    grove.policy._times.rebuild(1.0)
+    reused = [kind for kind in grove.policy._times._classes.values() if max(kind.hazard) > 0.2]
+    assert [kind.name for kind in reused if kind.name[:1] == (4,)] == []
