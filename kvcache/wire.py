@@ -100,12 +100,13 @@ class Match(Message, frozen=True, tag="match"):
     prefill_tokens_s: Unsigned = 0
 
 
-class TakeLease(Message, frozen=True, tag="lease"):
+class TakeLease(Message, frozen=True, tag="lease", omit_defaults=True):
     """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe or
     fetched from a peer first. With ``request``, the same lease for all who ask for it under this tenant,
     namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
     computing them; with ``pushed`` it brings them here by itself. ``parent`` is the block before the first of
-    ``prefix`` (empty: it is the first of the prompt, or not known)."""
+    ``prefix`` (empty: it is the first of the prompt, or not known). ``hint`` and what follows are for the
+    eviction policy (``request_hints``)."""
 
     namespace: bytes
     prefix: bytes
@@ -116,6 +117,11 @@ class TakeLease(Message, frozen=True, tag="lease"):
     source: str = ""
     pushed: bool = False
     parent: bytes = b""
+    hint: str = "unknown"
+    priority: int = 50
+    session: OrNone = -1
+    gap_ms: OrNone = -1
+    keep_ms: OrNone = -1
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -125,12 +131,11 @@ class Release(Message, frozen=True, tag="release"):
     failed: list[Unsigned] = msgspec.field(default_factory=list)
 
 
-class Reserve(Message, frozen=True, tag="reserve"):
+class Reserve(Message, frozen=True, tag="reserve", omit_defaults=True):
     """Room for the blocks of ``prefix`` that are not held yet, behind ``parent`` (empty: the root).
 
-    ``hint``, ``priority``, ``session`` and ``gap_ms`` are for the eviction policy
-    (``policy.RequestContext``). ``push`` is the node to which they are copied
-    while they are written."""
+    ``push`` is the node to which they are copied while they are written. ``hint``, ``priority``, ``session``,
+    ``gap_ms`` and ``keep_ms`` are for the eviction policy (``request_hints``)."""
 
     namespace: bytes
     parent: bytes
@@ -140,6 +145,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     session: OrNone = -1
     gap_ms: OrNone = -1
     push: str = ""
+    keep_ms: OrNone = -1
 
 
 class Commit(Message, frozen=True, tag="commit"):

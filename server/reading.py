@@ -16,6 +16,7 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Lease
 from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
+from kvcache.request_hints import hints_of
 from kvcache.server.core import Core, Opened
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
@@ -63,9 +64,11 @@ class Reading:
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        context = self._context(request, opened, core.clock.now_ns())
         if core.bringing.is_able or request.pushed or request.source:
             asked = replace(
                 self._asked(opened, request.prefill_tokens_s),
+                context=context,
                 parent=parent_key(opened, request.parent),
                 source=request.source,
                 pushed=request.pushed,
@@ -86,7 +89,7 @@ class Reading:
         core = self._core
         duration_ms = min(max(request.duration_ms, 1), core.config.lease_ms_max)
         now_ns = core.clock.now_ns()
-        context = RequestContext(now_ns=now_ns)
+        context = self._context(request, opened, now_ns)
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
@@ -108,6 +111,11 @@ class Reading:
             remaining_ms=max(0, lease.expires_ns - now_ns) // NS_PER_MS,
             coming=coming,
         )
+
+    def _context(self, request: wire.TakeLease, opened: Opened, now_ns: int) -> RequestContext:
+        """RAISES BadInput for hints that are none."""
+        asked_tokens = len(request.prefix) // HASH_BYTES * opened.spec.block_tokens
+        return hints_of(request).context(now_ns, self._identity.tenant, asked_tokens)
 
     def _held(self, lease_id: int) -> tuple[Opened, Lease]:
         lease = self._core.ledger.leased(lease_id, self._identity.owner)

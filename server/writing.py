@@ -13,6 +13,7 @@ from kvcache.block import HASH_BYTES
 from kvcache.errors import BadInput
 from kvcache.ledger import Reservation
 from kvcache.policy import RequestContext
+from kvcache.request_hints import hints_of
 from kvcache.server.core import Core, Opened
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
@@ -76,13 +77,7 @@ class Writing:
                 core.uses.add(number, owner, push)
 
     def _context(self, request: wire.Reserve) -> RequestContext:
-        return RequestContext(
-            now_ns=self._core.clock.now_ns(),
-            session=request.session,
-            hint=request.hint,
-            priority=request.priority,
-            expected_gap_ms=request.gap_ms if request.gap_ms >= 0 else None,
-        )
+        return hints_of(request).context(self._core.clock.now_ns(), self._identity.tenant)
 
     def _reserved(self, reservation_id: int) -> tuple[Opened, Reservation]:
         reservation = self._core.ledger.reserved(reservation_id, self._identity.owner)

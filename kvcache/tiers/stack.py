@@ -146,11 +146,19 @@ class Stack:
 
     # --- requests -------------------------------------------------------------------------------
 
-    def ask(self, keys: Sequence[StorageKey], arena: int, block_tokens: int, prefill_tokens_s: int) -> int:
-        """How many leading blocks can be had: from host memory now, or from NVMe soon (they start coming)."""
+    def ask(
+        self,
+        keys: Sequence[StorageKey],
+        arena: int,
+        block_tokens: int,
+        prefill_tokens_s: int,
+        context: RequestContext | None = None,
+    ) -> int:
+        """How many leading blocks can be had: from host memory now, or from NVMe soon (they start coming).
+        ``context``: what is known of the request."""
         count = self._promoter.ask(keys, arena, block_tokens, prefill_tokens_s)
         if count:
-            self._ledger.touch(keys[:count], RequestContext(now_ns=self._clock.now_ns()))
+            self._ledger.touch(keys[:count], context or RequestContext(now_ns=self._clock.now_ns()))
         return count
 
     def coming(self, keys: Sequence[StorageKey]) -> int:
