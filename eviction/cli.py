@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from kvcache.eviction.cli_mrc import mrc_command
 from kvcache.eviction.cli_replay import replay_command
 
 
@@ -15,4 +16,5 @@ def tune() -> None:
     """Try policies and sizes of the cache on traces of requests."""
 
 
-tune.add_command(replay_command)
+for command in (replay_command, mrc_command):
+    tune.add_command(command)
