@@ -9,6 +9,7 @@ import click
 
 from kvcache.eviction.cli_mrc import mrc_command
 from kvcache.eviction.cli_replay import replay_command
+from kvcache.eviction.cli_size import size_command
 
 
 @click.group()
@@ -16,5 +17,5 @@ def tune() -> None:
     """Try policies and sizes of the cache on traces of requests."""
 
 
-for command in (replay_command, mrc_command):
+for command in (replay_command, mrc_command, size_command):
     tune.add_command(command)

@@ -93,10 +93,19 @@ class Estimator:
         ).prefix_token_hit_ratio
         if small.whole:
             return Estimate(policy, blocks, found, REPLAYED)
-        more = small.cold_share * (found - self._sampled_exact.prefix_token_hit_ratio(capacity))
-        ratio = self.exact.prefix_token_hit_ratio(blocks) + more
-        best = self.exact.prefix_token_hit_ratio(len(self.exact.hit_tokens))
-        return Estimate(policy, blocks, min(max(ratio, 0.0), best), SAMPLED)
+        return Estimate(policy, blocks, self.corrected(found, blocks), SAMPLED)
+
+    def corrected(self, sampled_ratio: float, blocks: int) -> float:
+        """Of all tokens, if a cache of the sample found this share there, where ``blocks`` would lie in the
+        whole: what leaf-lru finds in so many, and what the sample says is more or less than that."""
+        at = self.sample.capacity(blocks)
+        more = self.sample.cold_share * (sampled_ratio - self._sampled_exact.prefix_token_hit_ratio(at))
+        return min(max(self.exact.prefix_token_hit_ratio(blocks) + more, 0.0), self.most)
+
+    @property
+    def most(self) -> float:
+        """What a cache without end finds."""
+        return self.exact.prefix_token_hit_ratio(len(self.exact.hit_tokens))
 
     def shards(self, blocks: int) -> Estimate:
         """Leaf-lru from the sample alone, as a node could estimate it that sees the sample only."""
