@@ -3,6 +3,10 @@
 Every call of a policy goes through here. An answer is verified before anything acts on it; a policy that
 raises or answers wrongly is replaced, for good, by leaf-first LRU, which is told what is held. It costs
 hits, never blocks that somebody holds and never a request. ``faults`` counts, ``last_fault`` says what.
+
+A policy can be changed for another meanwhile (``begin_change``, then ``change_step`` until it says so): the
+new one is told what is held in order of its last use (``handover``), and what goes wrong with it before it
+decides leaves the old one in its place.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from operator import index
 
+from kvcache.handover import Handover
 from kvcache.leaf_lru import LeafLru
 from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy, MakePolicy, RequestContext, TreeView
+from kvcache.recency import Recency
 
 _FAULT_CHARS_MAX = 300
 
@@ -23,8 +29,10 @@ class PolicyGuard:
         capacity_bytes: int,
         make_policy: MakePolicy,
         committed: Callable[[], Sequence[int]],
+        recency: Recency | None = None,
     ) -> None:
-        """``committed`` lists the blocks a new policy must be told of, parents before children.
+        """``committed`` lists the blocks a new policy must be told of, parents before children. Without
+        ``recency``, which is kept here, the policy cannot be changed.
 
         RAISES what the policy's constructor raises: a policy that cannot start is the operator's to mend."""
         self._tree = tree
@@ -33,13 +41,102 @@ class PolicyGuard:
         self._install(make_policy(tree, capacity_bytes))
         self.faults = 0
         self.last_fault = ""
+        self.change_fault = ""
+        """Why the last change was given up; empty if it was not."""
+        self._recency = recency
+        self._coming: Handover | None = None
 
     def _install(self, policy: EvictionPolicy) -> None:
         self._policy = policy
         self._keyed = policy if isinstance(policy, KeyedPolicy) else None
         self._devices = policy if isinstance(policy, DevicePolicy) else None
 
+    # --- another policy ---------------------------------------------------------------------------
+
+    @property
+    def is_changing(self) -> bool:
+        return self._coming is not None
+
+    @property
+    def told_count(self) -> int:
+        """How many blocks a policy that is to take over has been told of; 0 when there is none."""
+        return self._coming.told_count if self._coming is not None else 0
+
+    def begin_change(self, make_policy: MakePolicy, *, with_state: bool) -> bool:
+        """Another policy is to decide; until ``change_step`` says so, the one that does goes on. A change
+        that was begun before is given up. ``with_state``: the two understand each other's ``state``; was it
+        handed over? RAISES what the policy's constructor raises: then nothing has changed."""
+        assert self._recency is not None
+        policy = make_policy(self._tree, self._capacity_bytes)
+        state = b""
+        if with_state:
+            try:
+                state = self._policy.state()
+                policy.load_state(state)
+            except Exception:  # Others' code. What was learned is learned again.
+                policy, state = make_policy(self._tree, self._capacity_bytes), b""
+        self.change_fault = ""
+        self._coming = Handover(self._tree, self._recency, policy)
+        return bool(state)
+
+    def change_step(self, count: int) -> bool:
+        """Tell the new policy of ``count`` blocks, or a branch more. True: no change is under way any more;
+        the new one decides, unless ``change_fault`` says otherwise."""
+        try:
+            is_over = self._coming is None or self._coming.step(count)
+        except Exception as error:
+            self._give_up("was told what is held", error)
+            return True
+        if is_over and self._coming is not None:
+            self._install(self._coming.policy)
+            self._coming = None
+        return is_over
+
+    def cancel_change(self) -> None:
+        """The old policy stays."""
+        self._coming = None
+
+    def check(self) -> None:
+        """Assert every invariant of what is kept here."""
+        if self._recency is not None:
+            self._recency.check(self._committed())
+        if self._coming is not None:
+            self._coming.check()
+
+    def _give_up(self, when: str, error: Exception) -> None:
+        assert self._coming is not None
+        name = type(self._coming.policy).__name__
+        self.change_fault = f"{name}, when it {when}, raised {error!r}"[:_FAULT_CHARS_MAX]
+        self._coming = None
+
+    def _used(self, context: RequestContext, path: Sequence[int]) -> None:
+        if self._recency is None or not path:
+            return
+        stamp = self._recency.used(path[-1], context.now_ns)
+        if self._coming is not None and stamp:
+            self._coming.used(context, path[-1], stamp)
+
+    def _entered(self, context: RequestContext, blocks: Sequence[int]) -> None:
+        if self._recency is None or not blocks:
+            return
+        stamp = self._recency.entered(blocks, context.now_ns)
+        if self._coming is not None:
+            self._coming.entered(context, blocks, stamp)
+
+    def _left(self, blocks: Sequence[int], reason: str) -> None:
+        if self._recency is None:
+            return
+        risen = self._recency.left(blocks)
+        if self._coming is not None:
+            try:
+                self._coming.left(blocks, reason, risen)
+            except Exception as error:
+                self._give_up("was told what has left", error)
+
+    # --- what happens, and what goes --------------------------------------------------------------
+
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
+        self._used(context, path)
         try:
             self._policy.on_request(context, path)
         except Exception as error:
@@ -62,6 +159,7 @@ class PolicyGuard:
 
     def on_admitted(self, context: RequestContext, blocks: Sequence[int]) -> None:
         """REQUIRES: ``committed`` lists them already."""
+        self._entered(context, blocks)
         try:
             self._policy.on_admitted(context, blocks)
         except Exception as error:
@@ -69,6 +167,8 @@ class PolicyGuard:
 
     def on_restored(self, context: RequestContext, paths: Sequence[Sequence[int]]) -> None:
         """As ``on_admitted``, for many paths, parents first. REQUIRES: ``committed`` lists them all."""
+        for path in paths:
+            self._entered(context, path)
         try:
             for path in paths:
                 self._policy.on_admitted(context, path)
@@ -110,6 +210,7 @@ class PolicyGuard:
 
     def on_evicted(self, context: RequestContext, blocks: Sequence[int], reason: str) -> None:
         """REQUIRES: ``committed`` lists them no longer."""
+        self._left(blocks, reason)
         try:
             self._policy.on_evicted(blocks, reason)
         except Exception as error:
@@ -160,6 +261,7 @@ class PolicyGuard:
         self.last_fault = f"{type(self._policy).__name__}: {fault}"[:_FAULT_CHARS_MAX]
         policy = LeafLru(self._tree, self._capacity_bytes)
         self._install(policy)
-        for block in self._committed():
+        held = self._committed()
+        for block in held if self._recency is None else self._recency.oldest_first(held):
             policy.on_admitted(context, (block,))
         return policy

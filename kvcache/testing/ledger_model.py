@@ -342,6 +342,14 @@ class LedgerModel:
         if done:
             self.quarantined.append((until_ns, lease.slots[0], lease.block_bytes))
 
+    def change_policy(self, policy: type[EvictionPolicy]) -> None:
+        """Another is to decide, once it has been told of everything (``change_step``)."""
+        self.ledger.policy.begin_change(policy, with_state=False)
+
+    def change_step(self, count: int) -> None:
+        if self.ledger.policy.change_step(count):
+            assert not self.trusted or not self.ledger.policy.change_fault, self.ledger.policy.change_fault
+
     def check(self) -> None:
         """What must hold after every deed."""
         self.live_leases_read_right()
@@ -354,7 +362,7 @@ class LedgerModel:
             before = next(islice(self.ledger.ancestors(key), 1, None), None)
             assert before == self.found[key]
             assert before is None or before in self.found
-        assert not self.trusted or self.ledger.policy_fault == "", self.ledger.policy_fault
+        assert not self.trusted or self.ledger.policy.last_fault == "", self.ledger.policy.last_fault
 
     def end(self) -> None:
         """When all have gone and time has passed, every byte can be had again."""

@@ -241,4 +241,4 @@ class PolicyContract:
                 ledger.quarantine(lease.keys[0], lease.generations[0], now_ns + 3)
             ledger.expire(now_ns)
             ledger.check()
-        assert ledger.policy_fault == ""
+        assert ledger.policy.last_fault == ""

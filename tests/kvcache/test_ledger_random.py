@@ -74,6 +74,7 @@ POLICIES: tuple[type[EvictionPolicy], ...] = (
     *map(policy_class, ("leaf-hazard", "leaf-arc", "leaf-arc+cost+keep")),
     strict(),
 )
+SOUND = tuple(policy for policy in POLICIES if policy is not Erratic)
 OWNER = st.sampled_from(OWNERS)
 NAMESPACE = st.sampled_from(NAMESPACES)
 STEPS = st.lists(st.sampled_from("ab"), min_size=1, max_size=6).map("".join)
@@ -162,6 +163,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def quarantine(self, which: int, length_ns: int, stale: bool) -> None:
         self.model.quarantine(which, length_ns, stale)
 
+    @rule(which=WHICH)
+    def change_policy(self, which: int) -> None:
+        self.model.change_policy(pick(SOUND, which))
+
+    @rule(count=st.integers(1, 40))
+    def change_step(self, count: int) -> None:
+        self.model.change_step(count)
+
     @invariant()
     def check(self) -> None:
         if hasattr(self, "model"):
@@ -232,6 +241,8 @@ def test_a_long_day(policy: type[EvictionPolicy], seed: int, model_of: type[Ledg
         (3, lambda: model.unpin(*path())),
         (3, lambda: model.shorten(which(), random.randrange(4)) if model.writers else None),
         (8, lambda: model.borrow(owner(), which(), random.randint(1, 4), random.randint(1, 40))),
+        (1, lambda: model.change_policy(random.choice(SOUND))),
+        (6, lambda: model.change_step(random.randint(1, 8))),
         (2, lambda: model.quarantine(which(), 9, random.random() < 0.3) if model.found else None),
     ]
     if isinstance(model, DeviceModel):

@@ -53,8 +53,8 @@ def hearing(node: EmbeddedNode, ledger: Ledger) -> Hearing:
     policy = Hearing()
 
     def put() -> None:
-        LeafLru.__init__(policy, ledger._guard._tree, ledger._guard._capacity_bytes)
-        ledger._guard._install(policy)
+        LeafLru.__init__(policy, ledger.policy._tree, ledger.policy._capacity_bytes)
+        ledger.policy._install(policy)
 
     node.call(put)
     return policy
