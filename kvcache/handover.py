@@ -104,8 +104,8 @@ class Handover:
     # --- telling ----------------------------------------------------------------------------------
 
     def step(self, count: int) -> bool:
-        """Tell of ``count`` blocks, a branch more, and what has come since the last step once that is all that
-        is left; has all been told? RAISES what the policy raises."""
+        """Tell of ``count`` blocks or a branch more, and in the end of what has come since the last step; has
+        all been told? RAISES what the policy raises."""
         left = count
         while left > 0 and not self._is_old_told:
             cost = next(self._old, None)
@@ -127,6 +127,7 @@ class Handover:
             there = sorted(
                 (of(block), -depth[block], block)
                 for block in self._recency.committed(start, start + LOOK_BLOCKS)
+                if of(block) <= self._since
             )
             runs.append(zip(*(array("q", column) for column in zip(*there, strict=True)), strict=True))
             yield LOOK_BLOCKS // _LOOK_COST
