@@ -219,7 +219,7 @@ def replay_names() -> list[str]:
 
 def named_policy(name: str, settings: Mapping[str, float]) -> MakePolicy:
     """RAISES BadInput for a name that nobody offers, a setting that it has not or that is out of range."""
-    if name not in policy_names():
+    if name.partition("+")[0] not in policy_names():
         near = difflib.get_close_matches(name, replay_names(), 1)
         raise BadInput(
             "bad_config",
