@@ -48,6 +48,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     huge_pages: str = "auto"
     populate: bool = True
     policy: str = "leaf-lru"
+    policy_params: str = ""
     credentials: str = ""
     lease_ms_max: Milliseconds = 60_000
     quarantine_ms: Milliseconds = 600_000

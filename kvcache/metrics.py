@@ -213,6 +213,7 @@ STATS: tuple[Stat, ...] = (
     Stat("quarantined_blocks", "gauge", "Slots set aside because their bytes were wrong."),
     Stat("reclaimed_extents", "gauge", "Extents emptied for blocks of another size since the start."),
     Stat("policy_faults", "gauge", "Faults of the eviction policy, after which the core decides."),
+    Stat("policy_changes", "counter", "Times that another eviction policy took over while the node served."),
     Stat("namespaces", "gauge", "Namespaces opened since the start."),
     Stat("arenas", "gauge", "Trust domains with memory of their own."),
     Stat("watchers", "gauge", "Followers of this node's events."),

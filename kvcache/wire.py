@@ -53,6 +53,8 @@ from kvcache.wire_slices import PIECES_MAX as PIECES_MAX
 from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
 from kvcache.wire_slices import ChunkSums as ChunkSums
 from kvcache.wire_slices import Sums as Sums
+from kvcache.wire_tuning import Tune as Tune
+from kvcache.wire_tuning import Tuned as Tuned
 
 BATCH_BLOCKS_MAX = 1_024
 
@@ -310,12 +312,12 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 _Asking = Hello | Open | Match | TakeLease | Release | Read | Sums | Stats | Watch
-_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub | Record
+_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub | Record | Tune
 _Moving = Export | Post | Advance | Follow
 Request = _Asking | _Changing | _Moving
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
-_Moved = Exported | Posted | Followed | ChunkSums
+_Moved = Exported | Posted | Followed | ChunkSums | Tuned
 Reply = _Answer | _Moved | EventBatch | Failure
 
 

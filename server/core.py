@@ -29,6 +29,7 @@ from kvcache.server.progress import Progress
 from kvcache.server.recording import Recording
 from kvcache.server.telling import Telling
 from kvcache.server.tickets import Tickets
+from kvcache.server.tuning import Tuning
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
@@ -102,6 +103,7 @@ class Core:
         self.progress = Progress()
         self.bringing = Bringing(ledger, clock)
         self.recording = Recording(clock)
+        self.tuning = Tuning()
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -357,6 +359,7 @@ class Core:
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
             "used_bytes:host": self._space.capacity_bytes - held["free_bytes"],
             "capacity_bytes:host": float(self._space.capacity_bytes),
+            "policy_changes": float(self.tuning.changes),
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
             "tickets": float(len(self.tickets)),
@@ -377,7 +380,8 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return self.bringing.troubles() + ([self.recording.trouble] if self.recording.trouble else [])
+        recording = [self.recording.trouble] if self.recording.trouble else []
+        return self.bringing.troubles() + recording + self.tuning.troubles()
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from kvcache import wire
+from kvcache import wire, wire_tuning
 from kvcache.block import BlockSpec, StorageKey
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
@@ -73,6 +73,8 @@ class Connection:
                 return self._scrub()
             case wire.Record():
                 return self._record(request)
+            case wire.Tune():
+                return self._tune(request)
             case wire.Stats():
                 identity.require("reader", "writer", "router", "operator")
                 return wire.StatsReply(core.stats(), core.troubles())
@@ -143,6 +145,16 @@ class Connection:
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
+
+    def _tune(self, request: wire.Tune) -> wire.Reply:
+        if request.action not in (wire_tuning.TELL, wire_tuning.SET):
+            raise BadInput("bad_message", f"action {request.action!r:.40}", "it is tell or set")
+        if request.action == wire_tuning.TELL:
+            self._identity.require("router", "operator")
+        else:
+            self._identity.require("operator")
+            self._core.tuning.set(request)
+        return self._core.tuning.tell()
 
     def _record(self, request: wire.Record) -> Answer | Later:
         self._identity.require("operator")

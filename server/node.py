@@ -28,7 +28,7 @@ from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
-from kvcache.eviction.registry import policy_class, willing
+from kvcache.eviction.choice import Choice, parse_choice
 from kvcache.ledger import Ledger
 from kvcache.peers.peer import Here
 from kvcache.peers.plane import DataPlane
@@ -37,7 +37,7 @@ from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
-from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
+from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
 from kvcache.server.recording import Plan
 from kvcache.server.session import Session, failure
@@ -149,6 +149,7 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
+        await self.core.tuning.close()
         await self.core.bringing.close()
         await self.core.uses.close()
         await self.core.tickets.close()
@@ -222,10 +223,10 @@ class Node:
                 self._greeting.discard(connection)
 
     async def _hello(self, connection: socket.socket) -> tuple[int, wire.Hello]:
-        header = wire.decode_header(await _receive_exactly(connection, wire.HEADER.size))
+        header = wire.decode_header(await receive_exactly(connection, wire.HEADER.size))
         if header.body_bytes > wire.TEXT_CHARS_MAX or header.payload_bytes:
             raise BadInput("too_large", f"a Hello of {header.body_bytes} bytes", "it is a small message")
-        call, hello = wire.decode_request(await _receive_exactly(connection, header.body_bytes))
+        call, hello = wire.decode_request(await receive_exactly(connection, header.body_bytes))
         if not isinstance(hello, wire.Hello):
             raise BadInput("bad_message", "a request before Hello", "a connection starts with Hello")
         return call, hello
@@ -315,17 +316,19 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
             "lower --capacity",
         )
     space = Space(config.capacity_bytes, config.unit_bytes)
-    policy = policy_class(config.policy)
-    ledger = Ledger(space, willing(policy) if config.nvme_places else policy)
+    choice, alone = parse_choice(config.policy, config.policy_params), not config.nvme_places
+    ledger = Ledger(space, choice.make(declines=alone))  # What memory declines never gets to NVMe.
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
+    core.tuning.add("host", ledger, choice, declines=alone)
     if config.nvme_places:
-        core.stack = core.bringing.stack = _build_stack(core, clock)
+        core.stack = core.bringing.stack = _build_stack(core, clock, choice)
+        core.tuning.add("nvme", core.stack.ledger, choice, declines=False)
     return core
 
 
-def _build_stack(core: Core, clock: Clock) -> Stack:
+def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
     config = core.config
     segment_bytes = _segment_bytes(config)
     places = [
@@ -348,7 +351,7 @@ def _build_stack(core: Core, clock: Clock) -> Stack:
         ),
         core.ledger,
         core.host,
-        willing(policy_class(config.policy)),
+        choice.make(declines=False),
         core.spec_of,
         clock,
         core.counters,
@@ -387,14 +390,3 @@ def _check_version(hello: wire.Hello) -> None:
             f"this node speaks version {wire.PROTOCOL_VERSION}",
             "run the same release of kvcache on both sides",
         )
-
-
-async def _receive_exactly(connection: socket.socket, count: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < count:
-        part = await loop.sock_recv(connection, count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)

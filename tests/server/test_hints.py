@@ -102,7 +102,7 @@ def test_the_lower_tier_hears_of_look_ups_too(serve: Serve, tmp_path: object) ->
     node = serve(nvme=f"{tmp_path}/nvme:64MiB", nvme_segment="16MiB")
     stack = node.node.core.stack
     assert stack is not None
-    policy = hearing(node, stack._ledger)
+    policy = hearing(node, stack.ledger)
     with connected(node.node.address) as channel:
         namespace = opened(channel)
         save(channel, namespace, HASHES[:2])
