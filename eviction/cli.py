@@ -11,6 +11,7 @@ from kvcache.eviction.cli_advise import advise_command
 from kvcache.eviction.cli_live import set_command, tell_command
 from kvcache.eviction.cli_mrc import mrc_command
 from kvcache.eviction.cli_replay import replay_command
+from kvcache.eviction.cli_report import report_command
 from kvcache.eviction.cli_size import size_command
 
 
@@ -19,7 +20,7 @@ def tune() -> None:
     """Try policies and sizes of the cache on traces of requests, and set them in a running node."""
 
 
-for command in (replay_command, mrc_command, size_command, advise_command):
+for command in (replay_command, mrc_command, size_command, advise_command, report_command):
     tune.add_command(command)
 for command in (set_command, tell_command):
     tune.add_command(command)
