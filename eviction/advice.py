@@ -30,7 +30,7 @@ from kvcache.policy import Param
 
 WORTH = 0.002
 REQUESTS_MIN = 100
-_RULES = ("touched>=2", "branch-reused", "hazard=20%", "hazard=30%", "hazard=50%")
+RULES = ("touched>=2",)  # What a node can be told to write to NVMe, beside all.
 _OTHERS = 3
 _FREE_WRITES = 0.005  # So much of the hits may be given for fewer writes, where no limit was named ...
 _SPARING = 0.8  # ... if at most this share of them is left.
@@ -86,11 +86,13 @@ class Adviser:
         share: float = 0.5,
         rate: float = 0.0,
         policies: Sequence[str] = (),
+        rules: Sequence[str] = RULES,
         watch: Watch = unwatched,
     ) -> None:
         self._forest = forest
         self._machine = machine
         self._policies = list(policies) or policy_names()
+        self._rules = [parse_admission(rule) for rule in rules]
         self._watch = watch
         self.first_requests = first_requests(forest.trace, share)
         first = forest.trace.head(self.first_requests)
@@ -136,8 +138,8 @@ class Adviser:
             if both is not None:
                 yield self._try(both)
         if self._machine.nvme_blocks:
-            for rule in _RULES:
-                yield self._try(replace(best[0].setting, admission=parse_admission(rule)))
+            for rule in self._rules:
+                yield self._try(replace(best[0].setting, admission=rule))
 
     def _keeping(self, every: Sequence[Tried]) -> list[str]:
         """Where sessions wait for tools, the best and leaf-lru with what is kept for them."""

@@ -16,6 +16,8 @@ _GIB = 1 << 30
 _WIDE = 96
 _HOUR_MS = 3_600_000
 _MORE_MEMORY = (2, 4)
+_NODE_RULES = {"all": "all", "touched>=2": "second-touch"}
+_NO_RULE = " No setting of a node writes by {}: it was replayed only."
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _change(advice: Advice, at: Situation) -> Iterator[tuple[str, str]]:
     yield "the doubt", _doubt(gain, doubt, rest)
     if at.optimum is not None:
         yield from _in_memory(advice, at, at.optimum)
-    yield "to set it", f"kvcache serve {_options(named.setting, at)}"
+    yield "to set it", to_set(named.setting, now.setting, bool(at.machine.nvme_blocks))
 
 
 def _an_hour(advice: Advice, at: Situation) -> str:
@@ -182,13 +184,22 @@ def _more_memory(at: Situation) -> str:
     return f"leaf-lru finds {here:.1%} in {at.amount(at.machine.memory_blocks)}, {', '.join(parts)}."
 
 
-def _options(setting: Setting, at: Situation) -> str:
-    text = f"--policy {setting.policy}"
-    if setting.settings:
-        text += " with " + ", ".join(f"{name}={value:g}" for name, value in setting.settings)
-    if at.machine.nvme_blocks and setting.admission.name != "all":
-        text += f"; NVMe takes {setting.admission.name}"
-    return text
+def to_set(setting: Setting, now: Setting, nvme: bool) -> str:
+    """Commands and settings of a node."""
+    params = "".join(f" --param {name}={value:g}" for name, value in setting.settings)
+    text = ""
+    if (setting.policy, setting.settings) != (now.policy, now.settings):
+        text = f"kvcache tune set --policy {setting.policy}{params}"
+        kept = f'policy = "{setting.policy}"'
+        if setting.settings:
+            kept += f', policy_params = "{",".join(f"{name}={value:g}" for name, value in setting.settings)}"'
+        text += f" changes a running node; {kept} in its settings keeps it so."
+    if nvme and setting.admission != now.admission:
+        rule = _NODE_RULES.get(setting.admission.name)
+        text += (
+            f' nvme_admission = "{rule}" is a setting.' if rule else _NO_RULE.format(setting.admission.name)
+        )
+    return text.strip()
 
 
 def wrapped(text: str, width: int) -> list[str]:

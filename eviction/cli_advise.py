@@ -15,7 +15,7 @@ import click
 
 from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.advice import Advice, Adviser
+from kvcache.eviction.advice import RULES, Advice, Adviser
 from kvcache.eviction.advice_words import Situation, finalist_dict, situation, words
 from kvcache.eviction.capacity import parse_capacity
 from kvcache.eviction.cli_mrc import parse_rate
@@ -41,6 +41,7 @@ _SHOWN = 8
 @click.option("--admit", default="all", show_default=True, help="what it takes now")
 @click.option("--dwpd", default=0.0, help="drive writes a day that it bears (0: not asked)")
 @click.option("--among", default="", metavar="NAME,...", help="the policies to try (default: all there are)")
+@click.option("--rules", default=",".join(RULES), show_default=True, help="of what NVMe takes, to try")
 @click.option("--split", default=50.0, show_default=True, help="per cent of the time to seek on")
 @click.option("--sample", "rate", default="auto", show_default=True, help="of the blocks, or 100% for all")
 @click.option("--hints/--no-hints", default=True, help="tell policies how requests ended")
@@ -56,6 +57,7 @@ def advise_command(
     admit: str,
     dwpd: float,
     among: str,
+    rules: str,
     split: float,
     rate: str,
     hints: bool,
@@ -78,7 +80,15 @@ def advise_command(
     forest = Forest(trace)
     names = runnable(among or ",".join(policy_names()))
     runnable(policy)
-    adviser = Adviser(forest, machine, share=split / 100, rate=parse_rate(rate), policies=names, watch=bar)
+    adviser = Adviser(
+        forest,
+        machine,
+        share=split / 100,
+        rate=parse_rate(rate),
+        policies=names,
+        rules=[rule.strip() for rule in rules.split(",") if rule.strip()],
+        watch=bar,
+    )
     advice = adviser.advise(now)
     at = situation(forest, machine, model)
     if as_json:

@@ -74,9 +74,9 @@ def _sections(found: Findings) -> Iterator[tuple[str, str, str]]:
     sampled = found.advice.sample_rate
     yield (
         "By size",
-        "Prompt tokens found, of all, by the size of memory. Leaf-lru is exact; others are estimated, where the "
-        "trace is large, from a sample of its blocks, to about a point. Nobody finds more than the optimum, "
-        "which knows the future.",
+        "Prompt tokens found, of all, by the size of memory. Leaf-lru is exact; others are estimated, where "
+        "the trace is large, from a sample of its blocks, to about a point. Nobody finds more than the "
+        "optimum, which knows the future.",
         _curves(found) + _by_size(found),
     )
     yield (

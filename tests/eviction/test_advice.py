@@ -13,7 +13,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction import advice as advice_module
 from kvcache.eviction.admission import parse_admission
 from kvcache.eviction.advice import Adviser, Tried, first_requests, one_by_one, together, values
-from kvcache.eviction.advice_words import situation, words, wrapped
+from kvcache.eviction.advice_words import situation, to_set, words, wrapped
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.models import model_named
 from kvcache.eviction.replay_tree import Forest
@@ -102,9 +102,10 @@ def test_what_is_good_in_the_first_part_only_is_not_advised() -> None:
 @pytest.mark.slow
 def test_with_nvme_what_is_written_is_sought_too() -> None:
     machine = Machine(30, 500, nvme_writes_a_day=1e9)
-    found = Adviser(PLAIN, machine, policies=("leaf-lru",)).advise(Setting("leaf-lru"))
+    wanted = ("touched>=2", "branch-reused", "hazard=30%")
+    found = Adviser(PLAIN, machine, policies=("leaf-lru",), rules=wanted).advise(Setting("leaf-lru"))
     rules = {each.setting.admission.name for each in found.tried}
-    assert rules >= {"all", "touched>=2", "branch-reused", "hazard=30%"}
+    assert rules >= {"all", *wanted}
     assert found.now.writes_a_day > 0
     limit = found.now.writes_a_day * 0.7
     spared = Adviser(PLAIN, replace(machine, nvme_writes_a_day=limit), policies=("leaf-lru",)).advise(
@@ -142,11 +143,24 @@ def test_the_words() -> None:
     notes = dict(said.notes)
     assert notes.keys() == {"it buys", "the doubt", "as good as", "what is left", "to set it"}
     assert notes["it buys"].startswith("+") and "tokens an hour" in notes["it buys"]
-    assert notes["to set it"] == "kvcache serve --policy leaf-arc"
+    assert notes["to set it"].startswith(
+        "kvcache tune set --policy leaf-arc changes a running node; policy = "
+    )
     kept = words(adviser.advise(Setting("leaf-arc")), situation(SCANS, machine, None))
     assert kept.headline == "Keep leaf-arc: nothing that was tried is clearly better."
     assert "with 2 times as much" in dict(kept.notes)["memory"]
     assert all(len(line) < 110 for line in str(said).splitlines())
+
+
+def test_what_to_set() -> None:
+    now, tuned = Setting("leaf-lru"), Setting("leaf-hazard").with_("decline", 2.5).with_("samples", 32)
+    assert to_set(tuned, now, nvme=False) == (
+        "kvcache tune set --policy leaf-hazard --param decline=2.5 --param samples=32 changes a running "
+        'node; policy = "leaf-hazard", policy_params = "decline=2.5,samples=32" in its settings keeps it so.'
+    )
+    rule = replace(now, admission=parse_admission("touched>=2"))
+    assert to_set(rule, now, nvme=True) == 'nvme_admission = "second-touch" is a setting.'
+    assert "replayed only" in to_set(replace(now, admission=parse_admission("hazard")), now, nvme=True)
 
 
 def test_values_are_within_what_is_possible() -> None:

@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
 def test_a_person_reads_what_to_change(trace: str) -> None:
     said = run(trace, "--capacity", "60", "--among", "leaf-lru,leaf-arc").output
     assert "Change the policy from leaf-lru to leaf-arc." in said
-    assert "kvcache serve --policy leaf-arc" in said
+    assert "kvcache tune set --policy leaf-arc" in said
     assert "leaf-arc                 " in said and "advised" in said
     assert "2 settings were tried on 100.0% of the blocks." in said
 
