@@ -49,7 +49,7 @@ class ClassLeaves:
         """It is a leaf now, or was used. Nothing happens when it is neither tracked nor a leaf."""
         use = self._uses.get(block)
         if use is not None and not self._tree.children[block]:
-            heappush(self._pile(use, block).heap, (use.at_ms, -self._tree.depth[block], block))
+            heappush(self._pile(use, block).heap, (use.order, -self._tree.depth[block], block))
             self._entries += 1
             if self._entries > 2 * len(self._uses) + _SPARE_ENTRIES:
                 self._make_anew()
@@ -108,7 +108,7 @@ class ClassLeaves:
 
     def _candidate(self, block: int, rank: Callable[[int], float]) -> _Candidate:
         use = self._uses[block]
-        return rank(block), use.at_ms, -self._tree.depth[block], block, -1
+        return rank(block), use.order, -self._tree.depth[block], block, -1
 
     def _first(self, pile: Pile, chosen: Container[int], aside: list[Entry]) -> Entry | None:
         """The oldest evictable leaf that is not ``chosen``. Entries that were passed over and must not be
@@ -119,7 +119,7 @@ class ClassLeaves:
             entry = heap[0]
             block = entry[2]
             use = uses.get(block)
-            stale = use is None or use.kind is not pile.kind or use.at_ms != entry[0]
+            stale = use is None or use.kind is not pile.kind or use.order != entry[0]
             if stale or children[block] or devices[block] != pile.device:  # A number may be another's now.
                 heappop(heap)
                 self._entries -= 1
@@ -145,7 +145,7 @@ class ClassLeaves:
         children, depth = self._tree.children, self._tree.depth
         for block, use in self._uses.items():
             if not children[block]:
-                self._pile(use, block).heap.append((use.at_ms, -depth[block], block))
+                self._pile(use, block).heap.append((use.order, -depth[block], block))
                 self._entries += 1
         for pile in self._piles.values():
             heapify(pile.heap)

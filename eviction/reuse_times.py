@@ -89,14 +89,19 @@ class ReuseClass:
 class Use:
     """Some blocks, used at once. ``count`` of them have not been used again, as far as is known."""
 
-    __slots__ = ("at_ms", "count", "kind", "touches", "weight")
+    __slots__ = ("at_ms", "count", "kind", "order", "touches", "turn", "weight")
 
-    def __init__(self, kind: ReuseClass, count: int, at_ms: int, touches: int, weight: float) -> None:
-        """``weight`` is what one block counts for in the table; with 0 the use teaches nothing."""
+    def __init__(
+        self, kind: ReuseClass, count: int, at_ms: int, touches: int, weight: float, order: int = -1
+    ) -> None:
+        """``weight`` is what one block counts for in the table; with 0 the use teaches nothing. ``order``
+        tells which of two uses was first; -1: that of their times does."""
         self.kind = kind
         self.count = count
         self.at_ms = at_ms
+        self.order = order if order >= 0 else at_ms
         self.touches = touches
+        self.turn = 0
         self.weight = weight
 
 
