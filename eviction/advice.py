@@ -7,8 +7,8 @@
 
 What was chosen on some requests is best on them, partly by chance; so what is told is what it found in the
 others, and how much that differs from one stretch of them to the next. A change must be worth it: 0.2
-points over what runs now, over the whole time and in the second part alone; and as much in either part for
-something that has to be set by hand, over the same policy without.
+points over what runs now, over the whole time and in the second part alone (0.5 where that may be chance);
+and 0.2 in either part for something that has to be set by hand, over the same policy without.
 
 The sum: some 30 replays of a sample, and four of the whole: a minute for 4.5 M blocks of prompts.
 """
@@ -28,7 +28,7 @@ from kvcache.eviction.trace import Trace
 from kvcache.eviction.trial import Difference, Machine, Setting, Trial, difference, try_setting
 from kvcache.policy import Param
 
-WORTH = 0.002
+WORTH, _WORTH_UNCLEAR = 0.002, 0.005
 REQUESTS_MIN = 100
 RULES = ("touched>=2",)  # What a node can be told to write to NVMe, beside all.
 _OTHERS = 3
@@ -108,7 +108,7 @@ class Adviser:
         finalists = [self._whole(setting) for setting in dict.fromkeys(wanted) if setting != now]
         named = self._choose([current, *finalists])
         found = difference(named.trial, current.trial, self.first_requests, self._forest.trace.request_count)
-        change = named is not current and self._worth(named, current)
+        change = named is not current and self._worth(named, current, found)
         if not change:
             named, found = current, Difference(0.0, 0.0)
         return Advice(
@@ -220,14 +220,14 @@ class Adviser:
     def _spares(self, named: Finalist, now: Finalist) -> bool:
         return named.writes_a_day < _SPARING * now.writes_a_day
 
-    def _worth(self, named: Finalist, now: Finalist) -> bool:
+    def _worth(self, named: Finalist, now: Finalist, found: Difference) -> bool:
         """In the time after, too; or it spares the drives what they do not bear."""
         limit = self._machine.nvme_writes_a_day
         if limit and now.writes_a_day > limit >= named.writes_a_day:
             return True
         if self._spares(named, now):
             return named.rest_ratio > now.rest_ratio - _FREE_WRITES
-        return named.rest_ratio > now.rest_ratio + WORTH
+        return found.gain > (WORTH if found.clear else _WORTH_UNCLEAR)
 
 
 def _beats(tuned: Finalist, plain: Finalist | None) -> bool:

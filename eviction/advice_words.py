@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcache.eviction.advice import Advice, Finalist
+from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.models import Model
 from kvcache.eviction.replay import BELADY, replay
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.stack_curve import StackCurve, stack_curve
 from kvcache.eviction.trial import Machine, Setting
 
-_GIB = 1 << 30
 _WIDE = 96
 _HOUR_MS = 3_600_000
 _MORE_MEMORY = (2, 4)
@@ -37,7 +37,7 @@ class Situation:
     def amount(self, blocks: int) -> str:
         if not self.model:
             return f"{blocks:,} blocks"
-        return f"{blocks:,} blocks ({blocks * self.block_bytes / _GIB:,.0f} GiB)"
+        return f"{blocks:,} blocks ({gib_text(blocks * self.block_bytes)})"
 
 
 def situation(forest: Forest, machine: Machine, model: Model | None) -> Situation:
@@ -80,7 +80,8 @@ def _headline(advice: Advice) -> str:
             changes.append(f"its setting {name} to {value:g}")
     if named.admission != now.admission:
         changes.append(f"what is written to NVMe from {now.admission.name} to {named.admission.name}")
-    return f"Change {', and '.join(changes)}."
+    sure = advice.difference.clear or advice.difference.gain <= 0
+    return f"{'Change' if sure else 'Consider changing'} {', and '.join(changes)}."
 
 
 def _change(advice: Advice, at: Situation) -> Iterator[tuple[str, str]]:

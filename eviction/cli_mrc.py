@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from kvcache.errors import BadInput
+from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.capacity import Capacity, parse_capacities
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.cli_replay import chosen, heading, parse_settings
@@ -165,7 +166,7 @@ def picture(points: Sequence[Point], trace: Trace, model: Model | None) -> str:
 def size_text(size: Capacity, trace: Trace, model: Model | None) -> str:
     if model is None:
         return size.text
-    return f"{size.blocks * trace.block_tokens * model.token_bytes / GIB:,.0f} GiB"
+    return gib_text(size.blocks * trace.block_tokens * model.token_bytes)
 
 
 def table(points: Sequence[Point], trace: Trace, model: Model | None) -> str:

@@ -17,8 +17,9 @@ import click
 
 from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
+from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.capacity import Capacity, parse_capacities, parse_capacity
-from kvcache.eviction.cli_mrc import GIB, parse_rate
+from kvcache.eviction.cli_mrc import parse_rate
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.cli_replay import chosen, heading
 from kvcache.eviction.curves import Estimator
@@ -216,10 +217,7 @@ class Shown:
     def amount(self, blocks: int) -> str:
         if not self.model:
             return f"{blocks:,} blocks"
-        gib = blocks * self._block_bytes / GIB
-        if gib >= 10_000:
-            return f"{gib / 1_024:,.0f} TiB"
-        return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
+        return gib_text(blocks * self._block_bytes)
 
     def table(self, options: Sequence[Option], shop: Shop) -> str:
         head = ["memory", "policy", "NVMe", "takes", "hit", "writes a day", "cost", ""]

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from kvcache.eviction.advice import Advice
 from kvcache.eviction.advice_words import Situation, words
+from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.capacity import Capacity
 from kvcache.eviction.curves import Estimate
 from kvcache.eviction.replay import BELADY
@@ -21,7 +22,6 @@ from kvcache.eviction.report_style import STYLE
 from kvcache.eviction.trace_shape import Shape
 from kvcache.eviction.trial import Trial
 
-_GIB = 1 << 30
 _DEPTHS = 24
 _STRETCHES = 40
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -124,8 +124,7 @@ def _advice(found: Findings) -> str:
 def _label(size: Capacity, found: Findings) -> str:
     if not found.at.block_bytes:
         return size.text
-    gib = size.blocks * found.at.block_bytes / _GIB
-    return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
+    return gib_text(size.blocks * found.at.block_bytes)
 
 
 def _curves(found: Findings) -> str:

@@ -1,0 +1,13 @@
+"""Amounts as people read them."""
+
+from __future__ import annotations
+
+_GIB = 1 << 30
+
+
+def gib_text(count: float) -> str:
+    """Bytes, with two or more figures: ``0.15 GiB``, ``1,565 GiB``, ``15 TiB``."""
+    gib = count / _GIB
+    if gib >= 10_000:
+        return f"{gib / 1_024:,.0f} TiB"
+    return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
