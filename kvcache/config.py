@@ -72,6 +72,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     nvme_late_ms: Milliseconds = 2_000
     nvme_direct: Literal["auto", "on", "off"] = "auto"
     nvme_scrub_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    shadow: str = "none"
+    shadow_sizes: str = "50%,100%,200%"
+    shadow_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.03
+    shadow_cpu: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.02
     record: str = "none"
     record_bytes: str = "256MiB"
     record_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -300,7 +304,8 @@ def _described(wanted: object, choices: list[str]) -> str:
     if get_origin(wanted) is Annotated:
         kind, limits = get_args(wanted)
         number = "a whole number" if kind is int else "a number"
-        return f"{number} from {limits.ge:,} to {limits.le:,}"
+        low = f"from {limits.ge:,}" if limits.ge is not None else f"over {limits.gt:,}, up"
+        return f"{number} {low} to {limits.le:,}"
     return "true or false" if wanted is bool else "text, in a file in quotes"
 
 

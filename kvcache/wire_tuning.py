@@ -35,12 +35,14 @@ class InForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Shadow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a cache of ``size`` (1: as the host tier) would have found under ``policy``, as a share of the
-    blocks asked for: ``hit_ratio`` lately, of ``blocks`` that were sampled, give or take ``doubt``.
-    ``is_full``: it has let something go, so its size matters."""
+    blocks asked for: ``hit_ratio`` lately, of ``blocks`` that were sampled, give or take ``doubt``;
+    ``sampled_hit_ratio`` before what the sample is seen to be wrong by was taken off. ``is_full``: it has let
+    something go, so its size matters."""
 
     policy: str
     size: float
     hit_ratio: float
+    sampled_hit_ratio: float
     doubt: float
     blocks: Unsigned
     is_full: bool

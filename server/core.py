@@ -103,7 +103,7 @@ class Core:
         self.progress = Progress()
         self.bringing = Bringing(ledger, clock)
         self.recording = Recording(clock)
-        self.tuning = Tuning()
+        self.tuning = Tuning(clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
@@ -219,15 +219,16 @@ class Core:
         nearest: list[str] = min(near, key=len)
         return ("stored blocks of this model do not fit: " + "; ".join(nearest))[:VERDICT_CHARS_MAX]
 
-    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> None:
-        """Count a look-up once, however many share its lease: scheduler and workers of one request do."""
+    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
+        """Count a look-up once, however many share its lease (scheduler and workers do). Was it now?"""
         if 0 < lease_id <= self._newest_lease:
-            return
+            return False
         self.counters["lookup_tokens"] += asked * block_tokens
         self.counters["hit_tokens"] += held * block_tokens
         if lease_id:
             self._newest_lease = lease_id
             self.counters["leases_taken"] += 1
+        return True
 
     # --- changes --------------------------------------------------------------------------------
 
@@ -298,10 +299,8 @@ class Core:
     def expire(self) -> None:
         """Called by the node's timer."""
         self.ledger.expire(self.clock.now_ns())
-        self.tickets.tick()
-        self.plane.tick()
-        self.bringing.tick()
-        self.recording.tick()
+        for each in (self.tickets, self.plane, self.bringing, self.recording, self.tuning):
+            each.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()
@@ -354,12 +353,12 @@ class Core:
             **self.bringing.stats(),
             **self.telling.stats(),
             **self.recording.stats(),
+            **self.tuning.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
             "used_bytes:host": self._space.capacity_bytes - held["free_bytes"],
             "capacity_bytes:host": float(self._space.capacity_bytes),
-            "policy_changes": float(self.tuning.changes),
             "namespaces": float(len(self._namespaces)),
             "arenas": float(len(self._arenas)),
             "tickets": float(len(self.tickets)),
@@ -380,8 +379,7 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        recording = [self.recording.trouble] if self.recording.trouble else []
-        return self.bringing.troubles() + recording + self.tuning.troubles()
+        return [*self.bringing.troubles(), *filter(None, [self.recording.trouble]), *self.tuning.troubles()]
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
@@ -392,6 +390,7 @@ class Core:
         self.progress.check()
         self._space.check()
         self.telling.check()
+        self.tuning.shadowing.check()
 
     def close(self) -> None:
         self.recording.close()

@@ -39,8 +39,10 @@ from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
-from kvcache.server.recording import Plan
+from kvcache.server.recording import Plan as RecordPlan
 from kvcache.server.session import Session, failure
+from kvcache.server.shadowing import EVICTED, Store
+from kvcache.server.shadowing import Plan as ShadowPlan
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
 from kvcache.tiers.demote import Rules
@@ -121,7 +123,7 @@ class Node:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
         self.core.bringing.start()
-        if (plan := Plan.of(self.config)) is not None:
+        if (plan := RecordPlan.of(self.config)) is not None:
             self.core.recording.begin(plan, time.time_ns() // NS_PER_MS)
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
@@ -322,6 +324,10 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
     core.tuning.add("host", ledger, choice, declines=alone)
+    if (plan := ShadowPlan.of(config)) is not None:
+        is_alone = alone and not config.peer_addresses
+        store = Store(ledger, config.capacity_bytes, is_alone, lambda: core.counters[EVICTED] > 0)
+        core.tuning.shadowing.begin(plan, store, choice, clock.now_ns())
     if config.nvme_places:
         core.stack = core.bringing.stack = _build_stack(core, clock, choice)
         core.tuning.add("nvme", core.stack.ledger, choice, declines=False)

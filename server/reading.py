@@ -98,7 +98,17 @@ class Reading:
         if not coming and not (rest and core.bringing.awaits(rest[0])):  # Else it is asked again.
             core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
-                core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+                tokens, shadowing = opened.spec.block_tokens, core.tuning.shadowing
+                if core.count_lease(lease.lease_id, len(keys), len(lease.keys), tokens) and shadowing.is_on:
+                    shadowing.asked(
+                        context,
+                        opened.namespace_id,
+                        request.prefix,
+                        request.parent,
+                        len(lease.keys),
+                        opened.spec.block_bytes,
+                        tokens,
+                    )
                 if core.recording.is_on:
                     core.recording.asked(request, opened.spec.block_tokens)
         return wire.Leased(

@@ -13,13 +13,16 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from kvcache.clock import Clock
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.ledger import Ledger
+from kvcache.server.shadowing import Shadowing
 from kvcache.wire_tuning import InForce, Tune, Tuned
 
 log = logging.getLogger("kvcache.server")
 
+HOST = "host"
 STEP_BLOCKS = 256
 _FAULT_CHARS_MAX = 200
 
@@ -37,9 +40,11 @@ class _Tier:
 
 
 class Tuning:
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.shadowing = Shadowing()
+        self._clock = clock
         self._tiers: dict[str, _Tier] = {}
-        self.changes = 0
+        self._changes = 0
 
     def add(self, name: str, ledger: Ledger, choice: Choice, *, declines: bool) -> None:
         """A tier in which ``choice`` decides. ``declines``: as of ``Choice.make``."""
@@ -67,11 +72,28 @@ class Tuning:
             tier.task = asyncio.get_running_loop().create_task(self._change(request.tier, tier))
 
     def tell(self) -> Tuned:
-        return Tuned({name: _in_force(tier, self._fault(tier)) for name, tier in self._tiers.items()})
+        now_ns = self._clock.now_ns()
+        at = self.shadowing.situation(now_ns)
+        return Tuned(
+            tiers={name: _in_force(tier, self._fault(tier)) for name, tier in self._tiers.items()},
+            shadows=self.shadowing.curves(now_ns),
+            hit_ratio=at.found_ratio if at is not None else 0.0,
+            sample=at.sample if at is not None else 0.0,
+            seconds=at.seconds if at is not None else 0.0,
+            advice=self.shadowing.said(now_ns),
+        )
+
+    def tick(self) -> None:
+        if self.shadowing.is_on:
+            self.shadowing.tick(self._clock.now_ns())
+
+    def stats(self) -> dict[str, float]:
+        return {"policy_changes": float(self._changes), **self.shadowing.stats(self._clock.now_ns())}
 
     def troubles(self) -> list[str]:
         """In plain words, what does not work as it should."""
-        return [
+        shadows = [self.shadowing.trouble] if self.shadowing.trouble else []
+        return shadows + [
             f"leaf-lru decides in tier {name}, as {tier.choice.said} broke the contract: {fault}; set another"
             for name, tier in self._tiers.items()
             if (fault := self._fault(tier))
@@ -102,7 +124,9 @@ class Tuning:
         learned = "what was learned was handed over" if tier.with_state else "it learns from now on"
         tier.said = f"{coming.said} took over from {tier.choice.said}; {learned}"
         tier.choice, tier.faults = coming, policy.faults
-        self.changes += 1
+        self._changes += 1
+        if name == HOST:
+            self.shadowing.decides(coming, self._clock.now_ns())
         log.info("tier %s: %s", name, tier.said)
 
     def _fault(self, tier: _Tier) -> str:

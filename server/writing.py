@@ -37,17 +37,27 @@ class Writing:
         core = self._core
         opened = core.namespace(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        context = self._context(request)
         reservation = core.ledger.reserve(
             self._identity.arena,
             parent_key(opened, request.parent),
             keys,
             opened.spec.block_bytes,
             self._identity.owner,
-            self._context(request),
+            context,
         )
         core.settle()
         if core.recording.is_on and not self._identity.node:
             core.recording.saved(request, opened.spec.block_tokens, opened.tenant)
+        if core.tuning.shadowing.is_on and not self._identity.node:
+            core.tuning.shadowing.saved(
+                context,
+                opened.namespace_id,
+                request.prefix,
+                request.parent,
+                opened.spec.block_bytes,
+                opened.spec.block_tokens,
+            )
         if reservation.reason in ("busy", "full"):
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:

@@ -15,7 +15,7 @@ import pytest
 
 from kvcache.block import chain
 from kvcache.credentials import Credentials
-from kvcache.metrics import STATS
+from kvcache.metrics_stats import STATS
 from kvcache.testing.processes import NodeProcess
 from tests.server.talk import connected, example, opened, save
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.metrics import STREAM_FAILURES
+from kvcache.metrics_stats import STREAM_FAILURES
 from kvcache.peers.stream import FAILURES
 from tests.kvcache.peers.stream_world import PLANES, World, worlds
 from tests.server.peer_world import Flipper
