@@ -123,6 +123,9 @@ class Adviser:
             sample_rate=self._sample.rate,
         )
 
+    def _label(self, doing: str, setting: Setting) -> str:
+        return f"{doing} {setting}" + (f", {setting.admission.name}" if self._machine.nvme_blocks else "")
+
     # --- on the sample ------------------------------------------------------------------------------
 
     def _search(self) -> Iterator[Tried]:
@@ -188,7 +191,7 @@ class Adviser:
 
     def _whole(self, setting: Setting) -> Finalist:
         trace, edge = self._forest.trace, self.first_requests
-        progress = self._watch(f"confirming {setting}, {setting.admission.name}", trace.request_count)
+        progress = self._watch(self._label("confirming", setting), trace.request_count)
         trial = try_setting(self._forest, self._machine, setting, progress)
         return Finalist(
             setting,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvcache.eviction.advice import Advice, Finalist
 from kvcache.eviction.amounts import gib_text
+from kvcache.eviction.curves import Watch, unwatched
 from kvcache.eviction.models import Model
 from kvcache.eviction.replay import BELADY, replay
 from kvcache.eviction.replay_tree import Forest
@@ -40,10 +41,11 @@ class Situation:
         return f"{blocks:,} blocks ({gib_text(blocks * self.block_bytes)})"
 
 
-def situation(forest: Forest, machine: Machine, model: Model | None) -> Situation:
+def situation(forest: Forest, machine: Machine, model: Model | None, watch: Watch = unwatched) -> Situation:
     optimum = None
     if not machine.nvme_blocks:
-        optimum = replay(forest, BELADY, machine.memory_blocks).prefix_token_hit_ratio
+        progress = watch("the optimum", forest.trace.request_count)
+        optimum = replay(forest, BELADY, machine.memory_blocks, progress=progress).prefix_token_hit_ratio
     return Situation(forest, machine, model, stack_curve(forest), optimum)
 
 

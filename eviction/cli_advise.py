@@ -18,14 +18,13 @@ from kvcache.eviction.admission import parse_admission
 from kvcache.eviction.advice import RULES, Advice, Adviser
 from kvcache.eviction.advice_words import Situation, finalist_dict, situation, words
 from kvcache.eviction.capacity import parse_capacity
-from kvcache.eviction.cli_mrc import parse_rate
+from kvcache.eviction.cli_mrc import opened, parse_rate
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.cli_replay import heading, parse_settings
 from kvcache.eviction.models import MODELS, model_named
 from kvcache.eviction.registry import policy_names
 from kvcache.eviction.replay import REPLAY_ONLY
 from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace_files import Reading, open_trace
 from kvcache.eviction.trial import Machine, Setting
 
 _SHOWN = 8
@@ -69,7 +68,7 @@ def advise_command(
     Settings are sought on a sample of the first part of the trace, and confirmed on the whole.
     """
     model = model_named(model_name) if model_name else None
-    trace = open_trace(path, Reading(block_tokens=block_tokens))
+    trace = opened(path, block_tokens)
     lower = parse_capacity(nvme, trace, model).blocks if nvme else 0
     if dwpd < 0 or (dwpd and not lower):
         raise BadInput(
@@ -90,7 +89,7 @@ def advise_command(
         watch=bar,
     )
     advice = adviser.advise(now)
-    at = situation(forest, machine, model)
+    at = situation(forest, machine, model, bar)
     if as_json:
         click.echo(json.dumps(as_dict(str(path), advice, at)))
     else:

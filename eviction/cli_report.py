@@ -17,7 +17,7 @@ from kvcache.eviction.advice import Adviser
 from kvcache.eviction.advice_words import situation
 from kvcache.eviction.capacity import parse_capacity
 from kvcache.eviction.cli_advise import as_dict, runnable
-from kvcache.eviction.cli_mrc import LADDER, POLICIES, capacities, parse_rate
+from kvcache.eviction.cli_mrc import LADDER, POLICIES, capacities, opened, parse_rate
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.cli_replay import chosen, parse_settings
 from kvcache.eviction.curves import Estimator
@@ -26,7 +26,6 @@ from kvcache.eviction.registry import policy_names
 from kvcache.eviction.replay import BELADY
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.report import Findings, page
-from kvcache.eviction.trace_files import Reading, open_trace
 from kvcache.eviction.trace_shape import shape_of
 from kvcache.eviction.trial import Machine, Setting
 
@@ -65,7 +64,7 @@ def report_command(
     The page holds all it shows: it can be mailed, and asks nothing of any server.
     """
     model = model_named(model_name) if model_name else None
-    trace = open_trace(path, Reading(block_tokens=block_tokens))
+    trace = opened(path, block_tokens)
     forest, share = Forest(trace), parse_rate(rate)
     lower = parse_capacity(nvme, trace, model).blocks if nvme else 0
     machine = Machine(parse_capacity(capacity, trace, model).blocks, lower, hints=hints)
@@ -81,7 +80,7 @@ def report_command(
         sizes=ladder,
         estimates=[estimator.estimate(name, size.blocks) for name in names for size in ladder],
         advice=advice,
-        at=situation(forest, machine, model),
+        at=situation(forest, machine, model, bar),
         made_by=f"kvcache tune report {path.name} --capacity {capacity}",
     )
     write(output, page(found))

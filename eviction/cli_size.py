@@ -19,7 +19,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
 from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.capacity import Capacity, parse_capacities, parse_capacity
-from kvcache.eviction.cli_mrc import parse_rate
+from kvcache.eviction.cli_mrc import opened, parse_rate
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.cli_replay import chosen, heading
 from kvcache.eviction.curves import Estimator
@@ -28,7 +28,6 @@ from kvcache.eviction.replay import REPLAY_ONLY
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.sizing import Goal, Option, Sizer
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import Reading, open_trace
 
 _RULES = "all,branch-reused,hazard"
 _PRICE = 25.0
@@ -84,7 +83,7 @@ def size_command(
     """
     model = model_named(model_name) if model_name else None
     goal = Goal(parse_ratio(hit), _positive("--dwpd", dwpd))
-    trace = open_trace(path, Reading(block_tokens=block_tokens))
+    trace = opened(path, block_tokens)
     no_nvme = nvme_most.strip() == "0"
     shop = Shop(
         _positive("--memory-price", memory_price),
