@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcache.eviction.advice import Advice, Finalist
-from kvcache.eviction.amounts import gib_text
+from kvcache.eviction.amounts import gib_text, number_text
 from kvcache.eviction.curves import Watch, unwatched
 from kvcache.eviction.models import Model
 from kvcache.eviction.replay import BELADY, replay
@@ -95,8 +95,8 @@ def _change(advice: Advice, at: Situation) -> Iterator[tuple[str, str]]:
         f"in the {rest:,} requests after those it was sought on.{_an_hour(advice, at)}",
     )
     if at.machine.nvme_blocks:
-        wear = f"{_number(named.writes_a_day)} drive writes a day instead of {_number(now.writes_a_day)}."
-        yield "wear", wear + _too_much(named, at)
+        less, more = number_text(named.writes_a_day), number_text(now.writes_a_day)
+        yield "wear", f"{less} drive writes a day instead of {more}.{_too_much(named, at)}"
     yield "the doubt", _doubt(gain, doubt, rest)
     if at.optimum is not None:
         yield from _in_memory(advice, at, at.optimum)
@@ -124,10 +124,6 @@ def _doubt(gain: float, doubt: float, rest: int) -> str:
         f"large: {span}. From one stretch of requests to the next it varies by more than it buys; a longer "
         "trace would tell."
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _too_much(each: Finalist, at: Situation) -> str:
@@ -164,7 +160,7 @@ def _kept(advice: Advice, at: Situation) -> Iterator[tuple[str, str]]:
         f"{now.rest_ratio:.1%} of the tokens of the last {rest:,} prompts, {now.trial.ratio():.1%} of all.",
     )
     if at.machine.nvme_blocks:
-        yield "wear", f"{_number(now.writes_a_day)} drive writes a day.{_too_much(now, at)}"
+        yield "wear", f"{number_text(now.writes_a_day)} drive writes a day.{_too_much(now, at)}"
     others = [each for each in advice.finalists if each is not now]
     if others:
         best = max(others, key=lambda each: each.trial.ratio())

@@ -11,3 +11,8 @@ def gib_text(count: float) -> str:
     if gib >= 10_000:
         return f"{gib / 1_024:,.0f} TiB"
     return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
+
+
+def number_text(value: float) -> str:
+    """Two figures, or all before the point: ``0.21``, ``3.5``, ``114``."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

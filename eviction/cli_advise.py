@@ -17,6 +17,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
 from kvcache.eviction.advice import RULES, Advice, Adviser
 from kvcache.eviction.advice_words import Situation, finalist_dict, situation, words
+from kvcache.eviction.amounts import number_text
 from kvcache.eviction.capacity import parse_capacity
 from kvcache.eviction.cli_mrc import opened, parse_rate
 from kvcache.eviction.cli_progress import bar
@@ -153,7 +154,7 @@ def table(advice: Advice) -> str:
                 each.setting.admission.name,
                 f"{each.first_ratio:.2%}",
                 f"{each.rest_ratio:.2%}",
-                f"{each.writes_a_day:.2g}",
+                number_text(each.writes_a_day),
                 mark,
             ]
         )

@@ -17,7 +17,7 @@ import click
 
 from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.amounts import gib_text
+from kvcache.eviction.amounts import gib_text, number_text
 from kvcache.eviction.capacity import Capacity, parse_capacities, parse_capacity
 from kvcache.eviction.cli_mrc import opened, parse_rate
 from kvcache.eviction.cli_progress import bar
@@ -204,7 +204,7 @@ class Shown:
         if option.admission is not None:
             buy += f", and {self.amount(option.nvme_blocks)} of NVMe that takes {_taken(option)}"
         wear = (
-            f"; the drives are written over {option.drive_writes_a_day:.2g} times a day"
+            f"; the drives are written over {number_text(option.drive_writes_a_day)} times a day"
             if option.admission is not None
             else ""
         )
@@ -228,7 +228,7 @@ class Shown:
                 self.amount(option.nvme_blocks) if option.nvme_blocks else "-",
                 _taken(option),
                 f"{option.ratio:.1%}",
-                f"{option.drive_writes_a_day:.2g}" if option.nvme_blocks else "-",
+                number_text(option.drive_writes_a_day) if option.nvme_blocks else "-",
                 f"{option.cost(shop.memory_price) / least:.2f}",
                 "replayed" if option.confirmed else "sampled",
             ]

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from kvcache.eviction.advice import Advice
 from kvcache.eviction.advice_words import Situation, words
-from kvcache.eviction.amounts import gib_text
+from kvcache.eviction.amounts import gib_text, number_text
 from kvcache.eviction.capacity import Capacity
 from kvcache.eviction.curves import Estimate
 from kvcache.eviction.replay import BELADY
@@ -167,7 +167,7 @@ def _finalists(found: Findings) -> str:
     for each in sorted(advice.finalists, key=lambda each: -each.trial.ratio()):
         advised = each is advice.named and advice.change
         mark = "advised" if advised else "now" if each is advice.now else ""
-        nvme = [each.setting.admission.name, f"{each.writes_a_day:.2g}"] if below else []
+        nvme = [each.setting.admission.name, number_text(each.writes_a_day)] if below else []
         ratios = [f"{ratio:.2%}" for ratio in (each.first_ratio, each.rest_ratio)]
         lines.append([f"{each.setting}", *nvme, *ratios, mark])
     head = [

@@ -85,8 +85,8 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> str:
 
 def _figure(title: str, height: int, parts: Sequence[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
-        f"{''.join(parts)}</svg>"
+        f'<div class="wide"><svg viewBox="0 0 {_WIDTH} {height}" class="chart" role="img" '
+        f'aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg></div>'
     )
 
 

@@ -29,6 +29,7 @@ p { margin: 0 0 0.75rem; color: var(--faint); max-width: 46rem; }
 .advice dt { color: var(--faint); }
 .advice dd { margin: 0; }
 svg { display: block; width: 100%; height: auto; }
+.chart { min-width: 36rem; }
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .dot { stroke: none; }
@@ -44,7 +45,8 @@ svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; margin: 0; padding: 0; }
 .legend li { display: flex; align-items: center; gap: 0.4rem; font-size: 0.9rem; }
 .key { width: 24px; height: 8px; }
-.wide { overflow-x: auto; margin-top: 1rem; }
+.wide { overflow-x: auto; }
+table { margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 0.3rem 0.6rem; white-space: nowrap; }
 tr { border-bottom: 1px solid var(--rule); }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcache.eviction.amounts import gib_text
+from kvcache.eviction.amounts import gib_text, number_text
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,8 @@ from kvcache.eviction.amounts import gib_text
 )
 def test_amounts(gib: float, text: str) -> None:
     assert gib_text(gib * (1 << 30)) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (0.214, "0.21"), (3.5, "3.5"), (1_140, "1,140")])
+def test_numbers(value: float, text: str) -> None:
+    assert number_text(value) == text

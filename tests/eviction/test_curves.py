@@ -30,6 +30,10 @@ def test_leaf_lru_is_exact() -> None:
     assert found.prefix_token_hit_ratio == replay(MADE, "leaf-lru", 500).prefix_token_hit_ratio
 
 
+def test_the_optimum_is_near() -> None:
+    assert abs(error(MADE, Estimator(MADE, 0.1), "belady", MADE.trace.block_count // 30)) <= POINTS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["leaf-hazard", "leaf-arc", "arc-rev", "belady"])
 def test_others_are_near(policy: str) -> None:
