@@ -12,14 +12,14 @@ import pytest
 from kvcache.errors import BadInput
 from kvcache.eviction import advice as advice_module
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.advice import Adviser, Tried, first_requests, one_by_one, together, values
+from kvcache.eviction.advice import Adviser, Finalist, Tried, first_requests, one_by_one, together, values
 from kvcache.eviction.advice_words import situation, to_set, words, wrapped
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.models import model_named
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.trace import Trace, read_trace
 from kvcache.eviction.trace_edit import split_by_time
-from kvcache.eviction.trial import Machine, Setting, try_setting
+from kvcache.eviction.trial import Difference, Machine, Setting, Trial, try_setting
 from kvcache.policy import Param
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
@@ -66,6 +66,31 @@ def test_what_resists_scans_is_advised_for_scans() -> None:
     )
     assert found.first_requests == 500
     assert found.tried[0].ratio >= found.tried[-1].ratio
+
+
+def test_it_is_sought_on_the_first_part_alone() -> None:
+    found = Adviser(SCANS, Machine(60), rate=1.0, policies=AMONG).advise(Setting("leaf-lru"))
+    first = {each.setting: each.first_ratio for each in found.finalists}
+    for each in found.tried:
+        assert each.ratio == pytest.approx(first[each.setting])
+    whole = {each.setting: each.trial.ratio() for each in found.finalists}
+    assert any(each.ratio != pytest.approx(whole[each.setting], abs=1e-3) for each in found.tried)
+
+
+def finalist(setting: Setting, first: float, rest: float) -> Finalist:
+    wanted = array("q", [1_000, 1_000])
+    hits = array("q", [int(1_000 * first), int(1_000 * rest)])
+    return Finalist(setting, Trial(hits, wanted), first, rest, 0.0)
+
+
+def test_what_is_set_by_hand_has_to_be_better_in_both_parts() -> None:
+    adviser = Adviser(SCANS, Machine(60), policies=AMONG)
+    now, plain = finalist(Setting("leaf-lru"), 0.1, 0.1), finalist(Setting("leaf-hazard"), 0.2, 0.2)
+    both = finalist(Setting("leaf-hazard").with_("decline", 2), 0.21, 0.21)
+    once = finalist(Setting("leaf-hazard").with_("decline", 4), 0.3, 0.2)
+    assert adviser._choose([now, once, plain]) is plain
+    assert adviser._choose([now, once, both, plain]) is both
+    assert adviser._choose([now, finalist(Setting("leaf-arc"), 0.102, 0.101)]) is now
 
 
 def test_what_already_runs_is_kept() -> None:
@@ -142,7 +167,12 @@ def test_the_words() -> None:
     assert said.headline == "Change the policy from leaf-lru to leaf-arc."
     notes = dict(said.notes)
     assert notes.keys() == {"it buys", "the doubt", "as good as", "what is left", "to set it"}
-    assert notes["it buys"].startswith("+") and "tokens an hour" in notes["it buys"]
+    gain = Difference(0.5, 0.1)
+    found = replace(adviser.advise(Setting("leaf-lru")), difference=gain)
+    rest_tokens, rest_s = 20 * 500, 499  # From the first request of the second part to the last of all.
+    expected = f"{0.5 * rest_tokens * 3_600 / rest_s:,.0f} tokens an hour"
+    buys = dict(words(found, situation(SCANS, machine, None)).notes)["it buys"]
+    assert notes["it buys"].startswith("+") and expected in buys
     assert notes["to set it"].startswith(
         "kvcache tune set --policy leaf-arc changes a running node; policy = "
     )

@@ -9,7 +9,11 @@ from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
 from kvcache.eviction.cli import tune
+from kvcache.eviction.cli_size import Shop, cheapest_first
+from kvcache.eviction.curves import Estimator
 from kvcache.eviction.generate import Workload, generate
+from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.sizing import Goal, Option, Sizer
 from kvcache.eviction.trace import write_trace
 
 
@@ -53,6 +57,21 @@ def test_a_person_reads_a_sentence_and_a_table(trace: str) -> None:
     assert "the whole trace finds" in said and "times a day." in said
     assert "a GiB of memory is taken as 9999 of NVMe" in said
     assert "blocks of memory under" in run(trace, "--hit", "30%", "--nvme-most", "0").output
+
+
+def test_the_cheapest_that_is_enough_is_named() -> None:
+    estimator = Estimator(Forest(generate(Workload(request_count=120, seed=5, block_tokens=64))), 1.0)
+    sizer = Sizer(estimator, Goal(0.5 * estimator.most))
+    least = sizer.memory("leaf-lru").memory_blocks
+    costs = [3 * least, least, 2 * least]
+    found = cheapest_first(sizer, [Option("leaf-lru", blocks) for blocks in costs], Shop(25.0, 0, 0))
+    assert [option.memory_blocks for option in found] == sorted(costs)
+    assert found[0].confirmed and not found[1].confirmed
+    # What only seemed enough has to grow, and then another may be cheaper.
+    found = cheapest_first(
+        sizer, [Option("leaf-lru", least - 3), Option("leaf-lru", least)], Shop(25.0, 0, 0)
+    )
+    assert found[0].confirmed and found[0].memory_blocks >= least
 
 
 @pytest.mark.slow

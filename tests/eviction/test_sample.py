@@ -60,6 +60,13 @@ def test_what_very_many_have_is_hot() -> None:
     assert small.capacity(21) == round(20 * small.rate)
 
 
+@pytest.mark.parametrize(("share", "hot"), [(0.04, 0), (0.06, 1)])
+def test_hot_is_what_more_than_a_twentieth_have(share: float, hot: int) -> None:
+    count = 200
+    leaves = [0] * int(share * count) + [at % 30 + 1 for at in range(count - int(share * count))]
+    assert sample(Forest(tiny([-1] * 31, leaves)), 0.5).hot_blocks == hot
+
+
 def test_the_whole_is_a_sample() -> None:
     small = sample(FOREST, 1.0)
     assert small.whole and small.forest is FOREST

@@ -65,6 +65,18 @@ def test_with_a_write_budget_a_smaller_drive_does() -> None:
     assert thrifty.budget_blocks_a_second == pytest.approx(0.95 * 2.0 * thrifty.nvme_blocks / 86_400)
 
 
+@pytest.mark.slow
+def test_a_sample_gives_about_the_same_size() -> None:
+    larger = Forest(generate(Workload(request_count=900, seed=5, block_tokens=64, arrivals_a_second=0.1)))
+    goal = Goal(0.9 * Estimator(larger).most, drive_writes_a_day=1e6)
+    sizes = []
+    for rate in (0.3, 1.0):
+        option = Sizer(Estimator(larger, rate), goal).nvme("leaf-lru", 100, ALL, budget=False)
+        assert option is not None and option.confirmed == (rate == 1.0)
+        sizes.append(option.nvme_blocks)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
 def test_a_rule_that_never_finds_enough_has_no_size() -> None:
     sizer = Sizer(WHOLE, Goal(MOST))
     assert sizer.nvme("leaf-lru", 20, parse_admission("touched>=9"), budget=False) is None
