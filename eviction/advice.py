@@ -31,7 +31,7 @@ from kvcache.policy import Param
 WORTH, _WORTH_UNCLEAR = 0.002, 0.005
 REQUESTS_MIN = 100
 RULES = ("touched>=2",)  # What a node can be told to write to NVMe, beside all.
-_OTHERS = 3
+_OTHERS, _FAR = 3, 0.05
 _FREE_WRITES = 0.005  # So much of the hits may be given for fewer writes, where no limit was named ...
 _SPARING = 0.8  # ... if at most this share of them is left.
 _UNSET = frozenset({"tenant_share", "retain_ms", "cost_weight"})  # What a trace cannot tell.
@@ -177,7 +177,7 @@ class Adviser:
         return min(near, key=lambda each: each.writes_a_day)
 
     def _others(self, tried: Sequence[Tried], best: Tried, now: Setting) -> list[Setting]:
-        """The plain ones of the other policies, the best first, in case the sample misled."""
+        """The other policies as they come, the best first, in case the sample misled; not by far, though."""
         base = best.setting.policy.partition("+")[0]
         plain = [
             Setting(name, (), best.setting.admission)
@@ -185,7 +185,8 @@ class Adviser:
             if name not in (base, now.policy)
         ]
         ratios = {each.setting.policy: each.ratio for each in reversed(tried) if not each.setting.settings}
-        return sorted(plain, key=lambda setting: -ratios[setting.policy])[:_OTHERS]
+        near = [setting for setting in plain if ratios[setting.policy] > best.ratio - _FAR]
+        return sorted(near, key=lambda setting: -ratios[setting.policy])[:_OTHERS]
 
     # --- on the whole -------------------------------------------------------------------------------
 

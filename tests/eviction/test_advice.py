@@ -70,11 +70,11 @@ def test_what_resists_scans_is_advised_for_scans() -> None:
 
 def test_it_is_sought_on_the_first_part_alone() -> None:
     found = Adviser(SCANS, Machine(60), rate=1.0, policies=AMONG).advise(Setting("leaf-lru"))
-    first = {each.setting: each.first_ratio for each in found.finalists}
-    for each in found.tried:
-        assert each.ratio == pytest.approx(first[each.setting])
-    whole = {each.setting: each.trial.ratio() for each in found.finalists}
-    assert any(each.ratio != pytest.approx(whole[each.setting], abs=1e-3) for each in found.tried)
+    tried = {each.setting: each.ratio for each in found.tried}
+    assert len(found.finalists) == 2  # leaf-fifo is far behind, and not replayed on everything.
+    for each in found.finalists:
+        assert each.first_ratio == pytest.approx(tried[each.setting])
+    assert any(each.trial.ratio() != pytest.approx(each.first_ratio, abs=1e-3) for each in found.finalists)
 
 
 def finalist(setting: Setting, first: float, rest: float) -> Finalist:
