@@ -81,6 +81,7 @@ class LeafHazard:
         self._use_count = 0
         self._by_recency = False  # It is the turn of leaf-first LRU.
         self._now_ms = 0
+        self._first_ms = -1
         self._requests = 0
         self._rebuilt_at = 0
         self._rebuild_at = _REBUILD_FIRST
@@ -126,7 +127,7 @@ class LeafHazard:
                 continue
             in_lru += self._lru.held(use, len(blocks), self._full)
             self._reused(use, len(blocks))
-            fresh = self._use(use, len(blocks), hint, teaches=at > cover and bool(context.now_ns))
+            fresh = self._use(use, len(blocks), hint, teaches=at > cover and self._has_clock())
             uses.update(dict.fromkeys(blocks, fresh))
             self._lru.used(fresh)
         self._leaves.add(path[-1])
@@ -175,7 +176,7 @@ class LeafHazard:
             same = list(run)
             if use is not None:
                 self._reused(use, len(same))
-            fresh = self._use(use, len(same), hint, teaches=bool(context.now_ns))
+            fresh = self._use(use, len(same), hint, teaches=self._has_clock())
             uses.update(dict.fromkeys(same, fresh))
             self._lru.used(fresh)
         self._leaves.add(blocks[-1])
@@ -222,7 +223,7 @@ class LeafHazard:
 
         def rank(block: int) -> float:
             use = uses[block]
-            return use.kind.worth_at(max(0, now_ms - use.at_ms))
+            return use.kind.worth_at(now_ms - use.at_ms)
 
         if self._by_recency:
             return self._leaves.choose(count, device, lambda block: uses[block].order)
@@ -275,6 +276,9 @@ class LeafHazard:
 
     def _in_lru(self, keys: Sequence[Hashable]) -> int:
         """How many leading blocks of these, which are missing, leaf-first LRU would have."""
+        first = self._names.get(keys[0])
+        if first is None or not self._lru.held(first, 1, self._full):
+            return 0
         found = 0
         for use, run in groupby(keys, self._names.get):
             count = len(list(run))
@@ -288,7 +292,7 @@ class LeafHazard:
         """These were asked for, and not taken."""
         if use is not None:
             self._reused(use, len(names))
-        fresh = self._use(use, len(names), hint, teaches=True)
+        fresh = self._use(use, len(names), hint, teaches=self._has_clock())
         self._lru.declined(fresh)
         for name in names:
             self._names.pop(name, None)
@@ -317,11 +321,17 @@ class LeafHazard:
         if self._full:
             self._full = len(self._uses)
 
+    def _has_clock(self) -> bool:
+        """Does time pass? Ages teach nothing where all requests come at one instant."""
+        return self._now_ms > self._first_ms
+
     def _time_ms(self, context: RequestContext) -> int:
         return max(self._now_ms, context.now_ns // _NS_PER_MS)
 
     def _tick(self, context: RequestContext) -> None:
         now_ms = self._time_ms(context)
+        if self._first_ms < 0:
+            self._first_ms = now_ms
         if now_ms != self._now_ms:
             self._now_ms = now_ms
             self._times.advance(now_ms)

@@ -55,6 +55,8 @@ class LruBeside:
 
     def end_request(self, room: int) -> None:
         """Of what a request used, the first goes last. There is room for so many blocks (0: for all)."""
+        if not self._path and not self._declined:
+            return
         uses = self._uses
         for use in reversed(self._path + self._declined):
             self._turns += 1
