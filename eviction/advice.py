@@ -7,8 +7,9 @@
 
 What was chosen on some requests is best on them, partly by chance; so what is told is what it found in the
 others, and how much that differs from one stretch of them to the next. A change must be worth it: 0.2
-points over what runs now, over the whole time and in the second part alone (0.5 where that may be chance);
-and 0.2 in either part for something that has to be set by hand, over the same policy without.
+points over what runs now, over all and in the second part alone (0.5 where that may be chance; it is enough
+to be no worse there, if the gain over all is no chance). What has to be set by hand must be worth as much
+in either part, over the same policy without.
 
 The sum: some 30 replays of a sample, and four of the whole: a minute for 4.5 M blocks of prompts.
 """
@@ -75,8 +76,8 @@ class Advice:
 
 
 class Adviser:
-    """For one trace and machine. ``share`` of the time is the first part. RAISES BadInput where there is too
-    little of either part."""
+    """For one trace and machine; ``share`` of the requests is the first part. RAISES BadInput where there is
+    too little of either part."""
 
     def __init__(
         self,
@@ -108,7 +109,8 @@ class Adviser:
         finalists = [self._whole(setting) for setting in dict.fromkeys(wanted) if setting != now]
         named = self._choose([current, *finalists])
         found = difference(named.trial, current.trial, self.first_requests, self._forest.trace.request_count)
-        change = named is not current and self._worth(named, current, found)
+        in_all = difference(named.trial, current.trial, 0, self._forest.trace.request_count)
+        change = named is not current and self._worth(named, current, found, in_all)
         if not change:
             named, found = current, Difference(0.0, 0.0)
         return Advice(
@@ -224,13 +226,16 @@ class Adviser:
     def _spares(self, named: Finalist, now: Finalist) -> bool:
         return named.writes_a_day < _SPARING * now.writes_a_day
 
-    def _worth(self, named: Finalist, now: Finalist, found: Difference) -> bool:
-        """In the time after, too; or it spares the drives what they do not bear."""
+    def _worth(self, named: Finalist, now: Finalist, found: Difference, in_all: Difference) -> bool:
+        """In the part after, too; or clearly in all, and no less there (it may be a quiet time); or it spares
+        the drives what they do not bear."""
         limit = self._machine.nvme_writes_a_day
         if limit and now.writes_a_day > limit >= named.writes_a_day:
             return True
         if self._spares(named, now):
             return named.rest_ratio > now.rest_ratio - _FREE_WRITES
+        if in_all.clear and in_all.gain > WORTH and found.gain >= 0.0:
+            return True
         return found.gain > (WORTH if found.clear else _WORTH_UNCLEAR)
 
 
@@ -241,16 +246,15 @@ def _beats(tuned: Finalist, plain: Finalist | None) -> bool:
 
 
 def first_requests(trace: Trace, share: float) -> int:
-    """How many requests come in the first ``share`` of the time. RAISES BadInput."""
+    """How many requests the first ``share`` of them are. RAISES BadInput."""
     if not 0 < share < 1:
-        raise BadInput("bad_config", f"a first part of {share:.0%}", "both parts must have some of the time")
-    arrivals = trace.arrivals_ms
-    edge = arrivals[0] + (arrivals[-1] - arrivals[0]) * share
-    count = sum(1 for arrival in arrivals if arrival < edge)
-    if min(count, len(arrivals) - count) < REQUESTS_MIN:
+        raise BadInput("bad_config", f"a first part of {share:.0%}", "both parts must have some requests")
+    whole = trace.request_count
+    count = int(whole * share)
+    if min(count, whole - count) < REQUESTS_MIN:
         raise BadInput(
             "too_small",
-            f"{count:,} requests to choose on, and {len(arrivals) - count:,} to confirm on",
+            f"{count:,} requests to choose on, and {whole - count:,} to confirm on",
             f"with fewer than {REQUESTS_MIN} of each, what is found is chance",
             "record for longer, or move --split",
         )

@@ -42,7 +42,7 @@ _SHOWN = 8
 @click.option("--dwpd", default=0.0, help="drive writes a day that it bears (0: not asked)")
 @click.option("--among", default="", metavar="NAME,...", help="the policies to try (default: all there are)")
 @click.option("--rules", default=",".join(RULES), show_default=True, help="of what NVMe takes, to try")
-@click.option("--split", default=50.0, show_default=True, help="per cent of the time to seek on")
+@click.option("--split", default=50.0, show_default=True, help="per cent of the requests to seek on")
 @click.option("--sample", "rate", default="auto", show_default=True, help="of the blocks, or 100% for all")
 @click.option("--hints/--no-hints", default=True, help="tell policies how requests ended")
 @click.option("--block-tokens", default=0, help="tokens a block, where the file does not say it")

@@ -104,24 +104,51 @@ def test_where_everything_fits_nothing_is_changed() -> None:
     assert not found.change
 
 
+def moving(prompts: int, sets: int) -> list[int]:
+    """Each set of prompts comes twice, one after the other, and never again."""
+    return [at + prompts * each for each in range(sets) for _ in range(2) for at in range(prompts)]
+
+
 def test_what_is_good_in_the_first_part_only_is_not_advised() -> None:
-    """Scans, then a loop of other prompts that only the order of their coming matters to."""
-    first, rest = scans(20, 30, 10), scans(10, 0, 40)
-    shift = first.block_count
+    """Scans, then prompts that come back once, soon: what was used twice is of no use any more."""
+    first, later = scans(20, 30, 10), moving(29, 9)
+    roots = max(later) + 1
+    shift, count = first.block_count, first.request_count + len(later)
     mixed = replace(
         first,
-        parents=first.parents + array("i", [each + shift if each >= 0 else -1 for each in rest.parents]),
-        tokens=first.tokens + rest.tokens,
-        leaves=first.leaves + array("i", [each + shift for each in rest.leaves]),
-        arrivals_ms=array("q", range(0, 1_000 * (500 + 400), 1_000)),
-        **{
-            name: getattr(first, name) + getattr(rest, name)
-            for name in ("input_tokens", "output_tokens", "sessions", "kind_indexes")
-        },
+        parents=first.parents + array("i", [x for at in range(roots) for x in (-1, shift + 2 * at)]),
+        tokens=first.tokens + array("H", [10] * 2 * roots),
+        leaves=first.leaves + array("i", [shift + 2 * at + 1 for at in later]),
+        arrivals_ms=array("q", range(0, 1_000 * count, 1_000)),
+        input_tokens=array("i", [20] * count),
+        output_tokens=array("i", [1] * count),
+        sessions=array("i", [-1] * count),
+        kind_indexes=array("B", [0] * count),
     )
-    found = Adviser(Forest(mixed), Machine(60), share=0.56, policies=AMONG).advise(Setting("leaf-lru"))
-    assert next(each for each in found.tried if each.setting.policy == "leaf-arc").ratio > 0.2
+    found = Adviser(Forest(mixed), Machine(60), policies=AMONG).advise(Setting("leaf-lru"))
+    arc = next(each for each in found.finalists if each.setting.policy == "leaf-arc")
+    assert arc.first_ratio > found.now.first_ratio + 0.2
+    assert arc.rest_ratio < found.now.rest_ratio
     assert not found.change
+
+
+def test_a_quiet_time_after_does_not_speak_against_it() -> None:
+    """Scans, then prompts that all fit: there any policy finds the same."""
+    first = scans(20, 30, 10)
+    leaves = first.leaves + array("i", [at % 20 * 2 + 1 for at in range(500)])
+    count = len(leaves)
+    quiet = replace(
+        first,
+        leaves=leaves,
+        arrivals_ms=array("q", range(0, 1_000 * count, 1_000)),
+        input_tokens=array("i", [20] * count),
+        output_tokens=array("i", [1] * count),
+        sessions=array("i", [-1] * count),
+        kind_indexes=array("B", [0] * count),
+    )
+    found = Adviser(Forest(quiet), Machine(60), policies=AMONG).advise(Setting("leaf-lru"))
+    assert found.named.setting == Setting("leaf-arc") and found.change
+    assert found.difference.gain < 0.05
 
 
 @pytest.mark.slow
