@@ -65,8 +65,8 @@ class ShadowCache:
         while at < len(path) and (block := tree.find(path[at])) != NONE:
             parent, at = block, at + 1
         missing = path[at:]
-        if not missing:
-            return
+        if not missing or any(tree.find(key) != NONE for key in missing):
+            return  # It is held, or was told of in another place: its way was not known then.
         missing = missing[: self._guard.admit(context, parent, missing)]
         standing = [parent] if parent != NONE else []
         tree.hold(standing)

@@ -12,7 +12,7 @@ BLOCKS_ENOUGH = 2_000
 SECONDS_ENOUGH = 600
 OFF = (
     "There are no shadow caches, so there is no advice. Start the node with --shadow leaf-hazard,leaf-arc to "
-    "see what other policies and sizes would find; it costs at most 2 % of a processor."
+    "see what other policies and sizes would find; it costs at most 2 % of what the node takes."
 )
 
 

@@ -58,7 +58,7 @@ SETTINGS: dict[str, str] = {
     "shadow": "policies to try beside the one that decides (docs/tuning-online.md), with commas, or none",
     "shadow_sizes": "sizes to try, in per cent of the capacity, with commas",
     "shadow_sample": "share of the blocks that shadow caches look at, over 0 to 1",
-    "shadow_cpu": "share of one processor that shadow caches may take",
+    "shadow_cpu": "share of the node's processor time that shadow caches may take",
     "record": "folder to record what is asked into, for tuning (docs/traces.md), or none",
     "record_bytes": "most bytes of recordings in it; the oldest go",
     "record_sample": "share of the sessions that is recorded, over 0 to 1",

@@ -41,8 +41,8 @@ from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exac
 from kvcache.server.peering import join, peer_token
 from kvcache.server.recording import Plan as RecordPlan
 from kvcache.server.session import Session, failure
-from kvcache.server.shadowing import EVICTED, Store
-from kvcache.server.shadowing import Plan as ShadowPlan
+from kvcache.server.shadow_plan import EVICTED, Store
+from kvcache.server.shadow_plan import Plan as ShadowPlan
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
 from kvcache.tiers.demote import Rules

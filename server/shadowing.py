@@ -3,99 +3,58 @@
     look-up, save ──► which blocks are in the sample? ── none ──► counted, that is all
                              │ some: their names, into a queue
                              ▼
-            the caches, TURN_NS at a time, between the turns of others ──► what they take of a processor
-                                                                            │ over ``cpu``, or too many blocks
-                                                                            ▼ half the sample, and anew
+            the caches, at each tick, TURN_NS between the turns of others, as long as there is credit
+                             │ more comes than there is credit for, or too many blocks are held
+                             ▼
+            half the sample, and anew
 
-Off unless the operator turns it on, and then nothing is called here.
+Credit is a share (``cpu``) of the processor time that the node takes, or ``FLOOR`` of a processor if that is
+more; it is earned at each tick. What is done here for a look-up without sampled blocks is taken off it as
+``LOOK_NS``. So what all this costs is bounded, however the node is asked.
 
-The sum: a look-up of 24 blocks takes 3 us, and half of them have a sampled block at 3 %: that one costs each
-cache 5 to 25 us more. A name is 16 bytes; nothing of a prompt is kept.
+What begins more than ``HOT_SHARE`` of all look-ups, a system prompt say, is *hot*: it is left out, as it is
+always found, and would make every look-up one with a sampled block. Off unless the operator turns it on, and
+then nothing is called here.
+
+The sum: 1.5 us a look-up and a save; those with a sampled block, half of all at 24 blocks and 3 %, take 5 us
+more and each cache 5 to 25 us. A name is 16 bytes; nothing of a prompt is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+import sys
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import process_time_ns, thread_time_ns
 
 from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey, storage_key
 from kvcache.clock import NS_PER_S
-from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.shadow_words import OFF, Situation, advice
-from kvcache.eviction.shadows import BLOCKS_MAX, Cell, Shadows
-from kvcache.ledger import Ledger
+from kvcache.eviction.shadows import BLOCKS_MAX, Shadows
 from kvcache.policy import RequestContext
+from kvcache.server.shadow_plan import Plan, Store
 from kvcache.wire_tuning import Shadow
 
 log = logging.getLogger("kvcache.server")
 
 TURN_NS = 1_000_000
 WATCH_NS = 5 * NS_PER_S
+FLOOR = 0.001
+LOOK_NS = 1_500
 QUEUE_MAX = 4_096
 PENDING_MAX = 2_048
+HOT_SHARE = 0.02
+HOT_MAX = 256
+LOOKS_ENOUGH = 500
 _HALF = HASH_BYTES // 2
 _NAMES = 1 << 64
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Policies and sizes (1: as the host tier), the share of blocks that is looked at, and the share of one
-    processor that all this may take. RAISES BadInput (bad_config)."""
-
-    policies: tuple[str, ...]
-    sizes: tuple[float, ...]
-    sample: float
-    cpu: float
-
-    @staticmethod
-    def of(config: NodeConfig) -> Plan | None:
-        """What the settings ask for; None: nothing."""
-        if config.shadow == "none":
-            return None
-        policies = tuple(dict.fromkeys(part.strip() for part in config.shadow.split(",") if part.strip()))
-        sizes = tuple(dict.fromkeys(_size(part) for part in config.shadow_sizes.split(",")))
-        return Plan(policies, sizes, config.shadow_sample, config.shadow_cpu)
-
-    def cells(self, own: Choice) -> list[Cell]:
-        """With the store's own stand-in first. RAISES BadInput."""
-        choices = [own, *(Choice(name) for name in self.policies if name != own.said)]
-        cells = [Cell(own, 1.0)]
-        return cells + [
-            Cell(choice, size) for choice in choices for size in self.sizes if Cell(choice, size) != cells[0]
-        ]
-
-
-def _size(text: str) -> float:
-    number, percent, rest = text.strip().partition("%")
-    try:
-        size = float(number) / 100
-    except ValueError:
-        size = 0.0
-    if not percent or rest or not 0.01 <= size <= 100:
-        raise BadInput(
-            "bad_config",
-            f"shadow_sizes has {text.strip()!r:.40}",
-            "a size is in per cent of the capacity, from 1% to 10000%",
-            "for instance 50%,100%,200%",
-        )
-    return size
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """What the shadows are shadows of. ``is_alone``: all that it finds is in its memory; nothing is brought
-    from other tiers or nodes."""
-
-    ledger: Ledger
-    capacity_bytes: int
-    is_alone: bool
-    has_evicted: Callable[[], bool]
+_TOP = _HALF - 1 if sys.byteorder == "little" else 0  # The byte of a hash that says most of whether it is in.
+_TOP_SHIFT = 8 * (_HALF - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +70,20 @@ class _Event:
 
 
 _SAVE = -1
-EVICTED = "removed_blocks:evicted"
 
 
 class Shadowing:
-    """Called from one thread, the event loop's. ``work_ns`` is a clock for what it costs."""
+    """Called from one thread, the event loop's. ``work_ns`` is the processor time of this thread, ``node_ns``
+    that of the node."""
 
-    def __init__(self, work_ns: Callable[[], int] = perf_counter_ns) -> None:
+    def __init__(
+        self, work_ns: Callable[[], int] = thread_time_ns, node_ns: Callable[[], int] = process_time_ns
+    ) -> None:
         self.is_on = False
         self.trouble = ""
         """Why they ended by themselves; empty if they did not."""
         self._work_ns = work_ns
+        self._node_ns = node_ns
         self._shadows: Shadows | None = None
         self._plan: Plan | None = None
         self._store: Store | None = None
@@ -131,20 +93,24 @@ class Shadowing:
         self._is_drained = True
         self._pending: OrderedDict[bytes, tuple[StorageKey | None, tuple[StorageKey, ...]]] = OrderedDict()
         self._limit = 0
+        self._others = b""  # Top bytes of names that are not in the sample.
+        self._hot: set[StorageKey] = set()
+        self._firsts: Counter[StorageKey] = Counter()
+        self._looks = 0
         self._dropped = 0
-        self._lost = False
         self._cost_ns = 0
+        self._credit_ns = 0
+        self._ticked_ns = 0
+        self._node_spent_ns = 0
         self._watched_ns = 0
-        self._watched_cost_ns = 0
 
     def begin(self, plan: Plan, store: Store, own: Choice, now_ns: int) -> None:
         """``own`` decides in the store. RAISES BadInput."""
         cells = plan.cells(own)
         self._shadows = Shadows(cells, store.capacity_bytes, plan.sample, declines=store.is_alone)
         self._plan, self._store = plan, store
-        self._limit = int(plan.sample * _NAMES)
-        self._queue.clear()
-        self._pending.clear()
+        self._ticked_ns, self._node_spent_ns = now_ns, self._node_ns()
+        self._forget()
         self.is_on, self.trouble = True, ""
         self.decides(own, now_ns)
         self._shadows.tick(now_ns, self._anchor, store.has_evicted())
@@ -177,20 +143,26 @@ class Shadowing:
 
         REQUIRES: ``is_on``."""
         assert self._shadows is not None
-        began_ns = self._work_ns()
         asked = len(prefix) // HASH_BYTES
         self._shadows.counted(asked * block_tokens, held * block_tokens)
-        if found := self._sampled(prefix):
-            path = self._names(namespace, prefix, found)
+        self._looks += 1
+        self._spent(LOOK_NS)
+        if not prefix[_TOP::HASH_BYTES].translate(None, self._others):
+            return
+        began_ns = self._work_ns()
+        found = self._sampled(namespace, prefix)
+        if found:
+            path = tuple(name for _, name in found)
+            self._firsts[path[0]] += not parent
             before = self._before(namespace, parent) if parent else None
-            there = sum(at < held for at in found)
+            there = sum(at < held for at, _ in found)
             if there < len(path):
                 first = prefix[held * HASH_BYTES : (held + 1) * HASH_BYTES]
                 while len(self._pending) >= PENDING_MAX:
                     self._pending.popitem(last=False)
                 self._pending[first] = (path[there - 1] if there else before, path[there:])
             self._put(_Event(context, before, path, there, block_bytes, block_tokens))
-        self._cost_ns += self._work_ns() - began_ns
+        self._spent(self._work_ns() - began_ns)
 
     def saved(
         self,
@@ -203,51 +175,70 @@ class Shadowing:
     ) -> None:
         """A reservation that has been answered. Who saves the first block that was missing of a prompt saves
         all of it, though the store may decline some. REQUIRES: ``is_on``."""
+        self._spent(LOOK_NS)
+        pending = self._pending.pop(prefix[:HASH_BYTES], None)
+        if pending is None and not prefix[_TOP::HASH_BYTES].translate(None, self._others):
+            return
         began_ns = self._work_ns()
-        if (pending := self._pending.pop(prefix[:HASH_BYTES], None)) is not None:
+        if pending is not None:
             self._put(_Event(context, *pending, _SAVE, block_bytes, block_tokens))
-        if found := self._sampled(prefix):
+        path = tuple(name for _, name in self._sampled(namespace, prefix))
+        if path and (pending is None or path[-1] not in pending[1]):
             before = self._before(namespace, parent) if parent else None
-            path = self._names(namespace, prefix, found)
             self._put(_Event(context, before, path, _SAVE, block_bytes, block_tokens))
-        self._cost_ns += self._work_ns() - began_ns
+        self._spent(self._work_ns() - began_ns)
 
-    def _sampled(self, prefix: bytes) -> list[int]:
-        limit = self._limit
-        return [at for at, half in enumerate(memoryview(prefix).cast("Q")[::2].tolist()) if half < limit]
-
-    def _names(self, namespace: NamespaceId, prefix: bytes, places: list[int]) -> tuple[StorageKey, ...]:
-        return tuple(
-            StorageKey(namespace[:_HALF] + prefix[at * HASH_BYTES : at * HASH_BYTES + _HALF]) for at in places
-        )
+    def _sampled(self, namespace: NamespaceId, prefix: bytes) -> list[tuple[int, StorageKey]]:
+        """Which blocks are in the sample, and not hot: where in the prefix, and their names."""
+        limit, start = self._limit, namespace[:_HALF]
+        halves = (
+            memoryview(prefix).cast("Q")[::2].tolist()
+        )  # As the byte order has it: a sample all the same.
+        found = [
+            (at, StorageKey(start + prefix[at * HASH_BYTES : at * HASH_BYTES + _HALF]))
+            for at, half in enumerate(halves)
+            if half < limit
+        ]
+        return [each for each in found if each[1] not in self._hot] if self._hot else found
 
     def _before(self, namespace: NamespaceId, parent: bytes) -> StorageKey | None:
         """The last of those up to ``parent`` that is in the sample."""
         assert self._store is not None
         for key in self._store.ledger.ancestors(storage_key(namespace, BlockHash(parent))):
-            if self._sampled(key[HASH_BYTES:]):
-                return StorageKey(namespace[:_HALF] + key[HASH_BYTES : HASH_BYTES + _HALF])
+            if found := self._sampled(namespace, key[HASH_BYTES:]):
+                return found[0][1]
         return None
 
     def _put(self, event: _Event) -> None:
         if len(self._queue) >= QUEUE_MAX:
             self._dropped += 1
-            self._lost = True
+            self._thin("more than they may")
             return
         self._queue.append(event)
-        if self._is_drained:
-            self._is_drained = False
-            asyncio.get_running_loop().call_soon(self._drain)
 
     def _drain(self) -> None:
-        """Work for ``TURN_NS``, then let others."""
-        began_ns = self._work_ns()
-        while self._queue and self._work_ns() - began_ns < TURN_NS:
+        """Work for ``TURN_NS``, then let others; or until the next tick, when there is no credit."""
+        began_ns = now_ns = self._work_ns()
+        while self._queue and now_ns - began_ns < min(TURN_NS, self._credit_ns):
             self._apply(self._queue.popleft())
-        self._cost_ns += self._work_ns() - began_ns
-        self._is_drained = not self._queue
-        if self._queue:
+            now_ns = self._work_ns()
+        self._spent(now_ns - began_ns)
+        self._is_drained = not self._queue or self._credit_ns <= 0
+        if not self._is_drained:
             asyncio.get_running_loop().call_soon(self._drain)
+
+    def _earn(self, now_ns: int) -> None:
+        """At most what a second brings is saved up."""
+        assert self._plan is not None
+        node_ns, cpu = self._node_ns(), self._plan.cpu
+        passed_ns, spent_ns = now_ns - self._ticked_ns, node_ns - self._node_spent_ns
+        self._ticked_ns, self._node_spent_ns = now_ns, node_ns
+        earned_ns = int(max(cpu * spent_ns, FLOOR * passed_ns))
+        self._credit_ns = min(int(cpu * NS_PER_S), self._credit_ns + earned_ns)
+
+    def _spent(self, cost_ns: int) -> None:
+        self._cost_ns += cost_ns
+        self._credit_ns -= cost_ns
 
     def drain_all(self) -> None:
         """For who wants to know now."""
@@ -271,25 +262,45 @@ class Shadowing:
         if self._shadows is None or self._plan is None or self._store is None:
             return
         self._shadows.tick(now_ns, self._anchor, self._store.has_evicted())
+        self._earn(now_ns)
+        if self._queue and self._is_drained and self._credit_ns > 0:
+            self._is_drained = False
+            asyncio.get_running_loop().call_soon(self._drain)
         if now_ns - self._watched_ns < WATCH_NS:
             return
-        spent_ns, passed_ns = self._cost_ns - self._watched_cost_ns, now_ns - self._watched_ns
-        is_first = not self._watched_ns
-        self._watched_ns, self._watched_cost_ns = now_ns, self._cost_ns
-        too_dear = not is_first and spent_ns > self._plan.cpu * passed_ns
-        if too_dear or self._lost or self._shadows.block_count > BLOCKS_MAX:
-            self._lost = False
-            self._thin(f"{spent_ns / passed_ns:.1%} of a processor" if too_dear else "too many blocks")
+        self._watched_ns = now_ns
+        if self._shadows.block_count > BLOCKS_MAX:
+            self._thin("too many blocks")
+        elif len(self._queue) > QUEUE_MAX // 2:
+            self._thin("more than they may")
+        self._find_hot()
+
+    def _find_hot(self) -> None:
+        """What is hot stays so: what stands behind it is known without it from now on."""
+        if self._looks < LOOKS_ENOUGH:
+            return
+        hot = [name for name, count in self._firsts.items() if count > HOT_SHARE * self._looks]
+        self._hot.update(hot[: max(0, HOT_MAX - len(self._hot))])
+        self._firsts.clear()
+        self._looks = 0
 
     def _thin(self, why: str) -> None:
         assert self._shadows is not None
         if not self._shadows.thin():
             self._end(f"they took {why}, with as small a sample as says anything")
             return
-        self._limit = int(self._shadows.sample * _NAMES)
-        self._queue.clear()
-        self._pending.clear()
+        self._forget()
         log.info("shadow caches took %s: they look at %.2f%% now", why, self._shadows.sample * 100)
+
+    def _forget(self) -> None:
+        """All begins anew."""
+        assert self._shadows is not None
+        self._limit = int(self._shadows.sample * _NAMES)
+        tops = min(256, -(-self._limit >> _TOP_SHIFT))
+        self._others = bytes(range(tops, 256))
+        for each in (self._queue, self._pending, self._hot, self._firsts):
+            each.clear()
+        self._looks = 0
 
     def _end(self, why: str) -> None:
         self.trouble = f"the shadow caches ended: {why}"
@@ -297,6 +308,7 @@ class Shadowing:
         self.is_on, self._shadows = False, None
         self._queue.clear()
         self._pending.clear()
+        self._hot.clear()
 
     # --- what it says -----------------------------------------------------------------------------
 

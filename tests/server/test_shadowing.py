@@ -25,7 +25,8 @@ from kvcache.namespace import Namespace, shape_of
 from kvcache.policy import RequestContext
 from kvcache.server import shadowing
 from kvcache.server.node import Node
-from kvcache.server.shadowing import Plan, Shadowing, Store
+from kvcache.server.shadow_plan import Plan, Store
+from kvcache.server.shadowing import Shadowing
 from kvcache.testing.clock import FakeClock
 from kvcache.tiers.space import Space
 from tests.eviction.record_world import hashes, whole_blocks
@@ -172,13 +173,14 @@ CONTEXT = RequestContext(now_ns=1)
 
 
 class Alone:
-    """Shadowing with no node around it. Each look at its clock for work says that ``step_ns`` have passed."""
+    """Shadowing with no node around it. Each look at its clock for work says that ``step_ns`` passed, and
+    the node works all the time."""
 
     def __init__(self, plan: Plan, step_ns: int = 0) -> None:
         self.step_ns = step_ns
         self._work_ns = 0
         self.clock = FakeClock()
-        self.shadowing = Shadowing(self._work)
+        self.shadowing = Shadowing(self._work, lambda: self.clock.now_ns())
         ledger = Ledger(Space(1 << 20, 1 << 12), LeafLru)
         self.shadowing.begin(plan, Store(ledger, 1 << 20, True, lambda: False), Choice("leaf-lru"), 1)
         self.tick()
@@ -255,29 +257,53 @@ class TestAlone:
         alone.save(prefix_of(2, start=4), parent=prefix_of(3)[-16:])
         assert alone.blocks == 5
 
-    def test_what_costs_too_much_looks_at_less_and_then_ends(self) -> None:
+    def test_what_costs_too_much_looks_at_less_and_then_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shadowing, "QUEUE_MAX", 3)
+        monkeypatch.setattr(shadowing, "PENDING_MAX", 2)
         alone = Alone(PLAN, step_ns=NS_PER_S)
         shadows = alone.shadowing._shadows
         assert shadows is not None
-        alone.tick(10)
-        before = shadows.sample
-        alone.ask(prefix_of(3))
-        alone.tick(10)
-        assert shadows.sample == before / 2
+        for number in range(1, 5):
+            alone.ask(named(number))
+            alone.shadowing._drain()
+        assert shadows.sample == 0.25, "without credit nothing is worked off"
+        assert alone.shadowing.stats(0)["shadow_dropped"] == 1
         while alone.shadowing.is_on:
             alone.ask(prefix_of(3))
-            alone.tick(10)
         assert shadows.sample < 2 * SAMPLE_MIN
         assert "the shadow caches ended: they took" in alone.shadowing.trouble
         assert alone.shadowing.said(0) == [alone.shadowing.trouble]
         alone.tick(10)
+        alone.shadowing.check()
 
-    def test_what_costs_little_goes_on(self) -> None:
-        alone = Alone(PLAN, step_ns=1_000)
-        for _ in range(20):
-            alone.ask(prefix_of(3))
-            alone.tick(10)
-        assert alone.shadowing.stats(0)["shadow_sample"] == 0.5
+    def test_no_more_is_spent_than_was_earned(self) -> None:
+        """A hundredth of a second of work asked for every second, and two hundredths earned; then five."""
+        for each_ns, is_done in ((10_000_000, True), (50_000_000, False)):
+            alone = Alone(PLAN, step_ns=each_ns // 3)
+            for number in range(1, 101):
+                alone.ask(named(number))
+                alone.tick(1)
+                alone.shadowing._drain()
+            assert (len(alone.shadowing._queue) < 10) == is_done
+            spent_ns = alone.shadowing.stats(0)["shadow_seconds"] * NS_PER_S
+            assert spent_ns < 1.1 * PLAN.cpu * 100 * NS_PER_S + 100 * each_ns * (2 / 3)
+
+    def test_what_begins_most_prompts_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shadowing, "LOOKS_ENOUGH", 20)
+        alone = Alone(PLAN)
+        for number in range(2, 30):
+            alone.ask(named(1, number))
+            alone.save(named(1, number))
+        alone.shadowing.drain_all()
+        alone.tick(10)
+        assert len(alone.shadowing._hot) == 1
+        for number in range(2, 40):
+            alone.ask(named(1, number), held=1)
+            alone.save(named(number), parent=named(1))
+        alone.shadowing.check()
+        assert alone.blocks == 39
+        alone.ask(named(1), held=1)
+        assert not alone.shadowing._queue
 
     def test_too_many_blocks_are_looked_at_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shadowing, "BLOCKS_MAX", 5)
@@ -287,17 +313,6 @@ class TestAlone:
         alone.shadowing.drain_all()
         alone.tick(10)
         assert alone.blocks == 0
-        assert alone.shadowing.stats(0)["shadow_sample"] == 0.25
-
-    def test_a_queue_that_is_not_worked_off_is_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shadowing, "QUEUE_MAX", 3)
-        monkeypatch.setattr(shadowing, "PENDING_MAX", 2)
-        alone = Alone(PLAN)
-        for number in range(1, 6):
-            alone.ask(named(number))
-        alone.shadowing.check()
-        assert alone.shadowing.stats(0)["shadow_dropped"] == 2
-        alone.tick(10)
         assert alone.shadowing.stats(0)["shadow_sample"] == 0.25
 
 
