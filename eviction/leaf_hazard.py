@@ -24,7 +24,7 @@ for at most, on all traces that it was tried on; without, it was 25 % on the wor
 Memory: 100 bytes a held block, and 200 with its name for a remembered one: ``memory`` times as many as are
 held, 65,536 at least (15 MB). What was remembered first is forgotten first.
 
-The sum: a request of 24 blocks takes 50 us, half of it the choice of what goes; long prompts take 0.8 us a
+The sum: a request of 24 blocks takes 60 to 80 us, half of it to choose what goes; long prompts take 0.8 us a
 block. Classes are at most 101, so the table is small beside the names.
 
 Related: LHD (NSDI 18) estimates hit density from ages in the same way, for objects that stand alone; the

@@ -7,8 +7,9 @@ that is asked for, and whose last use is within the horizon, would have been fou
 
 What a policy found more than that, or less, is summed up, and fades, as does what was asked for. It may
 fall behind by ``_SLACK_SHARE`` of what was asked, and some blocks more at first. The further it is, the
-more often it is recency's turn to decide (``is_due``); at the end of the slack, always. So what goes wrong
-costs that share, and what turns out well has its turn again.
+more often it is recency's turn to decide (``is_due``): hardly ever at half of the slack, as every turn
+lets go what the policy keeps for later, and most dips are made good; always at its end. What goes wrong
+costs about that share, and what turns out well has its turn again, as what was asked adds up or fades.
 
 Exact where requests come one after the other, and whoever asks remembers the last use of what LRU would
 hold. Requests that overlap may be off by what one of them has at the horizon.
@@ -25,9 +26,10 @@ from collections import deque
 
 from kvcache.eviction.reuse_times import Use
 
-_SLACK_SHARE = 0.0015
+_SLACK_SHARE = 0.0013
 _SLACK_ROOM = 0.02
 _SLACK_BLOCKS_MAX = 100
+_STEEPNESS = 3
 _SPARE_USES = 1_024
 
 
@@ -93,7 +95,7 @@ class LruBeside:
         """Is it recency's turn to decide?"""
         if self._ahead < 0:
             slack = _SLACK_SHARE * self._asked + min(_SLACK_BLOCKS_MAX, _SLACK_ROOM * room)
-            self._owed += min(1.0, -self._ahead / slack)
+            self._owed += min(1.0, -self._ahead / slack) ** _STEEPNESS
         if self._owed < 1:
             return False
         self._owed -= 1

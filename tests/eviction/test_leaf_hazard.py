@@ -164,3 +164,21 @@ def test_what_comes_before_a_fork_teaches_nothing() -> None:
     grove.policy._times.rebuild(1.0)
     reused = [kind for kind in grove.policy._times._classes.values() if max(kind.hazard) > 0.2]
     assert [kind.name for kind in reused if kind.name[:1] == (4,)] == []
+
+
+def test_what_went_for_another_reason_than_room_is_not_missed() -> None:
+    """Leaf-LRU would have lost it too, so that it is not found says nothing against the policy."""
+    shop = Shop(8)
+    shop.ask("a/b", at(1))
+    shop.ask("c/d", at(2))
+    shop.grove.drop(["a/b"], "quarantined")
+    shop.grove.drop(["c/d"], "evicted")
+    assert shop.policy._in_lru(path_keys("c/d")[1:]) == 1
+    assert shop.policy._in_lru(path_keys("a/b")[1:]) == 0
+    shop.policy._lru.check()
+
+
+def test_what_was_found_long_ago_counts_little() -> None:
+    shop = Shop(8)
+    asked = sum(4 for turn in range(2_000) if shop.ask(f"s{turn % 3}/a/b/c", at(turn)) >= 0)
+    assert 0.85 * asked < shop.policy._lru._asked < 0.95 * asked
