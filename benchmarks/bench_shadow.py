@@ -5,8 +5,8 @@
 Cost: three nodes in this process are asked for the same trace by turns, ``TURN_REQUESTS`` at a time, as fast
 as they answer (look-up, release, reservation, commit): one without shadows, one with nine, one with the same
 and no limit to what they may take. Processor time of the thread, which has all the work, once the sample
-is as small as it must be; no socket and no message is in it, which would make the share smaller (they take 160 us
-more a request). The ratio is without over with, so 0.98 is 2 %.
+is as small as it must be; no socket and no message is in it, which would make the share smaller (they take
+160 us more a request). The ratio is without over with, so 0.98 is 2 %.
 
 Right: the same caches are told of each trace (default: the published ones beside the project, and else one is
 made), and their figures held against a replay of the whole, at 10 % of the footprint, half and twice that.
@@ -38,7 +38,8 @@ from kvcache.cli_simulate import MADE
 from kvcache.config import NodeConfig
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.generate import generate
-from kvcache.eviction.replay import Contexts, replay
+from kvcache.eviction.leaf_lru import LeafLru
+from kvcache.eviction.replay import Contexts, LeafCache, replay
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.shadows import Cell, Shadows
 from kvcache.eviction.trace import Trace
@@ -160,23 +161,27 @@ async def costs(trace: Trace, requests: int, machine: str) -> list[Figure]:
     return figures
 
 
-def play(shadows: Shadows, trace: Trace) -> None:
-    """Tell them of a trace, as of a store that finds what its own stand-in does."""
-    names = [
-        blake2b(block.to_bytes(4, "little"), digest_size=16).digest() for block in range(trace.block_count)
-    ]
+def play(shadows: Shadows, trace: Trace, capacity: int) -> None:
+    """Tell them of a trace, and of what a store of this capacity found of it under leaf-lru."""
+    forest = Forest(trace)
+    store = LeafCache(forest, LeafLru, capacity)
     limit = int(SAMPLE * (1 << 64))
+    names = hashes(trace)
     keys = [StorageKey(bytes(8) + name[:8]) for name in names]
     sampled = [int.from_bytes(name[:8], "little") < limit for name in names]
     contexts = Contexts(trace, hints=True)
     shadows.tick(1, 0, False)
     for request in trace.requests():
-        context = contexts.of(request.index)
-        path = tuple(keys[block] for block in request.blocks if sampled[block])
-        asked = len(request.blocks)
-        shadows.counted(asked, 0)
+        context, blocks = contexts.of(request.index), list(request.blocks)
+        if not blocks:
+            continue
+        end = store.serve(context, blocks[-1])
+        held = forest.depth[end] if end >= 0 else 0
+        shadows.counted(len(blocks), held)
+        path = tuple(keys[block] for block in blocks if sampled[block])
         if path:
-            shadows.asked(context, None, path, 0, 1, 1)
+            there = sum(sampled[block] for block in blocks[:held])
+            shadows.asked(context, None, path, there, 1, 1)
             shadows.stored(context, None, path, 1)
 
 
@@ -186,15 +191,12 @@ def right(name: str, trace: Trace, machine: str) -> list[Figure]:
     cells = [Cell(Choice(policy), size) for policy in POLICIES for size in SIZES]
     shadows = Shadows(cells, capacity, SAMPLE)
     began = time.perf_counter()
-    play(shadows, trace)
+    play(shadows, trace, capacity)
     spent = time.perf_counter() - began
     exact = [replay(forest, cell.choice.name, round(capacity * cell.size)).block_hit_ratio for cell in cells]
-    estimates = shadows.estimates(None)
-    own = exact[0] - estimates[0].sampled_ratio
     figures: list[Figure] = []
-    for each, right_ratio in zip(estimates, exact, strict=True):
-        raw = abs(each.sampled_ratio - right_ratio)
-        anchored = abs(each.sampled_ratio + own - right_ratio)
+    for each, right_ratio in zip(shadows.estimates(0), exact, strict=True):
+        raw, anchored = abs(each.sampled_ratio - right_ratio), abs(each.hit_ratio - right_ratio)
         label = f"shadow.error.{name}.{each.cell.choice.name}.{each.cell.size:.0%}"
         figures.append(Figure(f"{label}.sampled", raw * 100, "points", None, "", 1, machine))
         bound = WITHIN / max(anchored, 1e-6)

@@ -6,9 +6,10 @@
 
 Estimates are made of misses: those of the sample, blown up, over all that was asked. What very many share is
 never missed, so it makes no difference whether the sample has it (SHARDS-adj: Waldspurger, Park, Garthwaite
-and Ahmad, FAST 15). Where the cache that stands for the store itself is among them, what the sample has too
-much or too little of is seen there, and taken off all others (a control variate). The doubt is twice the
-standard error over ``GROUPS`` parts of the sample, drawn by name too.
+and Ahmad, FAST 15). How large a share the sample is, is seen by what the store itself misses: all of that is
+known, and what of it is in the sample (a ratio estimate). Where the cache that stands for the store itself is
+among them, what it is wrong by is taken off all others (a control variate). The doubt is twice the standard
+error over ``GROUPS`` parts of the sample, drawn by name too.
 
 ``LATELY`` slots of ``SLOT_NS`` are kept, and the oldest forgotten: estimates are of the last hour. After a
 start they count from when the store's own stand-in has let something go, or the store has not either.
@@ -39,7 +40,8 @@ BLOCKS_MAX = 1 << 16
 SLOT_NS = 300 * NS_PER_S
 LATELY = 12
 GROUPS = 8
-SAMPLE_MIN = 0.0005
+BLOCKS_ENOUGH = 500
+SAMPLE_MIN = 0.0002
 _GROUP_BYTE = 8  # Of a name: the sample is drawn by those after it.
 
 
@@ -76,6 +78,7 @@ class _Slot:
     asked: int = 0
     found: int = 0  # by the store itself
     sampled_blocks: int = 0
+    sampled_missed: int = 0  # by the store itself, of what is in the sample
     misses: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -155,6 +158,7 @@ class Shadows:
         slot = self._slots[-1] if self._counts and self._slots else None
         if slot is not None:
             slot.sampled_blocks += len(path)
+            slot.sampled_missed += (len(path) - held) * block_tokens
         for at, cache in enumerate(self._caches):
             found = cache.asked(context, path)
             if found < held:
@@ -208,7 +212,7 @@ class Shadows:
             return []
         misses = self._misses()
         blocks = sum(slot.sampled_blocks for slot in self._slots)
-        scale = GROUPS / (self.sample * asked)  # From a group's misses to a ratio of all.
+        scale = GROUPS / (self._share() * asked)  # From a group's misses to a ratio of all.
         error = 0.0
         if own is not None:
             error = self.found_ratio - _clipped(1 - sum(misses[own]) * scale / GROUPS)
@@ -231,6 +235,14 @@ class Shadows:
                 )
             )
         return found
+
+    def _share(self) -> float:
+        """Which share of the blocks the sample really is."""
+        missed = sum(slot.asked - slot.found for slot in self._slots)
+        sampled = sum(slot.sampled_missed for slot in self._slots)
+        if sum(slot.sampled_blocks for slot in self._slots) < BLOCKS_ENOUGH or not missed:
+            return self.sample
+        return min(max(sampled / missed, self.sample / 2), self.sample * 2)
 
     def _misses(self) -> Mapping[int, list[int]]:
         total = {at: [0] * GROUPS for at in range(len(self.cells))}

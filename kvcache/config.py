@@ -75,7 +75,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     shadow: str = "none"
     shadow_sizes: str = "50%,100%,200%"
     shadow_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.03
-    shadow_cpu: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
+    shadow_cpu: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.015
     record: str = "none"
     record_bytes: str = "256MiB"
     record_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0

@@ -16,7 +16,7 @@ What begins more than ``HOT_SHARE`` of all look-ups, a system prompt say, is *ho
 always found, and would make every look-up one with a sampled block. Off unless the operator turns it on, and
 then nothing is called here.
 
-The sum: 1.5 us a look-up and a save; those with a sampled block, half of all at 24 blocks and 3 %, take 5 us
+The sum: 1.2 us a look-up and a save; those with a sampled block, half of all at 24 blocks and 3 %, take 5 us
 more and each cache 5 to 25 us. A name is 16 bytes; nothing of a prompt is kept.
 """
 
@@ -45,7 +45,7 @@ log = logging.getLogger("kvcache.server")
 TURN_NS = 1_000_000
 WATCH_NS = 5 * NS_PER_S
 FLOOR = 0.001
-LOOK_NS = 1_500
+LOOK_NS = 1_200
 QUEUE_MAX = 4_096
 PENDING_MAX = 2_048
 HOT_SHARE = 0.02

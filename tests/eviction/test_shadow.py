@@ -15,7 +15,7 @@ from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.registry import POLICIES, policy_class
 from kvcache.eviction.shadow import ShadowCache
 from kvcache.eviction.shadow_words import Situation, advice
-from kvcache.eviction.shadows import CACHES_MAX, SLOT_NS, Cell, Shadows
+from kvcache.eviction.shadows import CACHES_MAX, SAMPLE_MIN, SLOT_NS, Cell, Shadows
 from kvcache.policy import RequestContext
 
 LRU, HAZARD = Choice("leaf-lru"), Choice("leaf-hazard")
@@ -167,7 +167,7 @@ class TestShadows:
         assert (shadows.sample, shadows.block_count, shadows.asked_tokens) == (0.5, 0, 0)
         while shadows.thin():
             pass
-        assert 0.0005 <= shadows.sample < 0.001
+        assert SAMPLE_MIN <= shadows.sample < 2 * SAMPLE_MIN
 
     @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(5))
