@@ -30,6 +30,7 @@ from kvcache.eviction.trial import Difference, Machine, Setting, Trial, differen
 from kvcache.policy import Param
 
 WORTH, _WORTH_UNCLEAR = 0.002, 0.005
+_TIE = 0.003
 REQUESTS_MIN = 100
 RULES = ("touched>=2",)  # What a node can be told to write to NVMe, beside all.
 _OTHERS, _FAR = 3, 0.05
@@ -205,8 +206,9 @@ class Adviser:
         )
 
     def _choose(self, finalists: Sequence[Finalist]) -> Finalist:
-        """The most hits over the whole time. A setting by hand has to be better in both parts of it than its
-        policy is without; what is not better than what runs now by ``WORTH``, is not better."""
+        """The most hits over all; of those about as good, the most in the part after. What is set by hand has
+        to be better in both parts than its policy is without; what is not better by ``WORTH`` than what runs
+        now, is not better."""
         limit = self._machine.nvme_writes_a_day
         borne = [each for each in finalists if not limit or each.writes_a_day <= limit]
         if not borne:
@@ -218,7 +220,9 @@ class Adviser:
             if not each.setting.settings or _beats(each, plain.get(each.setting.policy))
         ]
         now = finalists[0]
-        best = max(fit or borne, key=lambda each: each.trial.ratio())
+        most = max(each.trial.ratio() for each in fit or borne)
+        near = [each for each in fit or borne if each.trial.ratio() >= most - _TIE]
+        best = max(near, key=lambda each: each.rest_ratio)
         if now in borne and best.trial.ratio() <= now.trial.ratio() + WORTH and not self._spares(best, now):
             return now
         return best
