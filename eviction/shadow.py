@@ -64,7 +64,7 @@ class ShadowCache:
         at = 0
         while at < len(path) and (block := tree.find(path[at])) != NONE:
             parent, at = block, at + 1
-        missing = path[at:]
+        missing = tuple(dict.fromkeys(path[at:]))  # What is asked for is as a client made it up.
         if not missing or any(tree.find(key) != NONE for key in missing):
             return  # It is held, or was told of in another place: its way was not known then.
         missing = missing[: self._guard.admit(context, parent, missing)]

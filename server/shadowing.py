@@ -204,6 +204,8 @@ class Shadowing:
     def _before(self, namespace: NamespaceId, parent: bytes) -> StorageKey | None:
         """The last of those up to ``parent`` that is in the sample."""
         assert self._store is not None
+        if len(parent) != HASH_BYTES:  # Nobody has looked at it before, in a look-up.
+            return None
         for key in self._store.ledger.ancestors(storage_key(namespace, BlockHash(parent))):
             if found := self._sampled(namespace, key[HASH_BYTES:]):
                 return found[0][1]

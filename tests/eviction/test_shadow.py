@@ -78,6 +78,21 @@ class TestCache:
         cache.stored(context(), None, names("c"), 1_000)
         assert cache.used_bytes <= 100
 
+    @pytest.mark.parametrize("seed", range(8))
+    def test_whatever_it_is_told(self, seed: int) -> None:
+        """Paths whose blocks stand behind others than before, or behind nothing: what is known of a prompt is
+        not always known from its beginning."""
+        random, cache = Random(seed), self.cache(12)
+        known = names("abcdefghijklmnop")
+        for _ in range(400):
+            path = random.choices(known, k=random.randint(1, 6))
+            before = random.choice((None, *known))
+            if random.random() < 0.5:
+                assert cache.asked(context(), path) <= len(path)
+            else:
+                cache.stored(context(), before, path, random.choice((10, 10, 25)))
+            cache.check()
+
     @pytest.mark.parametrize("policy", [*POLICIES, "leaf-hazard+keep"])
     def test_any_policy(self, policy: str) -> None:
         random, cache = Random(1), self.cache(20, policy)

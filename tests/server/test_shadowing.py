@@ -31,7 +31,7 @@ from kvcache.testing.clock import FakeClock
 from kvcache.tiers.space import Space
 from tests.eviction.record_world import hashes, whole_blocks
 from tests.server.conftest import EmbeddedNode, Serve
-from tests.server.talk import HASHES, connected, lease, opened, save, stats
+from tests.server.talk import HASHES, connected, deadline, lease, opened, save, stats
 from tests.server.test_tuning import settled, told, tune
 
 SPEC = BlockSpec(block_tokens=16, plane_count=1, head_count=1, head_bytes=1_024)
@@ -140,6 +140,18 @@ def test_what_they_find_is_told_everywhere(serve: Serve) -> None:
     assert served.values["shadow_seconds"] > 0
     assert served.values["shadow_dropped"] == 0
     assert "The node found" in served.told.advice[0]
+
+
+def test_a_parent_that_is_none_is_nothing(serve: Serve) -> None:
+    """Look-ups do not check it, so whoever uses it must."""
+    node = serve(shadow="leaf-fifo", shadow_sample=1.0)
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        save(channel, namespace, HASHES[:4])
+        for parent in (b"x", b"x" * 40, HASHES[9]):
+            channel.call(wire.TakeLease(namespace, HASHES[1], parent=parent), deadline())
+        channel.call(wire.TakeLease(namespace, b""), deadline())
+        assert stats(channel)["shadow_sample"] == 1.0
 
 
 def test_a_policy_that_takes_over_has_a_shadow_too(serve: Serve) -> None:
