@@ -1,6 +1,6 @@
 """What a way of routing is worth: the time to the first token (99th percentile), ours beside each rival's.
 
-    .venv/bin/python benchmarks/bench_routing.py [TRACE.npz ...] [--workers 16] [--speed 4]
+    .venv/bin/python benchmarks/bench_routing.py [TRACE ...] [--workers 16] [--speed 4]
 
 A simulation (docs/routing-simulation.md), so the figures are the same on every machine; ``ratio`` is the
 rival's time over ours, or our hit rate over its. Without a trace, one is generated. Only how many choices a
@@ -20,7 +20,7 @@ from harness import Figure
 
 from kvcache.cli_simulate import MADE
 from kvcache.eviction.generate import generate
-from kvcache.eviction.trace import read_trace
+from kvcache.eviction.trace_files import open_trace
 from kvcache.simulation.report import Figures, figures
 from kvcache.simulation.run import OURS, ROUTERS, Settings, simulate
 from kvcache.simulation.workload import Workload, prepare
@@ -47,7 +47,7 @@ def workloads(paths: Sequence[Path], speed: float, count: int) -> Iterator[Workl
     if not paths:
         yield prepare("generated", generate(MADE), speed, count)
     for path in paths:
-        yield prepare(path.name.removesuffix(".npz"), read_trace(path), speed, count)
+        yield prepare(path.stem, open_trace(path), speed, count)
 
 
 def compared(workload: Workload, settings: Settings) -> list[Figure]:

@@ -135,7 +135,7 @@ class Router:
 
     def first_token(self, routed: Routed, number: int) -> None:
         with self._lock:
-            self._state.loads.first_token(number)
+            self._state.loads.first_token(number, self._clock.now_ns())
             self._state.health.succeeded(routed.worker.name)
             self._place(self._waiting.first_token(number))
 

@@ -93,8 +93,10 @@ class Worker(Strict, frozen=True, kw_only=True):
     def check(self) -> None:
         """RAISES BadInput (bad_config) that names the worker and the field."""
         where = f"worker {self.name!r}"
-        if self.url and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", self.url):
-            raise _bad(where, "url", self.url, "it begins with http:// or https:// and names a host")
+        if self.url and not _is_url(self.url):
+            raise _bad(
+                where, "url", self.url, "it begins with http:// or https:// and names a host, and no user"
+            )
         if self.node:
             _check_node(where, "node", self.node)
         for name in ("events", "replay"):
@@ -252,6 +254,13 @@ def token(file: str) -> str:
     return found
 
 
+def token_of(value: str, setting: str) -> str:
+    """A token that was given itself, or none. RAISES BadInput, and never repeats it."""
+    if value and not TOKEN_PATTERN.fullmatch(value):
+        raise BadInput("bad_credentials", f"{setting} holds no token", "it is one line of visible ASCII")
+    return value
+
+
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -261,6 +270,14 @@ def _read(path: Path) -> bytes:
     if len(raw) > FILE_BYTES_MAX:
         raise _unusable(path, f"it is over {FILE_BYTES_MAX:,} bytes")
     return raw
+
+
+def _is_url(value: str) -> bool:
+    """Of a host, of which no part is left for whoever connects to refuse."""
+    match = re.fullmatch(
+        r"https?://(?:\[[0-9a-fA-F:.]+\]|[^\s/?#@:\[\]\\]+)(?::(\d{1,5}))?(/[^\s?#]*)?", value
+    )
+    return match is not None and 0 < int(match[1] or 1) < 65_536
 
 
 def _check_node(where: str, field: str, value: str) -> None:

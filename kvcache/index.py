@@ -15,7 +15,11 @@ block that none of its tiers has.
 
 * Any thread may call. Many read at once; a writer goes first, and lets readers in every 256 blocks; a call
   that turns out long releases the interpreter's lock.
-* ``bytes`` is what is taken now and ``bytes_max`` bounds it: blocks that might not fit are refused.
+* ``bytes`` is what is taken now, and blocks that might not fit into ``bytes_max`` are refused. ``open`` and
+  ``remove`` are not, and may go over it: by a row, and by what a hole costs, some 16 bytes a block of a run
+  with holes everywhere and a set of holders for each block that others hold than those beside it. What lies
+  free between is not in it: the process keeps a quarter more, and up to twice ``bytes`` (C++, measured at 64
+  MiB) where runs of many lengths come and go.
 * A prefix that a worker stores as one run has to be one: see ``Index.store``.
 
 The sum (C++): 8 bytes of hash and 12 of table a block; a look-up is a cache miss in the table, one for the
@@ -65,7 +69,9 @@ class Match(Protocol):
 class Index(Protocol):
     """All of it RAISES BadInput, and then nothing was changed: ``bad_prefix`` for a buffer that is not
     of u64 (or bytes), ``bad_holder`` for a holder that is not open or a tier that does not exist.
-    Hashes are any contiguous buffer of 64-bit integers: an ``array``, numpy, bytes."""
+    Hashes are any contiguous buffer of 64-bit integers: an ``array``, numpy, bytes.
+
+    MemoryError, where the system has none: a change was left half done, and now every call raises it."""
 
     def open(self, worker: int, dp_rank: int = 0) -> int:
         """A new holder, empty, that answers from now on; the one before is gone with all it held."""

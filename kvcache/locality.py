@@ -11,7 +11,7 @@ ranks share prefix hashes, and have a shard each.
 
 Memory is bounded by ``bytes_max``, a snapshot being loaded and the placements included. Over that, a source's
 new blocks are refused and counted, and the source is marked *partial*: what is said of it is then too
-little, never too much.
+little, never too much. Removals are taken whatever they cost (``kvcache.index``).
 
 **Threads.** Any thread may call anything. Who changes something holds one lock, and placements have another.
 Who asks (``match``, ``locate``, ``sources`` and the like, but not ``entries``) takes neither: the native
@@ -92,13 +92,17 @@ class LocalityIndex:
         with self._lock:
             return sum(view.entries for view in self._views())
 
-    def entries_of(self, source: str) -> int:
-        """Of these, those of one source; 0 where it is not heard of."""
+    def entries_of(self, source: str, tenant: str | None = None) -> int:
+        """Of these, those of one source, and of one tenant where one is given; 0 where it is not heard of."""
         known = self._sources.get(source)
         if known is None:
             return 0
         with self._lock:
-            return sum(view.entries for view in known.views())
+            if tenant is None:
+                return sum(view.entries for view in known.views())
+            theirs = [each for each, fields in self._namespaces.items() if fields.tenant == tenant]
+            numbers = {self._content.numbers.get(each, -1) for each in theirs}
+            return sum(view.entries_in(numbers) for view in known.views())
 
     @property
     def bytes(self) -> int:

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from kvcache.block import HINT_BYTES
 from kvcache.clock import NS_PER_S
 from kvcache.index import ALL_TIERS, Index, Match
 from kvcache.wire import BlockEvent
@@ -59,8 +60,8 @@ class Placements:
             self._begin(now_ns // PLACE_NS)
             holder = self._holders.get((source, namespace))
             if holder is None:
-                if len(self._holders) == HOLDERS_MAX:
-                    return memoryview(hints).nbytes // 8
+                if len(self._holders) == HOLDERS_MAX or self._index.bytes >= self._index.bytes_max:
+                    return memoryview(hints).nbytes // HINT_BYTES
                 holder = self._holders[source, namespace] = self._index.open(source, namespace)
             return self._index.store(holder, self._turn % 2, hints)
 

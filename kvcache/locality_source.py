@@ -95,6 +95,7 @@ class Source:
         self._known = self._drifted = self._broken = self._late = self._partial = False
         self._told: Mapping[str, bytes] = {}
         self._loading: _Loading | None = None
+        self._left: tuple[int, int] | None = None  # Seq, and pages still to come, of one that was given up.
 
     @property
     def incarnation(self) -> int:
@@ -216,6 +217,7 @@ class Source:
         self._forget_content()
         self._stamp = (incarnation, 0, self._stamp[2])
         self._ahead = 0
+        self._left = None
         self.load = None
 
     def _forget_content(self) -> None:
@@ -234,6 +236,9 @@ class Source:
             return Applied.STALE
         self._ahead = max(self._ahead, batch.seq)
         if loading is None:
+            left, self._left = self._left, None
+            if left is not None and batch.seq == left[0] and batch.left < left[1]:
+                return Applied.GAP  # The rest of one whose beginning was given up.
             view = View(self._content, self.number, is_shadow=True)
             loading = self._loading = _Loading(batch.seq, batch.left + 1, view)
         if (loading.seq, loading.left) == (batch.seq, batch.left):
@@ -277,5 +282,6 @@ class Source:
 
     def _leave_loading(self) -> None:
         if self._loading is not None:
+            self._left = self._loading.seq, self._loading.left
             self._loading.view.close()
             self._loading = None

@@ -143,6 +143,11 @@ class View:
         self._fold()
         return sum(count for count, _, _ in self._totals)
 
+    def entries_in(self, namespaces: Collection[int]) -> int:
+        """Of these, those in namespaces of these numbers. For its owner only."""
+        self._fold()
+        return sum(part[0] for (number, _), part in self._parts.items() if number in namespaces)
+
     def check(self) -> None:
         """Assert every invariant."""
         self._fold()

@@ -94,10 +94,14 @@ class Spoken(msgspec.Struct, frozen=True):
 
 def greeting(token: str) -> bytes:
     """What a client says first. RAISES BadInput for a token that none can be."""
-    encoded = token.encode()
-    if len(encoded) > TOKEN_BYTES_MAX:
-        raise BadInput("bad_credentials", "a token that is too long", f"at most {TOKEN_BYTES_MAX} bytes")
-    return GREETING.pack(MAGIC, VERSION, len(encoded), 0) + encoded
+    if len(token) > TOKEN_BYTES_MAX or not token.isascii():
+        raise BadInput(
+            "bad_credentials",
+            "what was given as a token is none",
+            f"it is at most {TOKEN_BYTES_MAX} characters of visible ASCII",
+            "see KVCACHE_TOKEN",
+        )
+    return GREETING.pack(MAGIC, VERSION, len(token), 0) + token.encode()
 
 
 def greeted(head: bytes | bytearray | memoryview) -> int:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from kvcache.channel import AsyncChannel
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput, NotAllowed
-from kvcache.fleet import WORKERS_MAX, Fleet, Stream, Worker, token
+from kvcache.fleet import ENGINE_SOURCE, WORKERS_MAX, Fleet, Stream, Worker, token
 from kvcache.following import Channel, Following
 from kvcache.locality import LocalityIndex
 from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
@@ -172,9 +172,13 @@ class FleetIndex:
         if worker is None:
             return False
         self.version += 1
-        for stream in worker.streams():
-            await _ended(self._ranks.pop(stream.source).task)
-            self.index.forget(stream.source)
+        # Another of that name may come while we wait: by then nothing is left of this one.
+        ranks = [self._ranks.pop(stream.source) for stream in worker.streams()]
+        for rank in ranks:
+            rank.task.cancel()
+            self.index.forget(rank.stream.source)
+        for rank in ranks:
+            await _ended(rank.task)
         if worker.node:
             await self.remove_node(worker.node, name)
         self.changed()
@@ -219,8 +223,15 @@ class FleetIndex:
         node = self.node_source(worker.node)
         return [*found, node] if node and node not in found else found
 
-    def worker_sources(self) -> dict[str, list[str]]:
-        return {worker.name: self.sources_of(worker) for worker in self._workers.copy().values()}
+    def worker_sources(self, tenant: str | None = None) -> dict[str, list[str]]:
+        """Of all workers, or of those of a tenant."""
+        workers = self._workers.copy().values()
+        return {each.name: self.sources_of(each) for each in workers if tenant in (None, each.tenant)}
+
+    def is_of(self, source: str, tenant: str) -> bool:
+        """Whether a tenant may know of this source: of nodes, and of its own engines. Any thread may ask."""
+        rank = self._ranks.get(source)
+        return rank is None or rank.worker.tenant == tenant
 
     def node_source(self, address: str) -> str:
         """What the node there calls itself; empty until it was reached."""
@@ -286,7 +297,14 @@ class FleetIndex:
         return task
 
     def _admit(self, node: _Node, welcome: Welcome) -> None:
-        """RAISES NotAllowed while another node of that name is followed."""
+        """RAISES NotAllowed for an engine's name, and while another node of that name is followed."""
+        if welcome.node.startswith(ENGINE_SOURCE):
+            raise NotAllowed(
+                "bad_config",
+                f"the node at {node.address} is called {welcome.node:.120}",
+                f"what begins with {ENGINE_SOURCE} is what an engine holds itself",
+                "give the node another name",
+            )
         for other in self._nodes.values():
             following = other.following
             assert following is not None

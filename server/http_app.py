@@ -217,15 +217,19 @@ class HttpApp:
     async def _locate(self, request: web.Request, credential: Credential) -> web.Response:
         asked = await _asked(request, api.LocateRequest)
         key = self._credentials.tenant_key(credential.tenant)
-        return _json(locate(self._subject.index, credential.tenant, key, asked, self._clock.now_ns()))
+        now_ns = self._clock.now_ns()
+        found = locate(self._subject.index, credential.tenant, key, asked, now_ns, self._fleet.is_of)
+        return _json(found)
 
     async def _place(self, request: web.Request, credential: Credential) -> web.Response:
         asked = await _asked(request, api.PlacementRequest)
         key = self._credentials.tenant_key(credential.tenant)
-        return _json(place(self._subject.index, credential.tenant, key, asked, self._clock))
+        return _json(place(self._fleet, credential.tenant, key, asked, self._clock))
 
-    async def _workers(self, request: web.Request, _: Credential) -> web.Response:
-        return _json(workers(self._fleet, self._clock))
+    async def _workers(self, request: web.Request, credential: Credential) -> web.Response:
+        """Without a credentials file there is nobody to keep apart, and a tenant is a label."""
+        tenant = credential.tenant if self._credentials.anonymous is None else None
+        return _json(workers(self._fleet, self._clock, tenant))
 
 
 class _Unauthorised(NotAllowed):

@@ -96,9 +96,11 @@ def tuning(told: Tuned) -> api.TuningReply:
     )
 
 
-def workers(fleet: FleetIndex, clock: Clock) -> api.WorkersReply:
+def workers(fleet: FleetIndex, clock: Clock, tenant: str | None) -> api.WorkersReply:
+    """What a tenant may know of; None: all of it."""
+    mine = fleet.worker_sources(tenant)
     return api.WorkersReply(
-        workers=fleet.worker_sources(),
+        workers=mine,
         sources=[
             api.SourceState(
                 source=each.source,
@@ -109,7 +111,8 @@ def workers(fleet: FleetIndex, clock: Clock) -> api.WorkersReply:
                 load=each.load,
                 load_age_ms=each.load_age_ms,
             )
-            for each in states(fleet.index, clock)
+            for each in states(fleet.index, clock, tenant)
+            if tenant is None or fleet.is_of(each.source, tenant)
         ],
         followed=[
             api.Stream(
@@ -118,21 +121,24 @@ def workers(fleet: FleetIndex, clock: Clock) -> api.WorkersReply:
                 source=each.source,
                 connected=each.connected,
                 trouble=each.trouble,
-                workers=list(each.workers),
+                workers=[name for name in each.workers if name in mine],
             )
             for each in fleet.followed()
+            if tenant is None or fleet.is_of(each.source, tenant)
         ],
     )
 
 
 def place(
-    index: LocalityIndex, tenant: str, tenant_key: bytes, asked: api.PlacementRequest, clock: Clock
+    fleet: FleetIndex, tenant: str, tenant_key: bytes, asked: api.PlacementRequest, clock: Clock
 ) -> api.PlacementReply:
     """RAISES BadInput for a namespace that the tenant does not have, or a prefix named in no way or two."""
-    namespace_id = NamespaceId(bytes.fromhex(asked.namespace))
+    index, namespace_id = fleet.index, NamespaceId(bytes.fromhex(asked.namespace))
     namespace = index.namespace(namespace_id)
     if namespace is None or namespace.tenant != tenant:
         raise BadInput("unknown_namespace", f"no namespace {asked.namespace} is known here")
     hints = named(namespace, tenant_key, asked.tokens, asked.hashes, asked.cache_salt)
+    if not fleet.is_of(asked.source, tenant):
+        return api.PlacementReply(placed=0)
     refused = index.place(asked.source, namespace_id, hints, clock.now_ns())
     return api.PlacementReply(placed=len(hints) // HINT_BYTES - refused)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import KVCacheError, Unavailable
 from kvcache.following import PAUSE_S_MAX, PAUSE_S_MIN, POLL_S, Channel, Following
-from kvcache.locality import LocalityIndex
+from kvcache.locality import AsOf, LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.wire import Stats, StatsReply, Tune, Tuned, Welcome
 
@@ -30,8 +30,7 @@ class Follower:
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.index = index
-        self.troubles: list[str] = []
-        """What the node said last of itself that does not work; it serves all the same."""
+        self._troubles: list[str] = []
         self._following = Following("the node", connect, index, self, clock, pause, self._probe)
         self._metrics = metrics
         self._clock = clock
@@ -49,14 +48,19 @@ class Follower:
     async def run(self) -> None:
         await self._following.run()
 
+    @property
+    def troubles(self) -> list[str]:
+        """What the node said last of itself that does not work, and which engines are registered here and not
+        followed; it serves all the same."""
+        others = [state for state in self.index.sources() if state.source != self.node]
+        return [*self._troubles, *(each for state in others for each in _wrong(state))]
+
     def degraded(self) -> list[str]:
-        """What is wrong, in plain words."""
+        """What is wrong with the node, in plain words."""
         if self._following.calls is None:
             return [f"the node cannot be reached: {self._following.trouble}"]
-        states = self.index.sources()
-        found = [f"the index does not follow {state.source} yet" for state in states if not state.synced]
-        found += [f"the index has no room for all of {state.source}" for state in states if state.partial]
-        return found if states else ["the index has not heard from the node yet"]
+        state = self.index.as_of(self.node)
+        return _wrong(state) if state is not None else ["the index has not heard from the node yet"]
 
     async def stats(self) -> tuple[dict[str, float], int]:
         """The node's numbers, and how many milliseconds old they are: 0 unless it cannot be reached.
@@ -69,7 +73,7 @@ class Follower:
                 reply = await calls.call(Stats(), asked_ns + CALL_NS)
                 assert isinstance(reply, StatsReply), reply
                 self._values, self._values_ns = reply.values, asked_ns
-                self.troubles = reply.troubles
+                self._troubles = reply.troubles
                 self._metrics.node.update(reply.values)
                 return reply.values, 0
         if not self._values:
@@ -111,3 +115,8 @@ class Follower:
 
     def parted(self, reason: str) -> None:
         self._metrics.index_resyncs.labels(reason).inc()
+
+
+def _wrong(state: AsOf) -> list[str]:
+    found = [] if state.synced else [f"the index does not follow {state.source} yet"]
+    return [*found, f"the index has no room for all of {state.source}"] if state.partial else found

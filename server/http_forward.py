@@ -13,6 +13,7 @@ The sum: 0.3 ms to connect and ask on loopback, 40 us a chunk.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ HOP_BY_HOP = frozenset(
 AWAY = frozenset({502, 503, 504})
 """Statuses by which a worker, or what stands before it, says that it cannot answer now."""
 BUSY = 429
+OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""What this host has no more of: no fault of a worker's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class Forwarder:
                 dead = 2 * within_s >= allowed_s
                 raise Silent(f"no answer within {within_s:.3g} s", dead) from error
             except (aiohttp.ClientError, OSError) as error:
-                raise Silent(_said(error)) from error
+                raise Silent(_said(error), dead=getattr(error, "errno", None) not in OURS) from error
             yield Answer(response, first, self._waits.idle_s)
         finally:
             if response is not None:

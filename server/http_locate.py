@@ -6,7 +6,7 @@ Only namespaces of the caller's tenant are looked at: a hash that leaked tells n
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -18,6 +18,7 @@ from kvcache.errors import BadInput
 from kvcache.locality import TIERS, LocalityIndex, Located
 from kvcache.locality import AsOf as SourceState
 from kvcache.namespace import Namespace
+from kvcache.packing import PREFIX_BLOCKS_MAX
 from kvcache.sequence import PUBLIC, sequence_hashes
 from kvcache.server import http_api as api
 
@@ -26,9 +27,15 @@ _NO_NAMESPACE = Namespace(model=ANY, weights=ANY, dtype=ANY, layout=ANY, block_t
 
 
 def locate(
-    index: LocalityIndex, tenant: str, tenant_key: bytes, request: api.LocateRequest, now_ns: int
+    index: LocalityIndex,
+    tenant: str,
+    tenant_key: bytes,
+    request: api.LocateRequest,
+    now_ns: int,
+    is_of: Callable[[str, str], bool] = lambda source, tenant: True,
 ) -> api.LocateReply:
-    """RAISES BadInput when the request does not name a prefix."""
+    """``is_of``: whether a source is one that a tenant may know of. RAISES BadInput when the request does not
+    name a prefix."""
     visible = {
         each: namespace
         for each in index.known_namespaces()
@@ -42,7 +49,7 @@ def locate(
         asked_blocks = max(asked_blocks, len(names) // HINT_BYTES)
         for each in index.locate(names, namespaces):
             found.setdefault(each.source, []).append(each)
-    states = index.sources()
+    states = [each for each in index.sources() if is_of(each.source, tenant)]
     return api.LocateReply(
         complete=bool(states) and all(state.synced and not state.partial for state in states),
         asked_blocks=asked_blocks,
@@ -77,12 +84,14 @@ def named(
     hashes: Sequence[str] | None,
     cache_salt: str = "",
 ) -> bytes:
-    """The hints of a prefix in this namespace. RAISES BadInput unless there are tokens, or hashes."""
+    """The hints of a prefix in this namespace, of its first ``PREFIX_BLOCKS_MAX`` blocks: no more are asked
+    about at once. RAISES BadInput unless there are tokens, or hashes."""
     if (tokens is None) == (hashes is None):
         raise _unclear("a request with both tokens and hashes, or neither")
     if hashes is not None:
         return b"".join(bytes.fromhex(each)[:HINT_BYTES] for each in hashes)
     assert tokens is not None
+    tokens = tokens[: PREFIX_BLOCKS_MAX * namespace.block_tokens]
     extra = salted(cache_salt)
     if namespace.layout == PUBLIC:
         return bytes(sequence_hashes(array("I", tokens), namespace.block_tokens, extra))

@@ -157,7 +157,7 @@ def prefixes(asked: QueryRequest | HashRequest) -> Callable[[int], memoryview]:
     """The sequence hashes of what is asked about, by block length. RAISES BadInput."""
     if isinstance(asked, QueryRequest):
         tokens = array("I", asked.token_ids)
-        return lambda block_tokens: sequence_hashes(tokens, block_tokens)
+        return lambda block_tokens: sequence_hashes(tokens[: PREFIX_BLOCKS_MAX * block_tokens], block_tokens)
     given = [each for each in (asked.block_hashes, asked.seq_hashes, asked.block_hash) if each is not None]
     if len(given) != 1:
         raise BadInput(

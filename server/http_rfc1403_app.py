@@ -101,8 +101,8 @@ class Rfc1403:
         if not gone:
             raise _Refused(f"instance {asked.instance_id} not found", HTTPStatus.NOT_FOUND)
         for worker in gone:
-            await self._fleet.remove(worker.name)
             self._instances.pop(worker.name, None)
+            await self._fleet.remove(worker.name)
         if asked.model_name:
             return _json({"status": "ok"})
         removed = [f"{asked.instance_id}|{worker.tenant}|{worker.rank}" for worker in gone]
@@ -158,8 +158,15 @@ class Rfc1403:
         if page and page[-1] is not members[-1]:
             response.headers[NEXT] = page[-1].worker.name
         await response.prepare(request)
-        async for piece in self._told(page):
-            await response.write(piece)
+        try:
+            async for piece in self._told(page):
+                await response.write(piece)
+        except (
+            BaseException
+        ):  # What has begun cannot become another answer; nor may a part pass for the whole.
+            if request.transport is not None:
+                request.transport.abort()
+            raise
         return response
 
     async def _health(self, request: web.Request, _: Credential) -> web.Response:
@@ -235,9 +242,11 @@ def _worker(asked: rfc.RegisterRequest, tenant: str, rank: int) -> Worker:
         raise _Refused(f"type: {asked.type[:40]!r} is none of {', '.join(_ENGINES)}")
     if not (asked.model_name or asked.modelname):
         raise _Refused("missing field `model_name`")
-    whose = "" if tenant == DEFAULT_TENANT else f"@{tenant}"
+    instance = str(asked.instance_id)
+    # What follows the last @ is the tenant, so that nobody takes a name that another's instance would have.
+    whose = "" if tenant == DEFAULT_TENANT and "@" not in instance else f"@{tenant}"
     fields = {
-        "name": f"{asked.instance_id}{whose}" + (f"/{rank}" if rank else ""),
+        "name": f"{instance}{whose}" + (f"/{rank}" if rank else ""),
         "model": asked.model_name or asked.modelname,
         "events": asked.endpoint,
         "replay": asked.replay_endpoint or "",

@@ -263,7 +263,7 @@ class RouteApp:
     def _heard(self, routed: Routed, answer: Answer, number: int) -> None:
         self._state.health.succeeded(routed.worker.name)
         if answer.status < 400:
-            self._state.loads.first_token(number)
+            self._state.loads.first_token(number, self._parts.clock.now_ns())
             self._place(self._waiting.first_token(number))
 
     def _place(self, placements: Sequence[Placement]) -> None:
@@ -295,7 +295,7 @@ class RouteApp:
                 await response.write_eof()
         except (Cut, TimeoutError) as error:
             self._metrics.failures.labels("after").inc()
-            log.warning("the answer of worker %s was cut: %s", routed.worker.name, error or "too long")
+            log.warning("the answer of worker %s was cut: %s", routed.worker.name, str(error) or "too long")
             await answers.cut(request, response, last)
         except ConnectionResetError:
             log.info("a client left in the middle of its answer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from kvcache.server.http_forward import Silent
 HEADER_CHARS_MAX = 512
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "kvcache"}
 RETRY_AFTER = {"Retry-After": "1"}
+TAKEN_S = 2.0
+"""So long a client may take for what it was sent before an answer was cut."""
 
 _STATUSES = {"not_allowed": 404, "unknown_model": 404, "too_large": 413, "unavailable": 503}
 
@@ -123,8 +126,9 @@ async def cut(request: web.Request, response: web.StreamResponse, last: bytes) -
             error = {"message": "the worker died in the middle of its answer", "type": "server_error"}
             told = msgspec.json.encode({"error": {**error, "param": None, "code": "unavailable"}})
             await response.write(b"data: " + told + b"\n\n")
-    if request.transport is not None:
-        request.transport.close()  # Without the end that a whole answer has.
+    if (transport := request.transport) is not None:
+        transport.close()  # Without the end that a whole answer has.
+        asyncio.get_running_loop().call_later(TAKEN_S, transport.abort)
 
 
 def _told(made: Made, now_ns: int) -> dict[str, object]:

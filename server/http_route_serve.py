@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
-
 from kvcache.clock import SystemClock
 from kvcache.config import is_loopback, parse_bind, parse_size
 from kvcache.credentials import Credentials
@@ -26,9 +24,25 @@ from kvcache.routing.weights import Weights
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_forward import Forwarder, Waits, open_session
 from kvcache.server.http_route import Limits, Parts, RouteApp
+from kvcache.server.http_serving import HttpSite
 from kvcache.server.http_tokens import Tokens
 
 WEIGHTS_BYTES_MAX = 1 << 20
+INDEX_BYTES_MIN = 1 << 20
+SHUTDOWN_S = 2.0
+CONNECTIONS_A_REQUEST = 4
+"""So many connections of clients may be open for each request that is answered: pools keep idle ones."""
+WORKER_CONNECTIONS_A_REQUEST = 2
+OTHER_DESCRIPTORS = 1_024
+"""Of an embedded index, which follows many."""
+
+_MS_MAX = 86_400_000
+_RANGES = (
+    ("requests_max", 1, 65_536),
+    ("attempts", 1, 1_024),
+    *((name, 1, _MS_MAX) for name in ("connect_ms", "first_byte_ms", "idle_ms", "request_ms", "index_ms")),
+    ("tokenize_ms", 0, _MS_MAX),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +67,16 @@ class Settings:
     seed: int
 
 
+def descriptors(requests_max: int) -> int:
+    """How many connections there may be, and what else is open."""
+    return (CONNECTIONS_A_REQUEST + WORKER_CONNECTIONS_A_REQUEST) * requests_max + OTHER_DESCRIPTORS
+
+
 def check(settings: Settings) -> tuple[Fleet, Weights, Credentials, tuple[str, int]]:
     """What the settings name, read. RAISES BadInput that says which of them is wrong."""
-    for name in (
-        "requests_max",
-        "attempts",
-        "connect_ms",
-        "first_byte_ms",
-        "idle_ms",
-        "request_ms",
-        "index_ms",
-    ):
-        if getattr(settings, name) < 1:
-            raise BadInput("bad_config", f"{name} is {getattr(settings, name)}", "it is 1 or more")
+    for name, least, most in _RANGES:
+        if not least <= (value := getattr(settings, name)) <= most:
+            raise BadInput("bad_config", f"{name} is {value}", f"it is a number from {least} to {most:,}")
     fleet = Fleet.from_file(settings.fleet)
     if not any(worker.url for worker in fleet.worker):
         raise BadInput("bad_config", f"{settings.fleet} has no worker with a url", "requests go nowhere")
@@ -105,7 +116,9 @@ async def served(settings: Settings) -> AsyncIterator[str]:
     )
     async with contextlib.AsyncExitStack() as stack:
         indexed = await stack.enter_async_context(_indexed(settings, fleet, clock))
-        session = await stack.enter_async_context(open_session(2 * settings.requests_max, waits))
+        session = await stack.enter_async_context(
+            open_session(WORKER_CONNECTIONS_A_REQUEST * settings.requests_max, waits)
+        )
         parts = Parts(
             state=FleetState(fleet, weights, credentials.tenant_key, settings.seed),
             view=indexed.view,
@@ -117,18 +130,15 @@ async def served(settings: Settings) -> AsyncIterator[str]:
             limits=limits,
             troubles=indexed.troubles,
         )
-        runner = web.AppRunner(
-            RouteApp(parts).application(), access_log=None, shutdown_timeout=2.0, handler_cancellation=True
+        site = HttpSite(
+            RouteApp(parts).application(),
+            CONNECTIONS_A_REQUEST * settings.requests_max,
+            setting="bind",
+            shutdown_s=SHUTDOWN_S,
+            cancels=True,
         )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        try:
-            await web.TCPSite(runner, host, port, backlog=512).start()
-        except OSError as error:
-            raise BadInput(
-                "address_in_use", f"http://{host}:{port} cannot be bound", str(error), "give another --bind"
-            ) from error
-        yield _url(runner.addresses[0])
+        stack.push_async_callback(site.close)
+        yield await site.listen(host, port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,12 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
         with contextlib.closing(locator):
             yield _Indexed(LocatorView(locator, clock))
         return
-    index = LocalityIndex(parse_size(settings.index_size, "index_size"))
+    bytes_max = parse_size(settings.index_size, "index_size")
+    if bytes_max < INDEX_BYTES_MIN:
+        raise BadInput(
+            "bad_config", f"index_size is {settings.index_size!r}", "an index takes 1 MiB at least"
+        )
+    index = LocalityIndex(bytes_max)
     followed = FleetIndex(index, clock)
     ticking = asyncio.get_running_loop().create_task(followed.run())
     try:
@@ -177,7 +192,3 @@ def _weights(path: str) -> Weights:
     if not isinstance(table, dict):
         raise BadInput("bad_config", f"{path} has no table [weights]", "", "see docs/routing.md")
     return Weights.from_table(table)
-
-
-def _url(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"

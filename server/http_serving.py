@@ -1,6 +1,12 @@
-"""An HTTP address: who may ask there, bound, served, closed. For a node's HTTP process and for an index."""
+"""An HTTP address: who may ask there, bound, served, closed. For a node's HTTP process, an index, a router.
+
+Limits: ``connections_max`` at once, more are closed as they come; ``IDLE_S`` until the header of the next
+request is whole, the first one too. What a request itself may take is for the application to say.
+"""
 
 from __future__ import annotations
+
+import asyncio
 
 from aiohttp import web
 
@@ -9,30 +15,75 @@ from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
 
 SHUTDOWN_S = 1.0
-BACKLOG = 128
+BACKLOG = 512
+IDLE_S = 75.0
+CONNECTIONS_MAX = 512
 
 
 class HttpSite:
     """One application at one address. ``close`` may be called twice."""
 
-    def __init__(self, app: web.Application) -> None:
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    def __init__(
+        self,
+        app: web.Application,
+        connections_max: int = CONNECTIONS_MAX,
+        *,
+        setting: str = "http",
+        shutdown_s: float = SHUTDOWN_S,
+        cancels: bool = False,
+    ) -> None:
+        """``setting``: what the option for the address is called. ``cancels``: who leaves ends his
+        request."""
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            shutdown_timeout=shutdown_s,
+            handler_cancellation=cancels,
+            keepalive_timeout=IDLE_S,
+        )
+        self._setting = setting
+        self._connections_max = connections_max
+        self._server: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int) -> str:
         """Returns the address, with its port if the system chose it. RAISES BadInput."""
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
+        assert self._runner.server is not None
+        door = _Door(self._runner.server, self._connections_max)
         try:
-            await site.start()
+            self._server = await asyncio.get_running_loop().create_server(door, host, port, backlog=BACKLOG)
         except OSError as error:
             raise BadInput(
-                "address_in_use", f"http://{host}:{port} cannot be bound", str(error), "give another --http"
+                "address_in_use",
+                f"http://{host}:{port} cannot be bound",
+                str(error),
+                f"give another --{self._setting}",
             ) from error
-        chosen = self._runner.addresses[0][1]
+        chosen = self._server.sockets[0].getsockname()[1]
         return f"http://[{host}]:{chosen}" if ":" in host else f"http://{host}:{chosen}"
 
     async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
         await self._runner.cleanup()
+
+
+class _Door:
+    """Makes the protocol of each connection that comes."""
+
+    def __init__(self, server: web.Server, connections_max: int) -> None:
+        self._server = server
+        self._connections_max = connections_max
+
+    def __call__(self) -> asyncio.Protocol:
+        return self._server() if len(self._server.connections) < self._connections_max else _Full()
+
+
+class _Full(asyncio.Protocol):
+    """One connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
 
 
 def checked_bind(bind: str, credentials: Credentials, setting: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from kvcache.clock import SystemClock
 from kvcache.config import parse_size
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
-from kvcache.fleet import Fleet, token
+from kvcache.fleet import Fleet, token, token_of
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.server.fleet_index import FleetIndex, Followed
@@ -88,7 +88,7 @@ def index(
     settings = Settings(
         Fleet.from_file(fleet) if fleet else Fleet(),
         _addresses(follow, "follow"),
-        token(token_file) or os.environ.get("KVCACHE_TOKEN", ""),
+        token(token_file) or token_of(os.environ.get("KVCACHE_TOKEN", ""), "KVCACHE_TOKEN"),
         http,
         _addresses(listen, "listen"),
         parse_size(bytes_max, "bytes"),
@@ -111,7 +111,7 @@ async def _run(settings: Settings, say: Say) -> None:
         loop.add_signal_handler(number, stop.set)
     known = LocalityIndex(settings.bytes_max)
     fleet = FleetIndex(known, clock, resynced=lambda reason: metrics.index_resyncs.labels(reason).inc())
-    answers = IndexAnswers(known, clock, fleet.worker_sources)
+    answers = IndexAnswers(known, clock, fleet.worker_sources, fleet.is_of)
     fleet.changed = answers.workers_changed
     frames = LocateFrames(answers, settings.credentials)
     metrics.watch_lookups(lambda: (frames.asked, frames.connections))
@@ -141,12 +141,20 @@ async def _report(fleet: FleetIndex, say: Say) -> None:
     told: dict[str, str] = {}
     while True:
         await asyncio.sleep(REPORT_S)
-        synced = {state.source: state.synced for state in fleet.index.sources()}
-        for each in fleet.followed():
-            state = "following" if each.connected and synced.get(each.source) else "not following"
-            if told.get(each.address) != state:
-                told[each.address] = state
-                _say_state(each, state, fleet.index.entries_of(each.source), say)
+        told = _say_changes(fleet, told, say)
+
+
+def _say_changes(fleet: FleetIndex, told: dict[str, str], say: Say) -> dict[str, str]:
+    """The states as they are now; those that ``told`` does not have are said. A node is known by its address,
+    as its source may not be known; an engine's stream by its source, as two may have one address."""
+    synced = {state.source: state.synced for state in fleet.index.sources()}
+    states = {}
+    for each in fleet.followed():
+        key = each.address if each.kind == "node" else each.source
+        states[key] = "following" if each.connected and synced.get(each.source) else "not following"
+        if told.get(key) != states[key]:
+            _say_state(each, states[key], fleet.index.entries_of(each.source), say)
+    return states
 
 
 def _say_state(each: Followed, state: str, blocks: int, say: Say) -> None:

@@ -28,7 +28,8 @@ from kvcache.locator import Names, Source, Space
 
 SELECTIONS_MAX = 4_096
 
-Workers = Callable[[], Mapping[str, Sequence[str]]]
+Workers = Callable[[str], Mapping[str, Sequence[str]]]
+IsOf = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,16 @@ class _Seen:
 class IndexAnswers:
     """``kvcache.server.locate_frames.Answers`` of an index."""
 
-    def __init__(self, index: LocalityIndex, clock: Clock, workers: Workers = dict) -> None:
-        """``workers``: the sources of each worker, where they are known."""
+    def __init__(
+        self,
+        index: LocalityIndex,
+        clock: Clock,
+        workers: Workers = lambda tenant: {},
+        is_of: IsOf = lambda source, tenant: True,
+    ) -> None:
+        """``workers``: the sources of each worker of a tenant, where they are known. ``is_of``: whether a
+        source is one that a tenant may know of."""
+        self._is_of = is_of
         self._index = index
         self._clock = clock
         self._workers = workers
@@ -104,10 +113,12 @@ class IndexAnswers:
         known = self._index.namespace(NamespaceId(namespace))
         if known is None or known.tenant != tenant:
             raise NotAllowed("not_allowed", "no such namespace is known here for this credential")
-        self._index.place(source, NamespaceId(namespace), hints, self._clock.now_ns())
+        if self._is_of(source, tenant):
+            self._index.place(source, NamespaceId(namespace), hints, self._clock.now_ns())
 
     def sources(self, tenant: str) -> bytes:
-        return msgspec.json.encode(states(self._index, self._clock))
+        found = states(self._index, self._clock, tenant)
+        return msgspec.json.encode([each for each in found if self._is_of(each.source, tenant)])
 
     def names(self, tenant: str) -> bytes:
         names = self._index.match(b"").names
@@ -118,8 +129,9 @@ class IndexAnswers:
             fields = self._index.namespace(namespace)
             if fields is not None and fields.tenant == tenant:
                 spaces.append(Space(number, namespace.hex(), fields.to_map()))
-        workers = {name: list(sources) for name, sources in self._workers().items()}
-        return msgspec.json.encode(Names(epoch, dict(names.sources), spaces, workers))
+        workers = {name: list(sources) for name, sources in self._workers(tenant).items()}
+        sources = {number: name for number, name in dict(names.sources).items() if self._is_of(name, tenant)}
+        return msgspec.json.encode(Names(epoch, sources, spaces, workers))
 
     def workers_changed(self) -> None:
         """What ``workers`` returns is another: clients ask for the names again."""
@@ -158,8 +170,9 @@ class IndexAnswers:
         ]
 
 
-def states(index: LocalityIndex, clock: Clock) -> list[Source]:
-    """How current the index is and what each source said of itself, by name."""
+def states(index: LocalityIndex, clock: Clock, tenant: str | None = None) -> list[Source]:
+    """How current the index is and what each source said of itself, by name. ``blocks``: all, or those of a
+    tenant."""
     now_ns = clock.now_ns()
     numbers = {name: number for number, name in dict(index.match(b"").names.sources).items()}
     found = []
@@ -174,7 +187,7 @@ def states(index: LocalityIndex, clock: Clock) -> list[Source]:
                 incarnation=each.incarnation,
                 seq=each.seq,
                 age_ms=age_ms(each.heard_ns, now_ns),
-                blocks=index.entries_of(each.source),
+                blocks=index.entries_of(each.source, tenant),
                 load=dict(load.values) if load is not None else {},
                 load_age_ms=max(0, now_ns - load.told_ns) // NS_PER_MS if load is not None else -1,
             )

@@ -148,10 +148,12 @@ class LocateFrames:
         with self._guard:
             if len(self._open) < self._connections_max and not self._closing.is_set():
                 self._open[connection] = thread
-                thread.start()
-                return
+                with contextlib.suppress(RuntimeError):  # The system has no more threads.
+                    thread.start()
+                    return
+                del self._open[connection]
         too_many = Unavailable(
-            "unavailable", f"{self._connections_max} connections are open", "", "ask another replica"
+            "unavailable", f"{len(self._open)} connections are open", "", "ask another replica"
         )
         with contextlib.suppress(OSError):
             connection.setblocking(False)

@@ -6,12 +6,13 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 
 import click
 
-from kvcache.server.http_route_serve import Settings, served
+from kvcache.server.http_route_serve import Settings, descriptors, served
 
 log = logging.getLogger("kvcache.server.route")
 
@@ -66,11 +67,22 @@ async def _run(settings: Settings, as_json: bool) -> None:
     loop.set_exception_handler(_end_at_a_bug)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    _allow(descriptors(settings.requests_max))
     async with served(settings) as address:
         fact = {"ready": True, "pid": os.getpid(), "http": address}
         click.echo(json.dumps(fact) if as_json else f"ready: {address}")
         sys.stdout.flush()
         await stop.wait()
+
+
+def _allow(wanted: int) -> None:
+    """So many descriptors, if the system lets us: of old it gives 1,024, fewer than as many requests take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("%d descriptors are allowed, and all requests together may take %d", most, wanted)
 
 
 def _end_at_a_bug(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

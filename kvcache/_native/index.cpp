@@ -217,6 +217,7 @@ public:
         {
             const py::gil_scoped_release released;
             const Reading reading(lock_);
+            runs_.require_whole();
             counts = runs_.counts();
         }
         py::dict made;
@@ -240,6 +241,7 @@ public:
         try {
             const py::gil_scoped_release released;
             const Reading reading(lock_);
+            runs_.require_whole();
             runs_.check();
         } catch (const std::logic_error& broken) {
             PyErr_SetString(PyExc_AssertionError, broken.what());
@@ -299,6 +301,7 @@ private:
         walk.start(query, count, wanted);
         {
             const Reading reading(lock_);
+            runs_.require_whole();
             if (walk.advance(runs_, quick_chains)) {
                 Values* made = new_match(walk.answer_count());
                 walk.answer(runs_, columns_of(made));
@@ -315,6 +318,7 @@ private:
         {
             const py::gil_scoped_release released;
             const Reading reading(lock_);
+            runs_.require_whole();
             walk.start(query, count, wanted);
             while (!walk.advance(runs_, blocks_max)) {}
             found = walk.answer_count();
@@ -350,6 +354,7 @@ private:
 
     // REQUIRES: the lock.
     u32 row_of(u64 holder) const {
+        runs_.require_whole();
         const u32 row = static_cast<u32>(holder);
         const auto& rows = runs_.rows();
         if (row >= rows.size() || rows[row].state == State::free || rows[row].generation != holder >> 32)
@@ -421,6 +426,7 @@ private:
             const u64 to = limits.data()[i];
             walk.start(queries.data() + from, static_cast<u32>(to - from), wanted);
             const Reading reading(lock_);
+            runs_.require_whole();
             while (!walk.advance(runs_, blocks_max)) {}
             each(walk);
             from = to;

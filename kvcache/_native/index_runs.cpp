@@ -25,6 +25,9 @@ std::size_t span_bytes(u32 count) {
     return count <= spans_inside ? 0 : spans_room(count) * sizeof(Span) + allocation_bytes;
 }
 
+// The most that one more holder of a run of blocks adds: both ends of the run may be inside a span.
+std::size_t spans_growth(u32 count) { return span_bytes(count + 2) - span_bytes(count); }
+
 std::size_t hash_bytes(u32 room) { return room == 0 ? 0 : room * sizeof(u64) + allocation_bytes; }
 
 u32 exact_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
@@ -73,6 +76,7 @@ u32 equal_run(const Chain& chain, u32 offset, const u64* hashes, u32 count) {
 Runs::Runs(std::size_t bytes_max) : bytes_max_(bytes_max), table_(bytes_, arena_), sets_(bytes_) {}
 
 u32 Runs::open(u32 worker, u32 rank) {
+    const Change changing(*this);
     if (free_rows_.empty()) {
         if (rows_.size() == rows_max) return no_row;
         free_rows_.push_back(static_cast<u32>(rows_.size()));
@@ -93,6 +97,7 @@ u32 Runs::open(u32 worker, u32 rank) {
 }
 
 u32 Runs::serve(u32 number) {
+    const Change changing(*this);
     Row& row = rows_[number];
     if (row.state == State::serving) return no_row;
     const auto [entry, fresh] = answering_.try_emplace(rank_key(number), number);
@@ -118,31 +123,37 @@ void Runs::free(u32 number) {
 }
 
 // How many of `count` blocks more it is certain fit: all, or a half, a quarter and so on; else none.
-u32 Runs::fitting(u32 holder, u32 count, Place previous) const {
-    while (count > 0 && !has_room(holder, count, previous)) count /= 2;
+u32 Runs::fitting(u32 holder, u32 count, Place previous, Place at) const {
+    while (count > 0 && !has_room(holder, count, previous, at)) count /= 2;
     return count;
 }
 
-// Whether it is certain that `count` blocks more fit behind that one, whatever has to grow for them.
-bool Runs::has_room(u32 holder, u32 count, Place previous) const {
+// Whether it is certain that `count` blocks more fit, whatever has to grow for them: those at `at`, where they
+// are known, else new ones behind `previous`.
+bool Runs::has_room(u32 holder, u32 count, Place previous, Place at) const {
     const std::vector<u32>& owned = rows_[holder / tier_count].chains[holder % tier_count];
     const std::size_t lists = (owned.capacity() + count) * sizeof(u32);
     const std::size_t sets = count * (2 * (sets_.words_max() + 1) * sizeof(Word) + 512);
     const std::size_t numbers = std::max<std::size_t>(1, pages_.size() * page_chains);
     const bool has_chains = count <= free_chains_.size() + numbers - chains_made_;
     const std::size_t pages = has_chains ? 0 : (count / page_chains + 1) * page_chains * sizeof(Chain);
-    const std::size_t grown = previous ? chain(previous.chain).length / 4 * sizeof(u64) : 0;
+    const Place changed = at ? at : previous;
+    std::size_t grown = 0;
+    if (changed) grown += spans_growth(chain(changed.chain).span_count);
+    if (changed && !at) grown += chain(changed.chain).length / 4 * sizeof(u64);
     const std::size_t chains = count * (4 * sizeof(u64) + 4 * sizeof(Span)) + grown + pages + 1024;
     return bytes_ + table_.growth(count) + chains + lists + sets <= bytes_max_;
 }
 
 u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, bool linked) {
+    const Change changing(*this);
     Place previous = parent != nullptr ? find(*parent) : Place{};
     for (u32 i = 0; i < std::min(count, prefetch_blocks); ++i) table_.prefetch(hashes[i]);
     for (u32 i = 0; i < count;) {
-        const u32 sure = fitting(holder, count - i, previous);
+        const Place at = find(hashes[i]);
+        const u32 sure = fitting(holder, count - i, previous, at);
         if (sure == 0) return count - i;
-        if (const Place at = find(hashes[i])) {
+        if (at) {
             const u32 run = exact_run(chain(at.chain), at.offset, hashes + i, sure);
             change(at.chain, at.offset, at.offset + run, holder, true);
             previous = {at.chain, at.offset + run - 1};
@@ -157,6 +168,7 @@ u32 Runs::store(u32 holder, const u64* hashes, u32 count, const u64* parent, boo
 }
 
 u32 Runs::remove(u32 holder, const u64* hashes, u32 count) {
+    const Change changing(*this);
     u32 removed = 0;
     for (u32 i = 0; i < count;) {
         const Place at = find(hashes[i]);
@@ -180,6 +192,7 @@ u32 Runs::remove(u32 holder, const u64* hashes, u32 count) {
 }
 
 bool Runs::clear_some(u32 holder) {
+    const Change changing(*this);
     Row& row = rows_[holder / tier_count];
     const u32 tier = holder % tier_count;
     std::vector<u32>& chains = row.chains[tier];

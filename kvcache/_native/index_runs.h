@@ -11,11 +11,15 @@
 // than half of the chain is ghosts, and then the chain is split into what is alive. So ghosts are never
 // more than the blocks held.
 //
+// A change for which there is no memory in the middle is not undone: from then on every call throws.
+//
 // Nothing here locks. The caller lets many read or one write.
 
 #pragma once
 
 #include <cstddef>
+#include <exception>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -126,14 +130,35 @@ public:
     // Throws std::logic_error naming the invariant that does not hold. Takes time as what is held.
     void check() const;
 
+    // Throws std::bad_alloc when a change was left half done, because the system had no memory for the rest.
+    // To be called before anything is read; what changes something does so by itself.
+    void require_whole() const {
+        if (torn_) throw std::bad_alloc();
+    }
+
 private:
     static constexpr u32 page_chains = 1024;
+
+    // For as long as a change takes.
+    class Change {
+    public:
+        explicit Change(Runs& runs) : runs_(runs), unwinding_(std::uncaught_exceptions()) { runs.require_whole(); }
+        ~Change() {
+            if (std::uncaught_exceptions() > unwinding_) runs_.torn_ = true;
+        }
+        Change(const Change&) = delete;
+        Change& operator=(const Change&) = delete;
+
+    private:
+        Runs& runs_;
+        const int unwinding_;
+    };
 
     template <typename Each>
     void each_piece(u32 holder, Each each) const;
     Chain& chain(u32 number) { return pages_[number / page_chains][number % page_chains]; }
-    u32 fitting(u32 holder, u32 count, Place previous) const;
-    bool has_room(u32 holder, u32 count, Place previous) const;
+    u32 fitting(u32 holder, u32 count, Place previous, Place at) const;
+    bool has_room(u32 holder, u32 count, Place previous, Place at) const;
     Chain* new_page();
     u32 new_chain(bool linked);
     u32 chain_after(Place previous, bool linked);
@@ -166,6 +191,7 @@ private:
     std::vector<u32> free_rows_;
     std::unordered_map<u64, u32> answering_;
     std::vector<Span> scratch_;
+    bool torn_ = false;
 };
 
 // How many blocks from `hashes` on are those of the chain from `offset` on. REQUIRES: the first is.

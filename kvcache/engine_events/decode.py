@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from kvcache import packing
 from kvcache.block import TOKEN_BYTES, pack_tokens
-from kvcache.engine_events.naming import Key, extra_bytes
+from kvcache.engine_events.naming import Key, extra_bytes, shown
 from kvcache.errors import BadInput
 
 PAYLOAD_BYTES_MAX = 16 << 20
@@ -254,14 +254,14 @@ def _hash(value: object) -> EngineHash:
         return value & _MASK
     if isinstance(value, bytes) and 0 < len(value) <= HASH_BYTES_MAX:
         return value
-    raise _bad(f"a block hash {value!r:.40}", "it is 64 bits, or bytes")
+    raise _bad(f"a block hash {shown(value)}", "it is 64 bits, or bytes")
 
 
 def _rank(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise _bad(f"rank {value!r:.40}", "it is a small whole number")
+        raise _bad(f"rank {shown(value)}", "it is a small whole number")
     return value
 
 
@@ -270,7 +270,7 @@ def _whole(fields: Fields, name: str, default: int, most: int = _MASK) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise _bad(f"{name} {value!r:.40}", f"it is a whole number up to {most}")
+        raise _bad(f"{name} {shown(value)}", f"it is a whole number up to {most}")
     return value
 
 
@@ -279,13 +279,13 @@ def _text(fields: Fields, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or len(value) > NAME_CHARS_MAX:
-        raise _bad(f"{name} {value!r:.40}", f"it is text of at most {NAME_CHARS_MAX} characters")
+        raise _bad(f"{name} {shown(value)}", f"it is text of at most {NAME_CHARS_MAX} characters")
     return value
 
 
 def _list(value: object) -> Sequence[object]:
     if not isinstance(value, list):
-        raise _bad(f"{value!r:.40} where a list stands", "it is none of the forms known here")
+        raise _bad(f"{shown(value)} where a list stands", "it is none of the forms known here")
     return value
 
 

@@ -286,7 +286,7 @@ class EngineFeed:
         if partial and not self.partial:  # It was cleared: what is left is all that there is.
             self._seq += 1
             return self.snapshot()
-        if not events and self._named == len(self._held.namespaces):
+        if not events and self._named == len(self._held.namespaces) and self.partial == partial:
             return []
         return [self._batch(events)]
 

@@ -5,10 +5,10 @@
 An engine removes by its own hashes, so their names are kept, and the names of what follows are made from
 that of the block before. Several places may be in one tier, and with ``copies`` the engine's own pool may
 have a block twice (vLLM does not merge equal blocks, and tells of each): a tier has lost a block when the
-last of these went. What cannot be named, or is over ``blocks_max``, is not told: too little, never too
-much.
+last of these went. What cannot be named, or is over ``blocks_max`` or ``PLACES_MAX``, is not told: too
+little, never too much.
 
-Invariants (``check``): every block has a place; none is over ``blocks_max``.
+Invariants (``check``): every block has a place, and at most ``PLACES_MAX``; none is over ``blocks_max``.
 
 The sum: 1 to 2 us a block told, 230 bytes a block held.
 """
@@ -30,6 +30,8 @@ from kvcache.wire import BlockEvent
 
 BLOCKS_MAX = 1 << 20
 SPACES_MAX = 1_024
+PLACES_MAX = 256
+"""Of one block, copies counted. When these went it is told as gone, though the engine may have more."""
 OWN = "hbm"
 """The place of which an engine may tell copies."""
 
@@ -90,6 +92,11 @@ class Held:
         self._lower = self._lower or _tier(event.place) != OWN
         if not event.tokens and not event.public:
             return self._stored_again(event)
+        if len(set(event.hashes)) < len(
+            event.hashes
+        ):  # Which of two blocks it is that goes cannot be said later.
+            self._lost("conflicts", len(event.hashes))
+            return []
         run = self._named(event)
         if run is None:
             self._lost("unnamed_blocks", len(event.hashes))
@@ -182,7 +189,7 @@ class Held:
         """Assert every invariant. Takes time in proportion to what is held."""
         assert len(self._blocks) <= self._blocks_max
         for block in self._blocks.values():
-            assert block.places
+            assert 0 < len(block.places) <= PLACES_MAX
             assert 0 <= block.space < len(self._ids)
 
     def _named(self, event: Stored) -> _Run | None:
@@ -248,9 +255,13 @@ class Held:
 
     def _place(self, block: _Block, place: str) -> bool:
         """It is there too. Returns whether its tier has it only now."""
+        if place in block.places and not (self._copies and place == OWN):
+            return False
+        if len(block.places) == PLACES_MAX:
+            self._lost("refused_blocks", 1)
+            return False
         fresh = not _has(block, _tier(place))
-        if place not in block.places or (self._copies and place == OWN):
-            block.places = (*block.places, place)
+        block.places = (*block.places, place)
         return fresh
 
     def _leave(self, each: EngineHash, block: _Block, place: str) -> bool:

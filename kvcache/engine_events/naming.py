@@ -18,6 +18,7 @@ prompt with a salt passes ``salted(salt)`` to ``kvcache.sequence.sequence_hashes
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,11 @@ def extra_bytes(keys: Sequence[Key]) -> bytes:
     return extra_keys([_part(key) for key in keys])
 
 
+def shown(value: object) -> str:
+    """The beginning of what was told, for a message; of a million lists in one another, too."""
+    return reprlib.repr(value)[:60]
+
+
 def _part(key: Key) -> tuple[str, bytes]:
     if isinstance(key, str):
         return "salt", _utf8(key)
@@ -103,7 +109,7 @@ def _part(key: Key) -> tuple[str, bytes]:
         return "key", _signed(key)
     if len(key) == 2 and isinstance(key[0], str) and isinstance(key[1], int):
         return "mm", _signed(key[1]) + _utf8(key[0])
-    raise _bad(f"an extra key {key!r:.60}")
+    raise _bad(f"an extra key {shown(key)}")
 
 
 def _signed(number: int) -> bytes:

@@ -28,8 +28,6 @@ from kvcache.routing.cost import TERMS, Candidate, Row, Term, busy, row, terms, 
 from kvcache.routing.weights import Weights
 
 SESSIONS_MAX = 65_536
-_LEVELS = 16
-"""How finely it is told how many workers have prompts to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +138,6 @@ class Chooser:
     def __init__(self, weights: Weights, seed: int = 0, sessions_max: int = SESSIONS_MAX) -> None:
         assert sessions_max > 0
         self.weights = weights
-        self._at_load = [weights.at_load(level / _LEVELS) for level in range(_LEVELS + 1)]
         self._random = random.Random(seed)
         self._turn = 0
         self._sessions: OrderedDict[str, str] = OrderedDict()
@@ -152,13 +149,15 @@ class Chooser:
         """The worker for this request. REQUIRES: candidates, of different names. ``blind``: what they have
         cached is not known."""
         assert candidates and prompt_tokens >= 0
-        w = self._weighed(candidates)
-        rows = [row(w, prompt_tokens, each) for each in candidates]
+        w = self.weights
+        mean = sum(each.backlog_tokens for each in candidates) / len(candidates)
+        rows = [row(w, prompt_tokens, each, mean) for each in candidates]
         costs = [sum(each) for each in rows]
-        home, state, bonus = self._home(w, prompt_tokens, candidates, session, blind)
+        loads = [busy(w, each, mean) for each in candidates]
+        home, state, bonus = self._home(w, prompt_tokens, candidates, loads, session, blind)
         if bonus:
             costs[home] -= bonus
-        at, how = self._pick(w, candidates, costs, home, session)
+        at, how = self._pick(w, candidates, costs, loads, home, session)
         worker = candidates[at].worker
         if session:
             self._remember(session, worker)
@@ -182,13 +181,14 @@ class Chooser:
         """The worker that this session went to last, as far as that is remembered; else the empty string."""
         return self._sessions.get(session, "")
 
-    def _weighed(self, candidates: Sequence[Candidate]) -> Weights:
-        """The weights as they are with so many workers that have prompts to compute."""
-        count = sum(1 for each in candidates if each.waiting_prefill_tokens)
-        return self._at_load[-(-count * _LEVELS // len(candidates))]
-
     def _home(
-        self, w: Weights, prompt_tokens: int, candidates: Sequence[Candidate], session: str, blind: bool
+        self,
+        w: Weights,
+        prompt_tokens: int,
+        candidates: Sequence[Candidate],
+        loads: Sequence[float],
+        session: str,
+        blind: bool,
     ) -> tuple[int, str, float]:
         """The number of the session's worker or -1, how that is called, and its bonus."""
         if not session:
@@ -200,8 +200,7 @@ class Chooser:
             home = rendezvous(session, candidates)
         if home < 0:
             return -1, state, 0.0
-        least = min(busy(w, each) for each in candidates)
-        if busy(w, candidates[home]) - least > w.session_slack:
+        if loads[home] - min(loads) > w.session_slack:
             return home, "overloaded" if state == "kept" else state, 0.0
         bonus = w.session_tokens
         if blind:
@@ -215,7 +214,13 @@ class Chooser:
             self._sessions.popitem(last=False)
 
     def _pick(
-        self, w: Weights, candidates: Sequence[Candidate], costs: list[float], home: int, session: str
+        self,
+        w: Weights,
+        candidates: Sequence[Candidate],
+        costs: list[float],
+        loads: Sequence[float],
+        home: int,
+        session: str,
     ) -> tuple[int, str]:
         """A candidate's number, and how it was picked."""
         if len(candidates) == 1:
@@ -225,7 +230,9 @@ class Chooser:
             return self._draw(pool, costs), "drawn"
         limit = min(costs[n] for n in pool) + w.tie_tokens
         best = [n for n in pool if costs[n] <= limit]
-        return (best[0], "cheapest") if len(best) == 1 else (self._tie(w, candidates, best, session), "tie")
+        return (
+            (best[0], "cheapest") if len(best) == 1 else (self._tie(candidates, best, loads, session), "tie")
+        )
 
     def _pool(self, candidates: Sequence[Candidate], home: int) -> Sequence[int]:
         """All, or some by chance, with the one that holds most and the session's, so that neither is lost."""
@@ -248,9 +255,11 @@ class Chooser:
         likely = [math.exp(-min((costs[n] - low) / scale, 700.0)) for n in pool]
         return self._random.choices(pool, likely)[0]
 
-    def _tie(self, w: Weights, candidates: Sequence[Candidate], best: Sequence[int], session: str) -> int:
+    def _tie(
+        self, candidates: Sequence[Candidate], best: Sequence[int], all_loads: Sequence[float], session: str
+    ) -> int:
         """The least loaded; equally loaded ones by the session's hash, or in turn."""
-        loads = [busy(w, candidates[n]) for n in best]
+        loads = [all_loads[n] for n in best]
         least = min(loads)
         idle = [n for n, load in zip(best, loads, strict=True) if load == least]
         if session:

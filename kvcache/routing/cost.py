@@ -5,6 +5,7 @@
             + freshness       w.prefill * the credit that an old or broken stream does not earn
             + placed          w.prefill * the credit that a mere placement does not earn
             + waiting_prefill w.waiting_prefill * tokens of others that it must compute first
+            + overdue         w.overdue * what its backlog is longer than the mean, beyond w.patience_tokens
     load    = running + decode + waiting + memory          (each with its weight)
 
     linear:          cost = prefill + load - session
@@ -30,16 +31,17 @@ TERMS = (
     "freshness",
     "placed",
     "waiting_prefill",
+    "overdue",
     "running",
     "decode",
     "waiting",
     "memory",
 )
 """The terms of a row, in order; ``session`` comes behind them."""
-PREFILL_TERMS = 5
+PREFILL_TERMS = 6
 SESSION = "session"
 
-Row = tuple[float, float, float, float, float, float, float, float, float]
+Row = tuple[float, float, float, float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ class Candidate:
     ``cached``: tokens of this prompt's leading run by the tier from which the worker would load them (hbm,
     host, nvme), each counted once. ``placed``: tokens behind them that were routed there lately, and that it
     has not told of yet. ``suspect``: a stream of its events is broken; ``age_ms``: how old its view is.
-    ``decode_tokens``: the context of what it is decoding. ``free_share``: of its KV memory, 0 to 1."""
+    ``decode_tokens``: the context of what it is decoding. ``free_share``: of its KV memory, 0 to 1.
+    ``backlog_tokens``: what it must compute first, tokens behind long contexts weighing more, without what
+    must be done by now (``kvcache.routing.backlog``)."""
 
     worker: str
     cached: tuple[int, int, int] = (0, 0, 0)
@@ -61,6 +65,7 @@ class Candidate:
     waiting: int = 0
     decode_tokens: int = 0
     free_share: float = 1.0
+    backlog_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +77,9 @@ class Term:
     weighted: float
 
 
-def row(w: Weights, prompt_tokens: int, c: Candidate) -> Row:
-    """The weighted terms of one candidate, in the order of ``TERMS``. Their sum is its cost."""
+def row(w: Weights, prompt_tokens: int, c: Candidate, mean_backlog: float = 0.0) -> Row:
+    """The weighted terms of one candidate, in the order of ``TERMS``. Their sum is its cost.
+    ``mean_backlog``: of all candidates."""
     hbm, host, nvme, placed = usable(prompt_tokens, c)
     uncached = prompt_tokens - hbm - host - nvme - placed + w.request_tokens
     loading = hbm * w.load_hbm + host * w.load_host + nvme * w.load_nvme
@@ -84,16 +90,18 @@ def row(w: Weights, prompt_tokens: int, c: Candidate) -> Row:
     p_fresh = p * doubt * (hbm + host + nvme - loading) if doubt else 0.0
     p_placed = p * (1.0 - w.placed_credit) * placed
     p_waiting = w.waiting_prefill * c.waiting_prefill_tokens
+    p_overdue = _overdue(w, c, mean_backlog)
     short = w.memory_floor - c.free_share
     factor = 1.0
     if w.form == "multiplicative":
-        factor = (p_uncached + p_load + p_fresh + p_placed + p_waiting) / w.scale_tokens
+        factor = (p_uncached + p_load + p_fresh + p_placed + p_waiting + p_overdue) / w.scale_tokens
     return (
         p_uncached,
         p_load,
         p_fresh,
         p_placed,
         p_waiting,
+        p_overdue,
         factor * w.running * c.running,
         factor * w.decode * c.decode_tokens,
         factor * w.waiting * c.waiting,
@@ -101,16 +109,21 @@ def row(w: Weights, prompt_tokens: int, c: Candidate) -> Row:
     )
 
 
-def busy(w: Weights, c: Candidate) -> float:
+def busy(w: Weights, c: Candidate, mean_backlog: float = 0.0) -> float:
     """How loaded the worker is with others' requests, in tokens of prefill, whatever this request is."""
     short = w.memory_floor - c.free_share
     return (
         w.waiting_prefill * c.waiting_prefill_tokens
+        + _overdue(w, c, mean_backlog)
         + w.running * c.running
         + w.decode * c.decode_tokens
         + w.waiting * c.waiting
         + (w.memory * short / w.memory_floor if short > 0.0 else 0.0)
     )
+
+
+def _overdue(w: Weights, c: Candidate, mean_backlog: float) -> float:
+    return w.overdue * max(0.0, c.backlog_tokens - mean_backlog - w.patience_tokens)
 
 
 def usable(prompt_tokens: int, c: Candidate) -> tuple[int, int, int, int]:
@@ -145,6 +158,7 @@ def terms(w: Weights, prompt_tokens: int, c: Candidate, weighted: Row, session: 
         doubted(w, c),
         placed,
         c.waiting_prefill_tokens,
+        c.backlog_tokens,
         c.running,
         c.decode_tokens,
         c.waiting,

@@ -261,6 +261,7 @@ class FleetState:
             suspect=any(state.suspect for state in known),
             age_ms=max((state.age_ms for state in known), default=0.0),
             waiting_prefill_tokens=load.waiting_prefill_tokens,
+            backlog_tokens=load.backlog_tokens,
             running=load.running,
             waiting=load.waiting,
             decode_tokens=load.decode_tokens,

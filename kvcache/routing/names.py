@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvcache.block import BlockHash, NamespaceId, chain, hints
+from kvcache.block import TOKEN_BYTES, BlockHash, NamespaceId, chain, hints
 from kvcache.fleet import Worker
 from kvcache.namespace import Namespace
+from kvcache.packing import PREFIX_BLOCKS_MAX
 from kvcache.sequence import PUBLIC, sequence_hashes
 
 SCHEMES_MAX = 16
@@ -84,6 +85,8 @@ def shape_of(namespace: Namespace) -> tuple[tuple[str, str | int], ...]:
 
 
 def _names(tokens: bytes, scheme: Scheme, tenant_key: TenantKey) -> bytes:
+    """Of as many blocks as one question may name."""
+    tokens = tokens[: PREFIX_BLOCKS_MAX * scheme.block_tokens * TOKEN_BYTES]
     if not scheme.root:
         return bytes(sequence_hashes(tokens, scheme.block_tokens))
     return hints(chain(BlockHash(scheme.root), tenant_key(scheme.tenant), tokens, scheme.block_tokens))

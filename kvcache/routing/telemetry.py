@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvcache.clock import NS_PER_MS, NS_PER_S
+from kvcache.routing.backlog import Backlog
 
 TOLD_NS_MAX = 10 * NS_PER_S
 NEWER_NS = 20 * NS_PER_MS
@@ -75,11 +76,13 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How busy a worker is believed to be. ``age_ms``: of what it told; -1: it told nothing that counts."""
+    """How busy a worker is believed to be. ``backlog_tokens``: what it has still to compute
+    (``kvcache.routing.backlog``). ``age_ms``: of what it told; -1: it told nothing that counts."""
 
     running: int
     waiting: int
     waiting_prefill_tokens: int
+    backlog_tokens: float
     decode_tokens: int
     free_share: float
     age_ms: float
@@ -103,6 +106,7 @@ class _Worker:
     told: Told | None = None
     noted: _Sums = field(default_factory=_Sums)
     """Our own when ``told`` came."""
+    backlog: Backlog = field(default_factory=Backlog)
 
 
 @dataclass(slots=True)
@@ -150,14 +154,18 @@ class Loads:
         self._last += 1
         request = _Request(worker, now_ns, max(0, uncached_tokens), max(0, context_tokens))
         self._requests[self._last] = request
-        self._workers.setdefault(worker, _Worker()).own.prefill_tokens += request.uncached_tokens
+        state = self._workers.setdefault(worker, _Worker())
+        state.own.prefill_tokens += request.uncached_tokens
+        state.backlog.begin(self._last, request.uncached_tokens, request.context_tokens, now_ns)
         return self._last
 
-    def first_token(self, number: int) -> None:
+    def first_token(self, number: int, now_ns: int) -> None:
         """Its prompt is computed. A number that is not known, or not any more, is ignored."""
         request = self._requests.get(number)
         if request is not None and not request.decoding:
-            own = self._workers[request.worker].own
+            state = self._workers[request.worker]
+            state.backlog.first_token(number, now_ns)
+            own = state.own
             own.prefill_tokens -= request.uncached_tokens
             own.running += 1
             own.decode_tokens += request.context_tokens
@@ -168,12 +176,14 @@ class Loads:
         request = self._requests.pop(number, None)
         if request is None:
             return
-        own = self._workers[request.worker].own
+        state = self._workers[request.worker]
+        own = state.own
         if request.decoding:
             own.running -= 1
             own.decode_tokens -= request.context_tokens
         else:
             own.prefill_tokens -= request.uncached_tokens
+            state.backlog.end(number)
 
     def expire(self, now_ns: int) -> None:
         """End the requests that began too long ago."""
@@ -190,14 +200,15 @@ class Loads:
         if state is None:
             return _IDLE
         own, told, noted = state.own, state.told, state.noted
+        left = state.backlog.left(now_ns)
         if told is None or now_ns - told.at_ns > TOLD_NS_MAX:
-            return Estimate(own.running, 0, own.prefill_tokens, own.decode_tokens, 1.0, -1.0)
+            return Estimate(own.running, 0, own.prefill_tokens, left, own.decode_tokens, 1.0, -1.0)
+        others_tokens = max(0, told.waiting_prefill_tokens - noted.prefill_tokens)
         return Estimate(
             running=max(own.running, told.running + own.running - noted.running),
             waiting=told.waiting,
-            waiting_prefill_tokens=max(
-                own.prefill_tokens, told.waiting_prefill_tokens + own.prefill_tokens - noted.prefill_tokens
-            ),
+            waiting_prefill_tokens=own.prefill_tokens + others_tokens,
+            backlog_tokens=left + others_tokens,
             decode_tokens=max(
                 own.decode_tokens, told.decode_tokens + own.decode_tokens - noted.decode_tokens
             ),
@@ -224,10 +235,12 @@ class Loads:
             else:
                 own.prefill_tokens += request.uncached_tokens
         assert len(self._requests) <= self._requests_max
-        assert all(sums[name] == state.own for name, state in self._workers.items())
+        for name, state in self._workers.items():
+            assert sums[name] == state.own
+            state.backlog.check()
 
 
-_IDLE = Estimate(0, 0, 0, 0, 1.0, -1.0)
+_IDLE = Estimate(0, 0, 0, 0.0, 0, 1.0, -1.0)
 
 
 def _count(values: Mapping[str, float], name: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from kvcache.errors import BadInput
@@ -44,12 +44,13 @@ class Weights:
     """Up to this age what a source told counts fully, ..."""
     age_ms_max: float = 60_000.0
     """... from this age on not at all, and in between in proportion."""
-    waiting_prefill: float = 0.1
-    """A token of other prompts that this worker has to compute first, where every worker has some to compute.
-    It delays one request, where a token computed twice takes time and room from all that come after."""
-    waiting_prefill_idle: float = 1.0
-    """The same where no worker has any: then nobody comes after. In between, by the root of the share of
-    workers that have (``at_load``)."""
+    waiting_prefill: float = 0.02
+    """A token of other prompts that this worker has to compute first. It delays one request, where a token
+    computed twice takes time and room from all that come after."""
+    overdue: float = 0.2
+    """A token of this worker's backlog by which it is more than ``patience_tokens`` above the mean."""
+    patience_tokens: float = 131_072.0
+    """How much longer than the mean a worker's backlog may be without more ado, in tokens without context."""
     running: float = 32.0
     """A request that the worker is decoding."""
     decode: float = 0.004
@@ -99,13 +100,6 @@ class Weights:
                 raise _bad(name, table[name], "no such weight", f"did you mean {near[0]!r}?" if near else "")
         return cls(**table)  # type: ignore[arg-type]  # Checked when it is made.
 
-    def at_load(self, share: float) -> Weights:
-        """As they are where this share of the workers has prompts to compute."""
-        idle, full = self.waiting_prefill_idle, self.waiting_prefill
-        return (
-            self if idle == full else replace(self, waiting_prefill=idle + (full - idle) * math.sqrt(share))
-        )
-
 
 _SHARE = (0.0, 1.0)
 _TOKENS = (0.0, TOKENS_MAX)
@@ -122,7 +116,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "age_ms_free": (0.0, MS_MAX),
     "age_ms_max": (0.0, MS_MAX),
     "waiting_prefill": (0.0, 1e6),
-    "waiting_prefill_idle": (0.0, 1e6),
+    "overdue": (0.0, 1e6),
+    "patience_tokens": _TOKENS,
     "running": _TOKENS,
     "decode": (0.0, 1e6),
     "waiting": _TOKENS,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from kvcache.clock import NS_PER_S
 from kvcache.locality import PLACE_NS
+from kvcache.routing.backlog import Backlog
 from kvcache.routing.choose import Chooser
 from kvcache.routing.cost import Candidate
 from kvcache.routing.weights import Weights
@@ -165,6 +166,7 @@ class Exact(Router):
         self._chooser = Chooser(weights, seed)
         self._names = [str(worker) for worker in range(worker_count)]
         self._waiting = [Active() for _ in self.loads]
+        self._backlogs = [Backlog() for _ in self.loads]
         self._placed_s: list[dict[int, float]] = [{} for _ in self.loads]
         feed.removed = self._removed
 
@@ -195,6 +197,7 @@ class Exact(Router):
             load.waiting,
             load.decoding_tokens,
             max(0.0, 1.0 - load.blocks / self._capacity),
+            self._backlogs[worker].left(_ns(now_s)),
         )
 
     def _placed(self, path: Sequence[int], worker: int, blocks: int, now_s: float) -> int:
@@ -207,11 +210,13 @@ class Exact(Router):
     def routed(self, job: Job, now_s: float) -> None:
         super().routed(job, now_s)
         self._waiting[job.worker].add(job.path)
+        self._backlogs[job.worker].begin(job.number, job.expected_tokens, job.prompt_tokens, _ns(now_s))
 
     def first_token(self, job: Job, now_s: float) -> None:
         """Its blocks are there; until the worker has told so, they are taken to be."""
         super().first_token(job, now_s)
         self._waiting[job.worker].remove(job.path)
+        self._backlogs[job.worker].first_token(job.number, _ns(now_s))
         placed = self._placed_s[job.worker]
         until_s = (now_s // PLACE_S + 2) * PLACE_S  # To the end of the next turn: ``locality_placed``.
         placed.update(dict.fromkeys(job.path[job.credited :], until_s))
@@ -226,7 +231,12 @@ class Exact(Router):
     def lost(self, worker: int) -> None:
         super().lost(worker)
         self._waiting[worker] = Active()
+        self._backlogs[worker] = Backlog()
         self._placed_s[worker] = {}
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * NS_PER_S)
 
 
 class Oracle(_Counting):

@@ -264,6 +264,21 @@ class IndexContract:
             refusals += refused > 0
         index.check()
 
+    def test_a_run_that_is_cut_up_stays_within_the_bound(self) -> None:
+        """Each block that another holds too is a span of its own, and a chain's spans grow by doubling."""
+        generator = random.Random(4)
+        told = array("Q", [generator.getrandbits(64) for _ in range(20_000)])
+        index = type(self).make(600_000)
+        one, other = index.open(1), index.open(2)
+        held = len(told) - index.store(one, 0, told)
+        for at in range(0, held, 2):
+            if index.store(other, 0, told[at : at + 1]):
+                break
+            assert index.bytes <= index.bytes_max
+        else:
+            pytest.fail("all of it fitted")
+        index.check()
+
     def test_churn_leaves_no_growth(self) -> None:
         pair, generator = self.pair(), random.Random(3)
         holders = [pair.open(worker) for worker in range(4)]

@@ -48,6 +48,8 @@ class _Told:
     heard_ns: int = 0
     held: Held = field(default_factory=dict)
     loading: _Snapshot | None = None
+    left: _Snapshot | None = None
+    """One that was given up before it was whole."""
 
     @property
     def synced(self) -> bool:
@@ -55,7 +57,11 @@ class _Told:
 
     def forget(self) -> None:
         self.content, self.broken, self.partial = "unknown", False, False
-        self.held, self.loading = {}, None
+        self.held = {}
+        self.leave()
+
+    def leave(self) -> None:
+        self.left, self.loading = self.loading or self.left, None
 
     def hear(self, now_ns: int) -> None:
         if self.synced:
@@ -114,14 +120,19 @@ class LocalityModel:
             batch.seq < told.seq or (batch.seq == told.seq and told.synced)
         ):  # What is there is as good.
             if told.loading is not None and told.loading.seq == batch.seq:
-                told.loading = None
+                told.leave()
             return Applied.STALE
         told.highest = max(told.highest, batch.seq)
+        if told.loading is None:
+            left, told.left = told.left, None
+            if left is not None and batch.seq == left.seq and batch.left <= left.left:
+                return Applied.GAP
         loading = told.loading = told.loading or _Snapshot(batch.seq, batch.left)
         if (batch.seq, batch.left) == (loading.seq, loading.left + 1):
             return Applied.STALE
         if (batch.seq, batch.left) != (loading.seq, loading.left):
-            told.loading, told.broken = None, True
+            told.leave()
+            told.broken = True
             return Applied.GAP
         self._change(loading.held, batch.events)
         loading.left -= 1
@@ -149,7 +160,8 @@ class LocalityModel:
 
     def suspect(self, source: str) -> None:
         if source in self._told:
-            self._told[source].broken, self._told[source].loading = True, None
+            self._told[source].broken = True
+            self._told[source].leave()
 
     def heard(self, source: str, now_ns: int) -> None:
         if source in self._told:

@@ -312,14 +312,17 @@ class UcxEndpoint:
         """The sink wants no more. It is told of an end, whatever this side has said before."""
         if source := self._sources.get(transfer):
             source.stop("the peer gave it up")
-        for frames in self._parked.values():
+        for lane, frames in list(self._parked.items()):
             frames[:] = [frame for frame in frames if frame.transfer != transfer]
+            if not frames:
+                del self._parked[lane]
         self.tell(Frame(Kind.END, transfer, 0, why_bytes("the peer gave it up")))
 
     def _asked(self, frame: Frame) -> None:
         if frame.lane <= self._lane_number:
             self._serve[frame.kind](frame)
-        elif sum(map(len, self._parked.values())) < PARKED_MAX and self._open is None:
+        elif sum(map(len, self._parked.values())) < PARKED_MAX:
+            # A lane opens at one side before the other, and what is asked on it may come before it.
             self._parked[frame.lane].append(frame)
         else:
             raise PeerLost("it asks for transfers on a lane that is none")

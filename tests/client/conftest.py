@@ -55,7 +55,7 @@ class Rig:
         return self.node.call(self.node.node.core.stats)
 
     def recover(self) -> None:
-        """Past any back-off, until calls are answered again."""
+        """Past any back-off, until calls are answered again, and the node has seen that connections ended."""
 
         def troubles() -> int:
             counts = self.store.counters.items()
@@ -68,6 +68,7 @@ class Rig:
             return troubles() == before
 
         eventually(answered)
+        eventually(lambda: not self.stats()["reservations"])
 
 
 TIMEOUT_MS = 2_000

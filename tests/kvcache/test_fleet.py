@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.fleet import Fleet, Node, Worker, engine_source, token
+from kvcache.fleet import Fleet, Node, Worker, engine_source, token, token_of
+from kvcache.locator import Locator
 
 WHOLE = """
 [[worker]]
@@ -75,6 +76,10 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         ("[[worker]]\nname = 'a'\n[[worker]]\nname = 'a'", "another worker has it"),
         ("[[worker]]\nname = 'a'\nnode = 'here'", "node of worker 'a'"),
         ("[[worker]]\nname = 'a'\nurl = 'ftp://x'", "url of worker 'a'"),
+        *(
+            (f"[[worker]]\nname = 'a'\nurl = 'http://{host}'", "url of worker 'a'")
+            for host in ("u:p@h", "h:70000", "h:0", "h:x", ":80", "[::1", "[x]", "h?x", "h\\\\y", "")
+        ),
         ("[[worker]]\nname = 'a'\nevents = 'tcp://*:5557'", "events of worker 'a'"),
         ("[[worker]]\nname = 'a'\nevents = 'tcp://h:65535'\nranks = 2", "events of worker 'a'"),
         ("[[worker]]\nname = 'a'\nreplay = 'tcp://h:5557'", "replay of worker 'a'"),
@@ -125,3 +130,20 @@ def test_a_token_is_read_from_a_private_file_and_never_repeated(tmp_path: Path) 
     path.chmod(0o644)
     with pytest.raises(BadInput, match="others can read"):
         token(str(path))
+
+
+def test_what_is_given_as_a_token_is_one_and_is_not_repeated() -> None:
+    assert token_of("", "KVCACHE_TOKEN") == "" and token_of("x" * 16, "KVCACHE_TOKEN") == "x" * 16
+    for secret in ("\udcff\udcfe" * 9, "secret with a space", "secret-of-a-line\n"):
+        with pytest.raises(BadInput, match="KVCACHE_TOKEN holds no token") as raised:
+            token_of(secret, "KVCACHE_TOKEN")
+        assert secret not in str(raised.value)
+    with pytest.raises(BadInput, match="bad_credentials"):
+        Locator("unix:///none.sock", "\udcff\udcfe" * 9)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", "https://h:65535/v1", "http://[::1]:8000/x/v1/", "http://10.0.0.2:8000"]
+)
+def test_a_url_may_have_a_port_and_a_path(url: str) -> None:
+    Worker(name="a", url=url).check()

@@ -228,3 +228,37 @@ for call, *given in [*calls, (index.match_many, one, one), (index.stats,)]:
         gc.callbacks.clear()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+@needs_native
+@pytest.mark.slow
+def test_an_index_for_which_there_is_no_memory_answers_nothing_any_more() -> None:
+    """Half a change is in it: what it said would be wrong, and what it did would end the process."""
+    program = """
+import os
+import resource
+from array import array
+from kvcache.index import make_index
+index = make_index(64 << 30)
+one, other = index.open(1), index.open(2)
+told = [array("Q", os.urandom(2_400)) for _ in range(4_000)]
+pages = int(open("/proc/self/statm").read().split()[0])
+most = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 20), most))
+def raises(call, *given):
+    try:
+        call(*given)
+    except MemoryError:
+        return True
+    return False
+failed = any(raises(index.store, one, 0, each) for each in told)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+assert failed
+calls = [(index.store, one, 0), (index.remove, one, 0), (index.store_loose, other, 0), (index.match,)]
+assert all(raises(call, *given, told[0]) for call, *given in calls)
+assert raises(index.match_many, told[0], array("Q", [1]))
+assert raises(index.open, 3) and raises(index.close, other) and raises(index.clear, one, 0)
+assert raises(index.held, one, 0) and raises(index.runs, one, 0) and raises(index.digest, one, 0)
+assert raises(index.stats) and raises(index.check) and index.bytes > 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

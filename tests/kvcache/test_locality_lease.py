@@ -7,7 +7,7 @@ import threading
 import msgspec
 import pytest
 
-from kvcache import locality_placed
+from kvcache import event_pages, locality_placed
 from kvcache.block import NamespaceId, hints
 from kvcache.index import make_index
 from kvcache.locality import BEAT_NS, PLACE_NS, Applied, LocalityIndex, Located
@@ -51,6 +51,27 @@ def test_one_beat_missed_is_suspect_and_the_next_one_ends_it() -> None:
     assert tell(index, [source.publisher.beat()], 2 * BEAT_NS) == [Applied.TAKEN]
     assert not is_suspect(index, "n") and index.match(HINTS).suspect == b"\0"
     assert index.sources()[0].heard_ns == 2 * BEAT_NS
+
+
+def test_the_rest_of_a_snapshot_is_none_when_its_beginning_was_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those who are told no digests would not find out that they lack it."""
+    monkeypatch.setattr(event_pages, "PAGE_BYTES_MAX", 400)
+    monkeypatch.setattr(event_pages, "PAGE_ROOM_BYTES", 400)
+    source = Source("n")
+    source.store(SPACES[0], "host", range(60))
+    first, *rest = [msgspec.structs.replace(page, digests={}) for page in source.publisher.snapshot()]
+    index = LocalityIndex(BYTES_MAX)
+    for now_ns in range(0, 4 * BEAT_NS, BEAT_NS):
+        index.tick(now_ns)
+        if now_ns == 0:
+            assert tell(index, [first], 0) == [Applied.TAKEN]
+    index.tick(4 * BEAT_NS)
+    assert tell(index, rest[:1], 4 * BEAT_NS) == [Applied.GAP]
+    assert index.cursor("n") is None and index.entries == 0
+    assert set(tell(index, [first, *rest], 4 * BEAT_NS)) == {Applied.TAKEN}
+    assert blocks(index) == {ONE: 60}
 
 
 def test_three_beats_missed_and_what_was_told_is_forgotten() -> None:
@@ -264,6 +285,14 @@ def test_predictions_are_bounded_in_bytes_and_in_shards(monkeypatch: pytest.Monk
     assert placements.place(1, 2, HINTS[:8], 0) == 1
     placements.tick(2 * PLACE_NS)
     assert placements.namespaces() == set(), "what is over takes nothing"
+    placements.check()
+
+
+def test_shards_of_predictions_take_their_part_of_the_memory() -> None:
+    placements = Placements(make_index(200_000))
+    refused = [placements.place(0, number, HINTS[:8], 0) for number in range(2_000)]
+    assert refused[0] == 0 and refused[-1] == 1
+    assert placements.bytes < 205_000
     placements.check()
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from kvcache import wire
-from kvcache.block import BlockSpec
+from kvcache.block import HASH_BYTES, BlockSpec
 from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_MS, NS_PER_S, SystemClock
 from kvcache.sums import sum_chunks
@@ -50,7 +51,7 @@ roles = ["reader", "writer", "peer"]
 
 def prompt(number: int) -> list[bytes]:
     """The names of its blocks."""
-    return [b"%08d%08d" % (number, at) for at in range(PROMPT_BLOCKS)]
+    return [sha256(b"%d %d" % (number, at)).digest()[:HASH_BYTES] for at in range(PROMPT_BLOCKS)]
 
 
 def content(block: bytes) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from aiohttp import ClientResponse, ClientSession, web
@@ -184,7 +185,9 @@ async def routing(
     """Workers of these names; ``missing`` ones are in the fleet, and nobody listens there."""
     async with contextlib.AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(FakeWorker(name).running()) for name in names]
-        urls = {each.name: each.url for each in workers} | {name: await closed_url() for name in missing}
+        urls = {each.name: each.url for each in workers} | {
+            name: stack.enter_context(closed_url()) for name in missing
+        }
         fleet = Fleet.of(
             Worker(
                 name=name,
@@ -222,10 +225,9 @@ async def routing(
             parts.state.loads.check()
 
 
-async def closed_url() -> str:
-    """Where nobody listens, any more."""
-    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
-    return f"http://127.0.0.1:{port}"
+@contextmanager
+def closed_url() -> Iterator[str]:
+    """Where nobody listens, nor can meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"

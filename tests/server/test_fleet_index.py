@@ -15,6 +15,7 @@ from kvcache.fleet import Node as FleetNode
 from kvcache.following import Channel
 from kvcache.locality import LocalityIndex
 from kvcache.server.fleet_index import TICK_S, FleetIndex
+from kvcache.wire import EventBatch
 from tests.server.http_double import SPACE, Clock, Node, Pauses, in_loop
 
 A, B = "unix:///run/a.sock", "unix:///run/b.sock"
@@ -118,6 +119,33 @@ async def test_two_nodes_of_one_name_are_not_mixed_up() -> None:
             await asyncio.sleep(0)
         assert "both called node-a" in here.fleet.troubles()[0]
         assert here.fleet.node_source(A) == "node-a" and here.fleet.node_source(B) == ""
+
+
+@in_loop
+async def test_a_node_does_not_pass_for_an_engine() -> None:
+    async with running() as here:
+        here.nodes[A].name = "engine:w"
+        here.fleet.add(Worker(name="w", events="tcp://h:1"))
+        here.fleet.add_node(A)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert "is called engine:w" in here.fleet.troubles()[0]
+        assert here.fleet.node_source(A) == "" and here.index.sources() == []
+
+
+@in_loop
+async def test_a_worker_may_come_back_while_it_is_being_taken_out() -> None:
+    async with running() as here:
+        worker = Worker(name="w", events="tcp://h:1", ranks=2)
+        here.fleet.add(worker)
+        await asyncio.sleep(0)
+        leaving = asyncio.ensure_future(here.fleet.remove("w"))
+        await asyncio.sleep(0)
+        here.fleet.add(worker)
+        for rank in ("", "/1"):
+            here.index.apply(EventBatch(f"engine:w{rank}", 1, 0, True, []), here.clock.ns)
+        assert await leaving
+        assert [each.source for each in here.index.sources() if each.synced] == ["engine:w", "engine:w/1"]
 
 
 @in_loop

@@ -7,6 +7,7 @@ from array import array
 from kvcache.block import hints
 from kvcache.engine_events.naming import public_namespace, salted
 from kvcache.namespace import Namespace
+from kvcache.packing import PREFIX_BLOCKS_MAX
 from kvcache.sequence import sequence_hashes
 from kvcache.wire import BlockEvent, EventBatch
 from tests.server.http_double import HASHES, MODEL, SPACE, TOKENS, Node, Running, in_loop, running
@@ -108,3 +109,15 @@ async def test_a_placement_is_predicted() -> None:
             "/v1/placements", json={"source": "engine:w", "namespace": ENGINE.namespace_id().hex()}
         )
         assert neither.status == 400 and len(hints(HASHES)) == 48
+
+
+@in_loop
+async def test_no_more_blocks_are_named_than_may_be_asked_about() -> None:
+    """A million names hold up all that this process follows for seconds."""
+    async with running() as here:
+        await here.synced()
+        tokens = [7] * (PREFIX_BLOCKS_MAX + 9)
+        space = public_namespace("m", 1, tenant="default")
+        tell(here, "engine:w", space, bytes(sequence_hashes(array("I", tokens[:3]), 1)))
+        for body in ({"model": {**MODEL, "block_tokens": 1}}, {"namespace": space.namespace_id().hex()}):
+            assert (await here.located(tokens=tokens, **body))["asked_blocks"] == PREFIX_BLOCKS_MAX

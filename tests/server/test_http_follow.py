@@ -57,6 +57,26 @@ async def test_a_node_that_serves_in_spite_of_a_trouble_is_ready_and_says_it() -
 
 
 @in_loop
+async def test_a_node_is_ready_whatever_becomes_of_an_engine_that_registered_with_it() -> None:
+    async with running() as here:
+        await here.synced()
+        here.index.apply(EventBatch("engine:w", 1, 0, True, []), here.clock.now_ns())
+        here.index.suspect("engine:w")
+        response = await here.get("/readyz")
+        told = {"ready": True, "degraded": ["the index does not follow engine:w yet"]}
+        assert (response.status, await response.json()) == (200, told)
+
+
+@in_loop
+async def test_an_engine_that_registered_does_not_stand_for_the_node() -> None:
+    async with running() as here:
+        await here.synced()
+        here.index.forget("node-a")
+        here.index.apply(EventBatch("engine:w", 1, 0, True, []), here.clock.now_ns())
+        assert here.follower.degraded() == ["the index has not heard from the node yet"]
+
+
+@in_loop
 async def test_stats_are_fresh_while_the_node_answers_and_old_after() -> None:
     node = Node()
     async with running(node) as here:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import gzip
 import json
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 
 from kvcache.fleet import Worker
+from kvcache.server import http_route_answers as answers
 from kvcache.server.http_forward import Forwarder, Silent, Waits
 from kvcache.server.http_route import Limits
 from tests.kvcache.routing.fleet_double import TOKENS
@@ -78,3 +83,54 @@ async def test_a_worker_that_takes_no_connection_is_dead_however_little_time_is_
         async with forwarder.open(Worker(name="a", url="http://x"), "/v1/completions", {}, b"", False, 1.0):
             pass
     assert caught.value.dead and caught.value.why == "it cannot be reached in time"
+
+
+@in_loop
+async def test_who_takes_nothing_of_a_cut_answer_keeps_no_connection() -> None:
+    """What was written and not taken keeps a closing connection open, for as long as its other end lives."""
+    ended: list[str] = []
+    aborted = asyncio.Event()
+
+    class Full:
+        def close(self) -> None:
+            ended.append("closed")
+
+        def abort(self) -> None:
+            aborted.set()
+
+    class Request:
+        transport = Full()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "TAKEN_S", 0.01)
+        await answers.cut(Request(), web.StreamResponse(), b"")  # type: ignore[arg-type]  # A double.
+        assert ended == ["closed"] and not aborted.is_set()
+        await asyncio.wait_for(aborted.wait(), 10)
+
+
+@in_loop
+async def test_an_answer_that_took_too_long_is_said_to_have(caplog: pytest.LogCaptureFixture) -> None:
+    async with routing("a", limits=Limits(whole_s=0.05)) as here:
+        here.workers["a"].act = here.workers["a"].hang_after
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await here.asked({**BODY, "stream": True})
+        assert "the answer of worker a was cut: too long" in caplog.messages
+
+
+@in_loop
+async def test_a_worker_is_not_dead_for_what_this_host_has_no_more_of() -> None:
+    key = ConnectionKey("10.0.0.2", 8000, False, True, None, None, None)
+
+    class Out:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def request(self, *_: object, **__: object) -> Any:
+            raise aiohttp.ClientConnectorError(key, OSError(self.number, "so it is"))
+
+    for number, dead in ((errno.EMFILE, False), (errno.ECONNREFUSED, True)):
+        forwarder = Forwarder(Out(number), Waits())  # type: ignore[arg-type]  # A double.
+        with pytest.raises(Silent) as caught:
+            async with forwarder.open(Worker(name="a", url="http://x"), "/v1/x", {}, b"", True, 1.0):
+                pass
+        assert (caught.value.dead, caught.value.why) == (dead, "it cannot be reached: so it is")

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from aiohttp import ClientError
 from aiohttp.test_utils import TestClient, TestServer
 
 from kvcache.credentials import Credential, Credentials
@@ -22,7 +23,7 @@ from kvcache.fleet import Stream, Worker
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.sequence import local_hashes, sequence_hashes
-from kvcache.server import http_rfc1403_app
+from kvcache.server import http_api, http_rfc1403_app
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_fleet import FleetSubject
@@ -308,3 +309,35 @@ async def test_a_dump_comes_in_pages_that_end_between_instances() -> None:
                 (2, 0, "host_pinned"): set(hashes[2:4]),
                 (2, 0, "disk"): {hashes[4]},
             }
+
+
+@in_loop
+async def test_a_dump_that_takes_too_long_is_cut_and_no_other_answer_begins_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stalls(self: http_rfc1403_app.Rfc1403, page: object) -> AsyncIterator[bytes]:
+        yield b'{"a":'
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(http_rfc1403_app.Rfc1403, "_told", stalls)
+    monkeypatch.setattr(http_api, "DEADLINE_S", 0.05)
+    async with running() as here:
+        headers = {"Authorization": f"Bearer {OPERATOR}"}
+        async with here.client.get("/dump", headers=headers) as answer:
+            assert await answer.content.readany() == b'{"a":'
+            async with asyncio.timeout(10):
+                with pytest.raises(ClientError):
+                    await answer.content.read()
+
+
+@in_loop
+async def test_nobody_takes_the_name_that_anothers_instance_would_have() -> None:
+    async with running() as here:
+        await here.registered("w@other", 5557)
+        await here.registered("w", 5558, dp_rank=1)
+        assert list(here.fleet.workers) == ["w@other@default", "w/1"]
+        here.fleet.add(Worker(name="w@other", tenant="other", events="tcp://h:5559"))  # As its own would be.
+        _, listed = await here.ask("/workers")
+        assert isinstance(listed, list) and [each["instance_id"] for each in listed] == ["w@other", "w"]
+        asked = {"instance_id": "w@other", "model_name": "m"}
+        assert await here.ask("/unregister", asked) == (200, {"status": "ok"})

@@ -26,7 +26,7 @@ class Rig:
     def __init__(self) -> None:
         self.index, self.clock = LocalityIndex(1 << 24), Clock()
         self.workers: dict[str, list[str]] = {}
-        self.answers = IndexAnswers(self.index, self.clock, lambda: self.workers)
+        self.answers = IndexAnswers(self.index, self.clock, lambda _: self.workers)
 
     def tell(self, source: str, namespace: object, blocks: int, tier: str = "host", seq: int = 0) -> None:
         """All that the source has, at once."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_one_more_connection_than_fits_is_told_so(service: Service) -> None:
     assert refused.recv(1) == b""
     for each in kept:
         each.close()
+
+
+def test_who_comes_while_there_are_no_threads_is_refused_and_the_next_one_served(
+    monkeypatch: pytest.MonkeyPatch, service: Service, locate: Locators
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        refused = service.raw(greet=False)
+        assert wire.reply(refused.recv(16))[1] == wire.FAILURE
+    assert service.frames.connections == 0
+    assert locate(service.unix).match(hints(10)) is not None
 
 
 def test_a_silent_client_holds_up_nobody(service: Service, locate: Locators) -> None:

@@ -41,7 +41,7 @@ class Elsewhere:
     workers: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        answers = IndexAnswers(self.told.index, self.clock, lambda: self.workers)
+        answers = IndexAnswers(self.told.index, self.clock, lambda _: self.workers)
         self.frames = LocateFrames(answers, Credentials.default())
         self.address = self.frames.listen(parse(str(self.folder / "index.sock")))
 

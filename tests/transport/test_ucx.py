@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from kvcache.testing.transport_pair import Pair
+from kvcache.testing.transport_pair import Pair, contents, soon
 from kvcache.testing.transports import TransportContract
 from kvcache.transport.base import Limits, Transport
 from kvcache.transport.table import open_transport
+from kvcache.transport.ucx_endpoint import UcxEndpoint
+from kvcache.transport.ucx_frames import Frame
+from kvcache.transport.ucx_lane import Wire
 
 pytestmark = [pytest.mark.ucx, pytest.mark.slow]
 
@@ -24,3 +29,33 @@ class TestUcx(TransportContract):
 
     def nobody(self, pair: Pair) -> str:
         return "ucx://127.0.0.1:1"
+
+    def test_who_asks_before_the_lane_is_open_at_the_other_side_is_served(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The side that was connected to knows a lane first, and asks over another connection."""
+        came, asked = UcxEndpoint.lane_came, UcxEndpoint._asked
+        waiting: list[tuple[UcxEndpoint, int, Wire]] = []
+
+        def come_late(endpoint: UcxEndpoint, number: int, wire: Wire) -> None:
+            if endpoint._open is None:
+                came(endpoint, number, wire)
+            else:
+                waiting.append((endpoint, number, wire))
+
+        def ask(endpoint: UcxEndpoint, frame: Frame) -> None:
+            asked(endpoint, frame)
+            while waiting:
+                came(*waiting.pop())
+
+        monkeypatch.setattr(UcxEndpoint, "lane_came", come_late)
+        monkeypatch.setattr(UcxEndpoint, "_asked", ask)
+
+        async def scenario(pair: Pair) -> None:
+            while not waiting:
+                await asyncio.sleep(0)
+            source, into = self.filled_memory(3, [70_000]), self.rooms([70_000])
+            await pair.far_end.read(pair.near.export(source, soon()), into, soon())
+            assert contents(into) == contents(source)
+
+        self.play(scenario)

@@ -259,6 +259,19 @@ def test_sizes_are_bounded() -> None:
             decode(payload)
 
 
+@pytest.mark.parametrize("field", [*stored(), "extra_keys", "medium"])
+@pytest.mark.parametrize("depth", [500, 1_000])
+def test_lists_in_one_another_are_refused_and_not_said_in_full(field: str, depth: int) -> None:
+    """Python cannot say what is a thousand deep."""
+    inner = b"\x91" * depth + b"\x90"
+    names = {**stored(), field: 0}
+    packed = b"".join(
+        packing.pack(name) + packing.pack(value) for name, value in names.items() if name != field
+    )
+    event = bytes([0x80 + len(names)]) + packed + packing.pack(field) + b"\x92" + inner + inner
+    _survives(b"\x93\x01\x91" + event + b"\x00")
+
+
 def test_no_two_lists_of_keys_have_the_same_bytes() -> None:
     lists = [[], ["a"], ["a", "b"], ["ab"], [b"a"], [["a", 1]], [["a", 2]], [1], [2], ["", "a"], [b"", "a"]]
     assert len({extra_bytes(keys) for keys in lists}) == len(lists)

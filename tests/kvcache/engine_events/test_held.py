@@ -6,6 +6,7 @@ import random
 
 from kvcache import packing
 from kvcache.engine_events.feed import EngineFeed
+from kvcache.engine_events.held import PLACES_MAX
 from kvcache.engine_events.naming import public_namespaces, salted
 from kvcache.sequence import sequence_hashes
 from tests.kvcache.engine_events.line import Line, line, make
@@ -71,6 +72,17 @@ def test_a_block_of_no_known_parent_is_not_named() -> None:
     assert made.feed.counts["unnamed_blocks"] == 1
 
 
+def test_what_cannot_be_told_is_said_at_once() -> None:
+    made = line()
+    chain = Chain(list(range(BLOCK)), "", "")
+    told = made.engine.stored(chain, chain.hashes(), 0)
+    for event, partial in ((told, False), ({**told, "parent_block_hash": 12_345}, True)):
+        made.engine.pending = [event]
+        made.send(made.engine.publish())
+        assert made.shelf.partial == partial
+    assert len(made.shelf.members) == 1
+
+
 def test_a_parent_of_another_namespace_names_nothing() -> None:
     made = line()
     chain = Chain(list(range(2 * BLOCK)), "", "")
@@ -92,6 +104,35 @@ def test_a_hash_that_means_another_block_takes_the_first_away() -> None:
     made.send(made.engine.publish())
     assert {name for _, _, name in made.shelf.members} == set(names_of(second.tokens))
     assert made.shelf.partial
+
+
+def test_a_hash_that_means_two_blocks_at_once_is_not_told() -> None:
+    """Only one of the two would be taken out when it goes."""
+    made = line()
+    chain = Chain(list(range(2 * BLOCK)), "", "")
+    made.engine.pending = [made.engine.stored(chain, [77, 77], 0)]
+    made.send(made.engine.publish())
+    assert made.shelf.partial
+    assert made.shelf.members == set()
+    assert made.feed.counts["conflicts"] == 2
+    made.feed.check()
+
+
+def test_copies_of_a_block_are_counted_up_to_a_bound() -> None:
+    made = line()
+    chain = Chain([1] * BLOCK, "", "")
+    event = made.engine.stored(chain, [77], 0)
+    gone = {"type": "BlockRemoved", "block_hashes": [77], "medium": "GPU"}
+    for pending, left, partial in (
+        ([event] * PLACES_MAX, 1, False),
+        ([event], 1, True),
+        ([gone] * (PLACES_MAX - 1), 1, True),
+        ([gone], 0, True),
+    ):
+        made.engine.pending = list(pending)
+        made.send(made.engine.publish())
+        assert (len(made.shelf.members), made.shelf.partial) == (left, partial)
+        made.feed.check()
 
 
 def test_another_ranks_messages_are_not_mixed_in() -> None:

@@ -187,7 +187,7 @@ def test_an_address_that_is_none_is_refused_at_the_start() -> None:
 
 
 def test_a_full_index_is_a_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "INDEX_BYTES_MAX", 20_000)
+    monkeypatch.setattr(module, "INDEX_BYTES_MAX", 1_000)
     world = World("a")
     world.tells("a", 8)
     assert any("are not known here" in text for text in world.directory.troubles())

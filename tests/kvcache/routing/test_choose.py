@@ -52,13 +52,16 @@ def test_without_temperature_it_is_the_cheapest(w: Weights, prompt: int, fleet: 
     assert choice.cost <= min(choice.costs) + w.tie_tokens
 
 
-def test_a_queue_is_worth_avoiding_while_others_have_none() -> None:
-    """To compute 1,000 tokens twice is right where nobody waits for it, and wrong where everybody does."""
-    holder = Candidate("holder", (1_000, 0, 0), waiting_prefill_tokens=2_000)
-    idle = [Candidate(f"w{number}") for number in range(15)]
-    busy = [replace(each, waiting_prefill_tokens=500) for each in idle]
-    assert Chooser(Weights()).choose(1_100, [holder, *idle]).worker != "holder"
-    assert Chooser(Weights()).choose(1_100, [holder, *busy]).worker == "holder"
+@pytest.mark.parametrize("others", [0.0, 300_000.0])
+def test_who_is_far_behind_the_others_is_left_for_them(others: float) -> None:
+    """Up to ``patience_tokens`` above the mean a long queue changes little; beyond, it soon decides."""
+    w, fleet = Weights(), [Candidate(f"w{number}", backlog_tokens=others) for number in range(15)]
+    seen = []
+    for above in (0.9, 1.2, 1.7):
+        backlog = others + above * w.patience_tokens * 16 / 15
+        holder = Candidate("holder", (10_000, 0, 0), backlog_tokens=backlog)
+        seen.append(Chooser(w).choose(10_100, [holder, *fleet]).worker == "holder")
+    assert seen == [True, True, False]
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.routing.cost import TERMS, Candidate, row, usable
+from kvcache.routing.cost import PREFILL_TERMS, TERMS, Candidate, row, usable
 from kvcache.routing.weights import RANGES, Weights
 
 TOKENS = st.integers(0, 200_000)
@@ -24,6 +24,7 @@ CANDIDATES = st.builds(
     waiting=st.integers(0, 1_000),
     decode_tokens=st.integers(0, 4_000_000),
     free_share=st.floats(0, 1),
+    backlog_tokens=st.floats(0, 400_000),
 )
 SHARES = ["load_hbm", "load_host", "load_nvme", "placed_credit", "suspect_credit"]
 
@@ -78,7 +79,9 @@ def test_a_faster_tier_never_costs_more(
     w=all_weights(),
     prompt=TOKENS,
     c=CANDIDATES,
-    name=st.sampled_from(["waiting_prefill_tokens", "running", "waiting", "decode_tokens", "age_ms"]),
+    name=st.sampled_from(
+        ["waiting_prefill_tokens", "backlog_tokens", "running", "waiting", "decode_tokens", "age_ms"]
+    ),
     more=st.integers(0, 100_000),
 )
 def test_more_load_and_more_age_never_cost_less(
@@ -116,6 +119,8 @@ def test_the_sum_is_the_one_that_is_written_down() -> None:
         placed_credit=0.5,
         suspect_credit=0.75,
         waiting_prefill=3.0,
+        overdue=0.5,
+        patience_tokens=1_000.0,
         running=5.0,
         decode=0.5,
         waiting=7.0,
@@ -123,13 +128,13 @@ def test_the_sum_is_the_one_that_is_written_down() -> None:
         memory_floor=0.2,
         scale_tokens=1_000.0,
     )
-    c = Candidate("w", (400, 200, 100), 50, True, 0.0, 20, 4, 3, 60, 0.05)
-    told = row(w, 1_000, c)
+    c = Candidate("w", (400, 200, 100), 50, True, 0.0, 20, 4, 3, 60, 0.05, 1_950.0)
+    told = row(w, 1_000, c, mean_backlog=900.0)
     assert told == pytest.approx(
-        (2 * (250 + 10), 2 * 100, 2 * 0.25 * (700 - 100), 2 * 0.5 * 50, 60, 20, 30, 21, 75)
+        (2 * (250 + 10), 2 * 100, 2 * 0.25 * (700 - 100), 2 * 0.5 * 50, 60, 25, 20, 30, 21, 75)
     )
-    prefill, load = sum(told[:5]), sum(told[5:])
-    product = sum(row(replace(w, form="multiplicative"), 1_000, c))
+    prefill, load = sum(told[:PREFILL_TERMS]), sum(told[PREFILL_TERMS:])
+    product = sum(row(replace(w, form="multiplicative"), 1_000, c, 900.0))
     assert product == pytest.approx(prefill * (1 + load / 1_000))
 
 

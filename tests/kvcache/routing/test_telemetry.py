@@ -16,13 +16,13 @@ def test_own_requests_count_until_they_end() -> None:
     loads = Loads()
     first, second = loads.begin("w", 300, 1_000, 0), loads.begin("w", 200, 500, 0)
     assert loads.estimate("w", 0).waiting_prefill_tokens == 500
-    loads.first_token(first)
-    loads.first_token(first)
+    loads.first_token(first, 0)
+    loads.first_token(first, 0)
     now = loads.estimate("w", 0)
     assert (now.waiting_prefill_tokens, now.running, now.decode_tokens) == (200, 1, 1_000)
     for number in (first, second, second):
         loads.end(number)
-    loads.first_token(second)
+    loads.first_token(second, 0)
     assert loads.estimate("w", 0) == loads.estimate("never heard of", 0)
     loads.check()
 
@@ -33,10 +33,26 @@ def test_what_was_told_counts_with_what_changed_since() -> None:
     loads.told("w", Told(1 * S, running=5, waiting=2, waiting_prefill_tokens=700, free_share=0.3))
     assert loads.estimate("w", 2 * S).waiting_prefill_tokens == 700  # It knew of ours.
     loads.begin("w", 50, 80, 2 * S)
-    loads.first_token(before)
+    loads.first_token(before, 0)
     now = loads.estimate("w", 2 * S)
     assert (now.waiting_prefill_tokens, now.running, now.waiting) == (650, 6, 2)
     assert (now.free_share, now.age_ms) == (0.3, 1_000)
+
+
+def test_the_backlog_is_our_own_and_what_others_sent() -> None:
+    loads = Loads()
+    first = loads.begin("w", 4_000, 4_000, 0)
+    assert loads.estimate("w", 0).backlog_tokens == 4_200  # 2,000 tokens before each, of 40,000.
+    loads.told("w", Told(S, waiting_prefill_tokens=5_000))
+    assert loads.estimate("w", S).backlog_tokens == 5_200
+    loads.first_token(first, 2 * S)
+    loads.first_token(first, 9 * S)
+    assert loads.estimate("w", 2 * S).backlog_tokens == 1_000
+    second = loads.begin("w", 4_000, 4_000, 4 * S)
+    assert loads.estimate("w", 5 * S).backlog_tokens == 1_000 + 2_100  # As fast as the first: half is done.
+    loads.end(second)
+    loads.check()
+    assert loads.estimate("w", 5 * S).backlog_tokens == 1_000
 
 
 def test_it_is_never_less_than_our_own() -> None:
@@ -70,7 +86,7 @@ def test_requests_are_bounded_and_those_beyond_are_told() -> None:
     loads = Loads(requests_max=2)
     assert [loads.begin("w", 1, 1, 0) for _ in range(4)] == [1, 2, 0, 0]
     loads.end(0)
-    loads.first_token(0)
+    loads.first_token(0, 0)
     assert (loads.uncounted, loads.requests) == (2, 2)
     loads.check()
 
@@ -93,7 +109,7 @@ def test_random_requests_leave_the_sums_right() -> None:
         if act == 0:
             numbers.append(loads.begin(rng.choice("abc"), rng.randrange(99), rng.randrange(99), now))
         elif act == 1:
-            loads.first_token(rng.choice(numbers[-30:]))
+            loads.first_token(rng.choice(numbers[-30:]), now)
         elif act == 2:
             loads.end(rng.choice(numbers[-30:]))
         else:

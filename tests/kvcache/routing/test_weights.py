@@ -33,14 +33,6 @@ def test_a_table_of_a_file_changes_what_it_names() -> None:
     assert weights.running == Weights().running
 
 
-def test_what_waits_weighs_less_the_more_workers_have_something_waiting() -> None:
-    w = Weights(waiting_prefill=0.25, waiting_prefill_idle=2)
-    weighed = [w.at_load(share / 8).waiting_prefill for share in range(9)]
-    assert weighed == sorted(weighed, reverse=True) and (weighed[0], weighed[-1]) == (2, 0.25)
-    fixed = Weights(waiting_prefill=0.5, waiting_prefill_idle=0.5)
-    assert fixed.at_load(0.3) is fixed
-
-
 @pytest.mark.parametrize(
     ("table", "said"),
     [

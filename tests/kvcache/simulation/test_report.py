@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache import cli
+from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload as Made
 from kvcache.eviction.generate import generate
 from kvcache.eviction.trace import write_trace
@@ -83,6 +84,34 @@ def test_weights_come_from_a_file(trace: Path, tmp_path: Path) -> None:
     assert spread["hit_tokens"] < together["hit_tokens"]
 
 
+def test_the_same_seed_prints_the_same(trace: Path) -> None:
+    """All but how fast it chose, which is measured."""
+    told = []
+    for seed in (1, 1, 2):
+        shown = run(trace, "--workers", 3, "--restarts", 2, "--loss", 10, "--seed", seed, "--json")
+        lines = [json.loads(line) for line in shown.output.splitlines()]
+        assert [line.pop("choices_a_second") > 0 for line in lines] == [True] * len(ROUTERS)
+        told.append(lines)
+    assert told[0] == told[1] != told[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.npz", None, "is not there"),
+        ("bad.npz", b"PK no archive", "bad.npz"),
+        ("bad.jsonl", b'{"timestamp": 1}\n', "no hash_ids"),
+        ("empty.jsonl", b"", "it is empty"),
+    ],
+)
+def test_what_is_no_trace_is_said(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = run(tmp_path / name)
+    assert result.exit_code == 1 and isinstance(result.exception, BadInput)
+    assert said in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -91,6 +120,9 @@ def test_weights_come_from_a_file(trace: Path, tmp_path: Path) -> None:
         (["--warm-up", 1], "warm-up"),
         (["--speed", 0], "speed"),
         (["--loss", 101], "loss"),
+        (["--delay", -1], "delay"),
+        (["--workers", 0], "workers"),
+        (["--restarts", -1], "restarts"),
         (["--policy", "best"], "no policy is called 'best'"),
         (["--weights", "none.toml"], "cannot be read"),
     ],

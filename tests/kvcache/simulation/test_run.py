@@ -108,10 +108,27 @@ def test_after_all_has_arrived_the_index_is_what_the_workers_hold(
             assert set(feed.held(worker.number, tier)) == names
 
 
-def test_late_and_lost_events_cost_what_they_should(workload: Workload) -> None:
-    late = simulate(workload, "exact-default", replace(TIGHT, stream=Stream(delay_s=20)))
-    assert sum(max(0, job.credited - job.truth) for job in late.jobs) > 0
-    assert sum(max(0, job.truth - job.credited) for job in late.jobs) > 0
+def credit(run: Run) -> tuple[int, int]:
+    """Blocks over and under."""
+    gaps = [job.credited - job.truth for job in run.jobs]
+    return sum(max(0, gap) for gap in gaps), sum(max(0, -gap) for gap in gaps)
+
+
+@pytest.mark.parametrize("router", ["exact-default", "exact"])
+def test_late_lost_and_interrupted_events_are_seen_in_what_is_credited(
+    workload: Workload, router: str
+) -> None:
+    quiet = replace(TIGHT, stream=Stream(delay_s=0))
+    assert credit(simulate(workload, router, quiet)) == (0, 0)
+    late = credit(simulate(workload, router, replace(TIGHT, stream=Stream(delay_s=20))))
+    lossy = credit(simulate(workload, router, replace(TIGHT, stream=Stream(delay_s=0, loss=0.5))))
+    torn = credit(simulate(workload, router, replace(TIGHT, stream=Stream(delay_s=20), restarts=6)))
+    assert min(late) > 0 and sum(lossy) > 0 and torn != late
+
+
+def test_a_router_without_events_believes_in_what_a_lost_worker_had(workload: Workload) -> None:
+    over = [credit(simulate(workload, "approximate", replace(TIGHT, restarts=n)))[0] for n in (0, 6)]
+    assert over[1] > over[0]
 
 
 def test_host_memory_saves_computing_and_takes_time(workload: Workload) -> None:
