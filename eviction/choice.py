@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvcache.errors import BadInput
-from kvcache.eviction.registry import policy_class, willing
-from kvcache.policy import EvictionPolicy, MakePolicy, Param
+from kvcache.eviction.registry import params_of, policy_class, willing
+from kvcache.policy import EvictionPolicy, MakePolicy
 
 NAME_CHARS_MAX = 200
 PARAMS_MAX = 64
@@ -26,7 +26,7 @@ class Choice:
     def __post_init__(self) -> None:
         if len(self.name) > NAME_CHARS_MAX or len(self.params) > PARAMS_MAX:
             raise BadInput("too_large", f"policy {self.name[:40]!r}", "its name, or the number of parameters")
-        known = _params_of(self.name)
+        known = params_of(self.name, policy_class(self.name))
         for key, value in self.params.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
@@ -87,13 +87,3 @@ def parse_choice(policy: str, params: str) -> Choice:
     """As in settings: parameters with commas between. RAISES BadInput."""
     parts = [part for part in params.split(",") if part.strip()]
     return Choice(policy, parse_params(parts, f"policy_params {params!r:.60}"))
-
-
-def _params_of(name: str) -> Mapping[str, Param]:
-    found = policy_class(name)
-    try:
-        return found.params()
-    except Exception as error:  # Others' code.
-        raise BadInput(
-            "bad_config", f"policy {name!r} cannot be used", f"params raised {error!r}"[:200]
-        ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import entry_points
 
@@ -21,7 +22,8 @@ from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.score import is_score, scored
 from kvcache.eviction.wrapper import Wrapper, wrapped
-from kvcache.policy import EvictionPolicy, MakePolicy
+from kvcache.guard import said
+from kvcache.policy import EvictionPolicy, MakePolicy, Param
 
 GROUP = "kvcache.eviction"
 
@@ -49,8 +51,25 @@ def policy_class(name: str) -> type[EvictionPolicy]:
         if each not in WRAPPERS or around.count(each) > 1:
             why = f"what goes around a policy is {', '.join(WRAPPERS)}, each once"
             raise BadInput("bad_config", f"policy {name!r} names {each!r}", why)
+        if taken := params_of(base, found).keys() & WRAPPERS[each].OWN.keys():
+            why = f"{base} has a parameter {min(taken)!r} of its own"
+            raise BadInput("bad_config", f"policy {name!r} cannot be used", why)
         found = wrapped(WRAPPERS[each], found)
     return found
+
+
+def params_of(name: str, found: type[EvictionPolicy]) -> Mapping[str, Param]:
+    """The parameters of a policy. RAISES BadInput when it does not say them as it should."""
+    try:
+        params = dict(found.params())
+        wrong = [key for key, param in params.items() if not param.low <= param.default <= param.high]
+    except BaseException as error:  # Others' code.
+        why = f"params raised {said(error)}"[:200]
+        raise BadInput("bad_config", f"policy {name!r} cannot be used", why) from error
+    if wrong:
+        why = f"the default of {wrong[0]!r:.40} is out of its range"
+        raise BadInput("bad_config", f"policy {name!r} cannot be used", why)
+    return params
 
 
 def willing(found: type[EvictionPolicy]) -> MakePolicy:
@@ -63,8 +82,8 @@ def load_class(target: str) -> type[EvictionPolicy]:
     module, _, name = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput("bad_config", f"there is no policy at {target!r}", str(error)) from error
+    except BaseException as error:  # Others' code, and whatever it does when it is imported.
+        raise BadInput("bad_config", f"there is no policy at {target!r}", said(error)) from error
     return _policy(found, target, target)
 
 
@@ -83,11 +102,11 @@ def _base(name: str) -> type[EvictionPolicy]:
     for entry in entry_points(group=GROUP, name=name):
         try:
             found = entry.load()
-        except (ImportError, AttributeError) as error:
+        except BaseException as error:  # Others' code, and whatever it does when it is imported.
             raise BadInput(
                 "bad_config",
                 f"policy {name!r} cannot be loaded",
-                f"{entry.value}: {error}",
+                f"{entry.value}: {said(error)}",
                 "install the package that offers it again, or choose another policy",
             ) from error
         return _policy(found, name, entry.value)

@@ -33,6 +33,7 @@ from kvcache.clock import NS_PER_S
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.shadow import ShadowCache
+from kvcache.guard import said
 from kvcache.policy import RequestContext
 
 CACHES_MAX = 16
@@ -111,7 +112,7 @@ class Shadows:
             return ShadowCache(cell.choice.make(declines=self._declines), capacity_bytes)
         except Exception as error:  # Others' code.
             what = f"a shadow of {cell.choice.said} cannot start"
-            raise BadInput("bad_config", what, repr(error)[:200], "leave this policy out") from error
+            raise BadInput("bad_config", what, said(error)[:200], "leave this policy out") from error
 
     @property
     def block_count(self) -> int:

@@ -21,9 +21,10 @@ import click
 
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.registry import WRAPPERS, load_class, policy_class, policy_names
+from kvcache.eviction.registry import WRAPPERS, load_class, params_of, policy_class, policy_names
 from kvcache.eviction.replay import replay
 from kvcache.eviction.replay_tree import Forest
+from kvcache.guard import said
 from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy
 from kvcache.testing.policies import Grove, PolicyContract
 
@@ -70,7 +71,7 @@ def show(name: str) -> None:
     """The settings of a policy."""
     found = find(name)
     click.echo(_first_line(found))
-    for setting, param in found.params().items():
+    for setting, param in params_of(name, found).items():
         click.echo(f"  {setting:16} {param.default:g} ({param.low:g} to {param.high:g}): {param.doc}")
 
 
@@ -117,7 +118,7 @@ def _replayed(made: type[EvictionPolicy], request_us: float) -> Iterator[Finding
             start_s = time.process_time()
             first, second = replay(forest, made, capacity), replay(forest, made, capacity)
             took = (time.process_time() - start_s) / 2 * 1e6 / requests
-        except Exception as error:
+        except BaseException as error:
             yield Finding(f"{at}: a replay", _said(error))
             continue
         usual = replay(forest, "leaf-lru", capacity)
@@ -135,21 +136,22 @@ def _fault(test: Callable[[], None]) -> str:
     """Others' code: whatever it raises is its answer."""
     try:
         test()
-    except Exception as error:
+    except BaseException as error:  # ``SystemExit``, too: it would end the check with nothing said.
         return _said(error)
     return ""
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error) or (at.line or "")
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''} ({at.name}, line {at.lineno})"
+    text = said(error) if not isinstance(error, AssertionError) else str(error) or at.line or ""
+    return f"{text.splitlines()[0] if text else ''} ({at.name}, line {at.lineno})"
 
 
 def _abilities(made: type[EvictionPolicy]) -> Iterator[str]:
     try:
         policy = Grove(made).policy
-    except Exception:
+    except BaseException as error:
+        said(error)
         return  # The contract says what is wrong.
     if isinstance(policy, KeyedPolicy):
         yield "decides by name what is stored"

@@ -1,8 +1,9 @@
 """The border between the core and an eviction policy, which may be others' code.
 
-Every call of a policy goes through here. An answer is verified before anything acts on it; a policy that
-raises or answers wrongly is replaced, for good, by leaf-first LRU, which is told what is held. It costs
-hits, never blocks that somebody holds and never a request. ``faults`` counts, ``last_fault`` says what.
+Every call of a policy goes through here. It is given nothing that the core goes on with, and its answer is
+verified before anything acts on it; a policy that raises, be it ``SystemExit``, or answers wrongly is
+replaced, for good, by leaf-first LRU, which is told what is held. It costs hits, never blocks that somebody
+holds and never a request. ``faults`` counts, ``last_fault`` says what.
 
 A policy can be changed for another meanwhile (``begin_change``, then ``change_step`` until it says so): the
 new one is told what is held in order of its last use (``handover``), and what goes wrong with it before it
@@ -11,8 +12,11 @@ decides leaves the old one in its place.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
 from operator import index
+from typing import TypeVar
 
 from kvcache.handover import Handover
 from kvcache.leaf_lru import LeafLru
@@ -20,6 +24,8 @@ from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy, MakePolicy
 from kvcache.recency import Recency
 
 _FAULT_CHARS_MAX = 300
+
+_Each = TypeVar("_Each")
 
 
 class PolicyGuard:
@@ -38,7 +44,7 @@ class PolicyGuard:
         self._tree = tree
         self._capacity_bytes = capacity_bytes
         self._committed = committed
-        self._install(make_policy(tree, capacity_bytes))
+        self._install(_made(make_policy, tree, capacity_bytes))
         self.faults = 0
         self.last_fault = ""
         self.change_fault = ""
@@ -47,9 +53,9 @@ class PolicyGuard:
         self._coming: Handover | None = None
 
     def _install(self, policy: EvictionPolicy) -> None:
-        self._policy = policy
-        self._keyed = policy if isinstance(policy, KeyedPolicy) else None
-        self._devices = policy if isinstance(policy, DevicePolicy) else None
+        keyed = policy if isinstance(policy, KeyedPolicy) else None
+        devices = policy if isinstance(policy, DevicePolicy) else None
+        self._policy, self._keyed, self._devices = policy, keyed, devices
 
     # --- another policy ---------------------------------------------------------------------------
 
@@ -67,29 +73,31 @@ class PolicyGuard:
         that was begun before is given up. ``with_state``: the two understand each other's ``state``; was it
         handed over? RAISES what the policy's constructor raises: then nothing has changed."""
         assert self._recency is not None
-        policy = make_policy(self._tree, self._capacity_bytes)
-        state = b""
+        policy = _made(make_policy, self._tree, self._capacity_bytes)
+        has_state = False
         if with_state:
             try:
                 state = self._policy.state()
                 policy.load_state(state)
-            except Exception:  # Others' code. What was learned is learned again.
-                policy, state = make_policy(self._tree, self._capacity_bytes), b""
+                has_state = len(state) > 0
+            except BaseException as error:  # Others' code. What was learned is learned again.
+                _raise_if_ours(error)
+                policy = _made(make_policy, self._tree, self._capacity_bytes)
         self.change_fault = ""
         self._coming = Handover(self._tree, self._recency, policy)
-        return bool(state)
+        return has_state
 
     def change_step(self, count: int) -> bool:
         """Tell the new policy of ``count`` blocks, or a branch more. True: no change is under way any more;
         the new one decides, unless ``change_fault`` says otherwise."""
         try:
             is_over = self._coming is None or self._coming.step(count)
-        except Exception as error:
+            if is_over and self._coming is not None:
+                self._install(self._coming.policy)
+                self._coming = None
+        except BaseException as error:
             self._give_up("was told what is held", error)
             return True
-        if is_over and self._coming is not None:
-            self._install(self._coming.policy)
-            self._coming = None
         return is_over
 
     def cancel_change(self) -> None:
@@ -103,10 +111,10 @@ class PolicyGuard:
         if self._coming is not None:
             self._coming.check()
 
-    def _give_up(self, when: str, error: Exception) -> None:
+    def _give_up(self, when: str, error: BaseException) -> None:
         assert self._coming is not None
         name = type(self._coming.policy).__name__
-        self.change_fault = f"{name}, when it {when}, raised {error!r}"[:_FAULT_CHARS_MAX]
+        self.change_fault = f"{name}, when it {when}, raised {said(error)}"[:_FAULT_CHARS_MAX]
         self._coming = None
 
     def _used(self, context: RequestContext, path: Sequence[int]) -> None:
@@ -130,7 +138,7 @@ class PolicyGuard:
         if self._coming is not None:
             try:
                 self._coming.left(blocks, reason, risen)
-            except Exception as error:
+            except BaseException as error:
                 self._give_up("was told what has left", error)
 
     # --- what happens, and what goes --------------------------------------------------------------
@@ -138,19 +146,19 @@ class PolicyGuard:
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
         self._used(context, path)
         try:
-            self._policy.on_request(context, path)
-        except Exception as error:
-            self._replace(context, f"on_request raised {error!r}")
+            self._policy.on_request(context, _own(path))
+        except BaseException as error:
+            self._replace(context, f"on_request raised {said(error)}")
 
     def admit(self, context: RequestContext, parent: int, keys: Sequence[Hashable]) -> int:
         count = len(keys)
         try:
             if self._keyed is not None:
-                admitted = index(self._keyed.admit_keys(context, parent, keys))
+                admitted = index(self._keyed.admit_keys(context, parent, _own(keys)))
             else:
                 admitted = index(self._policy.admit(context, parent, count))
-        except Exception as error:
-            self._replace(context, f"admit raised {error!r}")
+        except BaseException as error:
+            self._replace(context, f"admit raised {said(error)}")
             return count
         if not 0 <= admitted <= count:
             self._replace(context, f"admit answered {admitted} of {count} blocks")
@@ -159,11 +167,12 @@ class PolicyGuard:
 
     def on_admitted(self, context: RequestContext, blocks: Sequence[int]) -> None:
         """REQUIRES: ``committed`` lists them already."""
+        blocks = _own(blocks)
         self._entered(context, blocks)
         try:
             self._policy.on_admitted(context, blocks)
-        except Exception as error:
-            self._replace(context, f"on_admitted raised {error!r}")
+        except BaseException as error:
+            self._replace(context, f"on_admitted raised {said(error)}")
 
     def on_restored(self, context: RequestContext, paths: Sequence[Sequence[int]]) -> None:
         """As ``on_admitted``, for many paths, parents first. REQUIRES: ``committed`` lists them all."""
@@ -171,16 +180,16 @@ class PolicyGuard:
             self._entered(context, path)
         try:
             for path in paths:
-                self._policy.on_admitted(context, path)
-        except Exception as error:
-            self._replace(context, f"on_admitted raised {error!r}")
+                self._policy.on_admitted(context, _own(path))
+        except BaseException as error:
+            self._replace(context, f"on_admitted raised {said(error)}")
 
     def victims(self, context: RequestContext, count: int) -> list[int]:
         """At least one while anything can go. In this order, each is an evictable leaf."""
         try:
-            named = [index(block) for block in self._policy.victims(context, count)]
-        except Exception as error:
-            fault = f"victims raised {error!r}"
+            named = [index(block) for block in islice(self._policy.victims(context, count), count + 1)]
+        except BaseException as error:
+            fault = f"victims raised {said(error)}"
         else:
             fault = self._wrong(named, count)
             if not named and self._tree.evictable_count():
@@ -197,9 +206,10 @@ class PolicyGuard:
         if self._devices is None:
             return self.victims(context, count)
         try:
-            named = [index(block) for block in self._devices.victims_on(context, count, device)]
-        except Exception as error:
-            fault = f"victims_on raised {error!r}"
+            answer = self._devices.victims_on(context, count, device)
+            named = [index(block) for block in islice(answer, count + 1)]
+        except BaseException as error:
+            fault = f"victims_on raised {said(error)}"
         else:
             fault = self._wrong(named, count)
             if not fault and any(self._tree.device[block] != device for block in named):
@@ -210,11 +220,12 @@ class PolicyGuard:
 
     def on_evicted(self, context: RequestContext, blocks: Sequence[int], reason: str) -> None:
         """REQUIRES: ``committed`` lists them no longer."""
+        blocks = _own(blocks)
         self._left(blocks, reason)
         try:
             self._policy.on_evicted(blocks, reason)
-        except Exception as error:
-            self._replace(context, f"on_evicted raised {error!r}")
+        except BaseException as error:
+            self._replace(context, f"on_evicted raised {said(error)}")
 
     def _wrong(self, named: Sequence[int], count: int) -> str:
         """What breaks the contract, or nothing."""
@@ -265,3 +276,34 @@ class PolicyGuard:
         for block in held if self._recency is None else self._recency.oldest_first(held):
             policy.on_admitted(context, (block,))
         return policy
+
+
+def said(error: BaseException) -> str:
+    """What a policy raised, in its own words. RAISES it when it is not the policy's."""
+    _raise_if_ours(error)
+    try:
+        return repr(error)[:_FAULT_CHARS_MAX]
+    except BaseException as worse:  # Its words are others' code, too.
+        _raise_if_ours(worse)
+        return f"{type(error).__name__}, which cannot be shown"
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    """A person may interrupt a command while a policy is at work; a node handles that signal itself."""
+    if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        raise error
+
+
+def _made(make_policy: MakePolicy, tree: TreeView, capacity_bytes: int) -> EvictionPolicy:
+    """RAISES what the constructor raises, but nothing that would end more than the call."""
+    try:
+        return make_policy(tree, capacity_bytes)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"its constructor raised {said(error)}") from error
+
+
+def _own(given: Sequence[_Each]) -> Sequence[_Each]:
+    """For a policy: what it does with it changes nothing here."""
+    return tuple(given) if type(given) is list else given

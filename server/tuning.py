@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvcache.clock import Clock
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
+from kvcache.guard import said
 from kvcache.ledger import Ledger
 from kvcache.server.shadowing import Shadowing
 from kvcache.wire_tuning import InForce, Tune, Tuned
@@ -65,7 +66,7 @@ class Tuning:
             )
         except Exception as error:  # Others' code: what a policy's constructor does is not ours.
             what = f"policy {choice.said} cannot start"
-            raise BadInput("bad_config", what, repr(error)[:_FAULT_CHARS_MAX], "choose another") from error
+            raise BadInput("bad_config", what, said(error)[:_FAULT_CHARS_MAX], "choose another") from error
         log.info("%s is to decide in tier %s", choice.said, request.tier)
         tier.coming, tier.said = choice, ""
         if tier.task is None:

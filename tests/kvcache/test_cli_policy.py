@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from kvcache.cli_policy import check, find, findings, list_policies, show
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.registry import POLICIES
-from kvcache.policy import RequestContext
+from kvcache.policy import RequestContext, TreeView
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -50,6 +50,27 @@ class Moody(LeafLru):
         return count if Moody.calls < 3_000 else count // 2
 
 
+class Leaving(LeafLru):
+    """Ends the process, and well."""
+
+    def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
+        raise SystemExit(0)
+
+
+class Meddling(LeafLru):
+    """Reckons in the tree itself."""
+
+    def victims(self, context: RequestContext, count: int) -> Sequence[int]:
+        named = super().victims(context, count)
+        for block in named:
+            self._tree.children[block] -= 1  # type: ignore[index]
+        return named
+
+    def __init__(self, tree: TreeView, capacity_bytes: int) -> None:
+        super().__init__(tree, capacity_bytes)
+        self._tree = tree
+
+
 class Idle:
     """The short form, without an answer."""
 
@@ -63,6 +84,8 @@ class Idle:
     [
         (Wrong, "children go before parents in one call"),
         (Failing, "requests may find anything or nothing"),
+        (Leaving, "requests may find anything or nothing"),
+        (Meddling, "the tree is only read"),
         (Moody, "the same requests, the same answers"),
         (find(f"{__name__}:Idle"), "children go before parents in one call"),
     ],
