@@ -133,15 +133,15 @@ class Connection:
         )
         namespace.check_shape(spec)
         if request.expect:
-            self._core.namespace(request.expect, self._identity.tenant).namespace.check_same(namespace)
-        opened, verdict = self._core.open(namespace, spec)
+            self._core.namespaces.of(request.expect, self._identity.tenant).namespace.check_same(namespace)
+        opened, verdict = self._core.namespaces.open(namespace, spec)
         return wire.Opened(opened.namespace_id, spec.block_bytes, spec.chunk_bytes, verdict)
 
     # --- operators and routers ------------------------------------------------------------------
 
     def _pin(self, request: wire.Pin | wire.Unpin) -> wire.Reply:
         self._identity.require("operator")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
@@ -175,7 +175,7 @@ class Connection:
 
     def _persist(self, request: wire.Persist) -> Answer | Later:
         self._identity.require("writer")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         if self._core.stack is None or not keys:
             return wire.Matched(0)

@@ -43,12 +43,12 @@ from kvcache.server.recording import Plan as RecordPlan
 from kvcache.server.session import Session, failure
 from kvcache.server.shadow_plan import EVICTED, Store
 from kvcache.server.shadow_plan import Plan as ShadowPlan
+from kvcache.server.sizing import segment_bytes, takes_huge_pages
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
 from kvcache.tiers.demote import Rules
 from kvcache.tiers.drive import Place
-from kvcache.tiers.host import HUGE_PAGE_BYTES, HostTier, huge_pages_free_bytes, memory_available_bytes
-from kvcache.tiers.nvme_load import segment_bytes_of
+from kvcache.tiers.host import HostTier
 from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack, StackRules
@@ -131,7 +131,7 @@ class Node:
 
     async def _open_nvme(self) -> None:
         if self.core.stack is not None:
-            await self.core.stack.start(self.core.remember, NVME_WAIT_S)
+            await self.core.stack.start(self.core.namespaces.remember, NVME_WAIT_S)
 
     async def _populate(self, arena: int) -> None:
         if not self.config.populate:
@@ -308,15 +308,7 @@ class Node:
 
 
 def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -> Core:
-    huge = _use_huge_pages(config)
-    available = huge_pages_free_bytes() if huge else memory_available_bytes()
-    if config.capacity_bytes > available:
-        raise BadInput(
-            "bad_config",
-            f"capacity is {config.capacity_bytes} bytes",
-            f"this host has {available} bytes of memory available",
-            "lower --capacity",
-        )
+    huge = takes_huge_pages(config)
     space = Space(config.capacity_bytes, config.unit_bytes)
     choice, alone = parse_choice(config.policy, config.policy_params), not config.nvme_places
     ledger = Ledger(space, choice.make(declines=alone))  # What memory declines never gets to NVMe.
@@ -336,12 +328,12 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
 
 def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
     config = core.config
-    segment_bytes = _segment_bytes(config)
+    segment = segment_bytes(config)
     places = [
         Place(
             path,
             size,
-            segment_bytes,
+            segment,
             config.nvme_direct,
             config.nvme_late_ms * NS_PER_MS,
             int(config.nvme_writes_a_day * size) or None,
@@ -358,34 +350,11 @@ def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
         core.ledger,
         core.host,
         choice.make(declines=False),
-        core.spec_of,
+        core.namespaces.spec_of,
         clock,
         core.counters,
         core.settle,
     )
-
-
-def _segment_bytes(config: NodeConfig) -> int:
-    """Where the setting leaves it open, what is there decides: else a tier could not grow, nor get a
-    smaller device, without losing all it holds."""
-    if config.nvme_segment == "auto":
-        for path, _ in config.nvme_places:
-            if found := segment_bytes_of(path):
-                return found
-    return config.nvme_segment_bytes
-
-
-def _use_huge_pages(config: NodeConfig) -> bool:
-    # Memory goes from one arena to another in units, and less than a page cannot be given back.
-    enough = huge_pages_free_bytes() >= config.capacity_bytes and config.unit_bytes % HUGE_PAGE_BYTES == 0
-    if config.huge_pages == "on" and not enough:
-        raise BadInput(
-            "bad_config",
-            f"{huge_pages_free_bytes()} bytes of huge pages are free",
-            f"the capacity is {config.capacity_bytes} bytes, in units of {config.unit_bytes}",
-            "use whole pages as units, raise vm.nr_hugepages, or leave huge_pages at auto",
-        )
-    return enough and config.huge_pages != "off"
 
 
 def _check_version(hello: wire.Hello) -> None:

@@ -17,9 +17,10 @@ from kvcache.ledger import Lease
 from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
 from kvcache.request_hints import hints_of
-from kvcache.server.core import Core, Opened
+from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
+from kvcache.server.namespaces import Opened
 from kvcache.server.session import Answer, Later, Outgoing
 from kvcache.slices import ChunkRange
 from kvcache.sums import SUM_BYTES
@@ -39,7 +40,7 @@ class Reading:
 
     def match(self, request: wire.Match) -> wire.Reply:
         self._identity.require("reader", "writer", "router")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         count = self._ask(keys, self._asked(opened, request.prefill_tokens_s))
         self._core.counters["match_blocks"] += len(keys)
@@ -62,7 +63,7 @@ class Reading:
     def lease(self, request: wire.TakeLease) -> Answer | Later:
         self._identity.require("reader")
         core = self._core
-        opened = core.namespace(request.namespace, self._identity.tenant)
+        opened = core.namespaces.of(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         context = self._context(request, opened, core.clock.now_ns())
         if core.bringing.is_able or request.pushed or request.source:
@@ -133,7 +134,7 @@ class Reading:
 
     def _of(self, key: StorageKey) -> Opened:
         """The namespace of a key that this connection holds."""
-        return self._core.namespace(key[:HASH_BYTES], self._identity.tenant)
+        return self._core.namespaces.of(key[:HASH_BYTES], self._identity.tenant)
 
     def read(self, request: wire.Read) -> Answer:
         self._identity.require("reader")

@@ -14,9 +14,10 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Reservation
 from kvcache.policy import RequestContext
 from kvcache.request_hints import hints_of
-from kvcache.server.core import Core, Opened
+from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
+from kvcache.server.namespaces import Opened
 from kvcache.server.reading import offsets, parent_key
 from kvcache.server.session import Answer, Later
 from kvcache.server.written import Written
@@ -35,7 +36,7 @@ class Writing:
     def reserve(self, request: wire.Reserve) -> wire.Reply:
         self._identity.require("writer")
         core = self._core
-        opened = core.namespace(request.namespace, self._identity.tenant)
+        opened = core.namespaces.of(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         context = self._context(request)
         reservation = core.ledger.reserve(
@@ -91,7 +92,7 @@ class Writing:
 
     def _reserved(self, reservation_id: int) -> tuple[Opened, Reservation]:
         reservation = self._core.ledger.reserved(reservation_id, self._identity.owner)
-        return self._core.namespace(reservation.keys[0][:HASH_BYTES], self._identity.tenant), reservation
+        return self._core.namespaces.of(reservation.keys[0][:HASH_BYTES], self._identity.tenant), reservation
 
     def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
         """The reserved slots that a Write fills. RAISES KVCacheError when it may not."""

@@ -274,7 +274,7 @@ class TestStarting:
         assert steps == [4096]
 
     def test_huge_pages_need_units_of_whole_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvcache.server.node.huge_pages_free_bytes", lambda: 1 << 30)
+        monkeypatch.setattr("kvcache.server.sizing.huge_pages_free_bytes", lambda: 1 << 30)
         with pytest.raises(BadInput, match="whole pages"):
             Node(NodeConfig(capacity="64MiB", unit="256KiB", huge_pages="on", http="none"))
         assert not Node(NodeConfig(capacity="64MiB", unit="256KiB", http="none")).core.host.huge_pages

@@ -271,7 +271,7 @@ def test_a_namespace_that_the_peer_does_not_know_is_a_miss(start: Start) -> None
     b = start("b", a)
     a.save(HASHES[:2])
     b.until_known(2)
-    a.embedded.call(a.node.core._namespaces.clear)
+    a.embedded.call(a.node.core.namespaces._known.clear)
     assert b.load(HASHES[:2]) == 0
     assert b.stat("peer_failed_fetches:gone") == 1
     quiet(b)

@@ -56,7 +56,7 @@ class TestItComes:
         two.until_quiet()
 
     def test_who_asks_before_anybody_has_opened_its_model_there(self, two: World) -> None:
-        two.a.embedded.call(two.a.node.core._namespaces.clear)
+        two.a.embedded.call(two.a.node.core.namespaces._known.clear)
         wanted = two.want(FOUR)
         two.until_follows()
         engine = two.engine()
