@@ -98,6 +98,11 @@ class Credentials:
         return cls({}, {os.getuid(): everything}, anybody, _DEFAULT_MASTER_KEY)
 
     @classmethod
+    def named(cls, path: str) -> Credentials:
+        """Those of the file that a setting names; the default if it names none. RAISES as ``from_file``."""
+        return cls.from_file(path) if path else cls.default()
+
+    @classmethod
     def from_file(cls, path: str | Path) -> Credentials:
         """RAISES BadInput (bad_credentials) that names the entry; never repeats a token."""
         parsed = _parse(Path(path))

@@ -19,13 +19,18 @@ from kvcache.transport.table import scheme_of
 _TRUSTING = frozenset({"nixl", "ucx"})
 
 
-def refuse_unsafe_bind(bind: tuple[str, int] | None, credentials: Credentials, name: str) -> None:
-    """RAISES BadInput (unsafe_bind)."""
+def refuse_unsafe_bind(
+    bind: tuple[str, int] | None,
+    credentials: Credentials,
+    name: str,
+    harm: str = "read and write blocks",
+) -> None:
+    """``harm``: what anybody could do with ``name`` there. RAISES BadInput (unsafe_bind)."""
     if bind is not None and not is_loopback(bind[0]) and not credentials.has_tokens:
         raise BadInput(
             "unsafe_bind",
             f"{name} would listen on {bind[0]}, which others can reach",
-            "no token is configured, so anybody could read and write blocks",
+            f"no token is configured, so anybody could {harm}",
             "bind 127.0.0.1, or give --credentials with at least one token",
         )
 

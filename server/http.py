@@ -17,7 +17,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcache.address import parse
@@ -30,7 +30,7 @@ from kvcache.metrics import HttpMetrics
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_follow import Follower
-from kvcache.server.http_serving import HttpSite, checked_bind
+from kvcache.server.http_serving import HttpSite, checked_bind, work_until
 from kvcache.server.locate_answers import IndexAnswers
 from kvcache.server.locate_frames import LocateFrames
 from kvcache.wire import PROTOCOL_VERSION, Hello
@@ -71,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: Settings) -> None:
     """RAISES BadInput when the credentials or the address cannot be used."""
-    credentials = (
-        Credentials.from_file(settings.credentials) if settings.credentials else Credentials.default()
-    )
+    credentials = Credentials.named(settings.credentials)
     host, port = checked_bind(settings.bind, credentials, "bind")
     clock, metrics = SystemClock(), HttpMetrics()
     index = LocalityIndex(settings.index_bytes)
@@ -94,26 +92,14 @@ async def serve(settings: Settings) -> None:
             frames.listen(parse(address))
         sys.stdout.write(await site.listen(host, port) + "\n")
         sys.stdout.flush()
-        await _until_stopped(follower.run(), fleet.run())
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await work_until(stop, follower.run(), fleet.run())
     finally:
         await site.close()
         frames.close()
         await fleet.close()
-
-
-async def _until_stopped(*work: Coroutine[None, None, None]) -> None:
-    """Until a signal; an error in the work is our own, and ends the process."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    tasks = [loop.create_task(each) for each in work]
-    for task in tasks:
-        task.add_done_callback(lambda _: stop.set())
-    await stop.wait()
-    for task in tasks:
-        if task.done():
-            await task
-        task.cancel()
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcache.clock import SystemClock
-from kvcache.config import is_loopback, parse_bind, parse_size
+from kvcache.config import parse_size
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
 from kvcache.fleet import Fleet, token
@@ -24,7 +24,7 @@ from kvcache.routing.weights import Weights
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_forward import Forwarder, Waits, open_session
 from kvcache.server.http_route import Limits, Parts, RouteApp
-from kvcache.server.http_serving import HttpSite
+from kvcache.server.http_serving import HttpSite, checked_bind
 from kvcache.server.http_tokens import Tokens
 
 WEIGHTS_BYTES_MAX = 1 << 20
@@ -80,19 +80,8 @@ def check(settings: Settings) -> tuple[Fleet, Weights, Credentials, tuple[str, i
     fleet = Fleet.from_file(settings.fleet)
     if not any(worker.url for worker in fleet.worker):
         raise BadInput("bad_config", f"{settings.fleet} has no worker with a url", "requests go nowhere")
-    credentials = (
-        Credentials.from_file(settings.credentials) if settings.credentials else Credentials.default()
-    )
-    bind = parse_bind(settings.bind, "bind")
-    if bind is None:
-        raise BadInput("bad_config", "no address to serve on", "--bind is none", "give HOST:PORT")
-    if not is_loopback(bind[0]) and not credentials.has_tokens:
-        raise BadInput(
-            "unsafe_bind",
-            f"the router would listen on {bind[0]}, which others can reach",
-            "no token is configured, so anybody could use the workers",
-            "bind 127.0.0.1, or give --credentials with at least one token",
-        )
+    credentials = Credentials.named(settings.credentials)
+    bind = checked_bind(settings.bind, credentials, "bind", who="the router", harm="use the workers")
     return fleet, _weights(settings.weights), credentials, bind
 
 

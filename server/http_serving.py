@@ -7,12 +7,15 @@ request is whole, the first one too. What a request itself may take is for the a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 from aiohttp import web
 
-from kvcache.config import is_loopback, parse_bind
+from kvcache.config import parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
+from kvcache.server.binding import refuse_unsafe_bind
 
 SHUTDOWN_S = 1.0
 BACKLOG = 512
@@ -86,16 +89,30 @@ class _Full(asyncio.Protocol):
         transport.close()
 
 
-def checked_bind(bind: str, credentials: Credentials, setting: str) -> tuple[str, int]:
-    """Host and port. RAISES BadInput for ``none``, and for what strangers can reach without a token."""
+def checked_bind(
+    bind: str,
+    credentials: Credentials,
+    setting: str,
+    *,
+    who: str = "HTTP",
+    harm: str = "ask what is stored",
+) -> tuple[str, int]:
+    """Host and port. ``harm``: what anybody could do there, where ``who`` listens. RAISES BadInput for
+    ``none``, and for what strangers can reach without a token."""
     address = parse_bind(bind, setting)
     if address is None:
         raise BadInput("bad_config", "no address to serve on", f"--{setting} is none", "give HOST:PORT")
-    if not is_loopback(address[0]) and not credentials.has_tokens:
-        raise BadInput(
-            "unsafe_bind",
-            f"HTTP would listen on {address[0]}, which others can reach",
-            "no token is configured, so anybody could ask what is stored",
-            "bind 127.0.0.1, or give --credentials with at least one token",
-        )
+    refuse_unsafe_bind(address, credentials, who, harm)
     return address
+
+
+async def work_until(stop: asyncio.Event, *work: Coroutine[Any, Any, None]) -> None:
+    """Until somebody stops it; an error in the work is our own, and is raised."""
+    tasks = [asyncio.get_running_loop().create_task(each) for each in work]
+    for task in tasks:
+        task.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    for task in tasks:
+        if task.done():
+            await task
+        task.cancel()

@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -32,7 +31,7 @@ from kvcache.metrics import HttpMetrics
 from kvcache.server.fleet_index import FleetIndex, Followed
 from kvcache.server.http_app import HttpApp
 from kvcache.server.http_fleet import FleetSubject
-from kvcache.server.http_serving import HttpSite, checked_bind
+from kvcache.server.http_serving import HttpSite, checked_bind, work_until
 from kvcache.server.locate_answers import IndexAnswers
 from kvcache.server.locate_frames import LocateFrames
 
@@ -92,7 +91,7 @@ def index(
         http,
         _addresses(listen, "listen"),
         parse_size(bytes_max, "bytes"),
-        Credentials.from_file(credentials) if credentials else Credentials.default(),
+        Credentials.named(credentials),
     )
     if settings.bytes_max < BYTES_MIN:
         raise BadInput("bad_config", f"bytes is {bytes_max!r}", "an index takes 1 MiB at least")
@@ -129,7 +128,7 @@ async def _run(settings: Settings, say: Say) -> None:
             f"ready: {', '.join(places)}, following {len(followed)} with {len(fleet.workers)} workers",
             {"ready": True, "pid": os.getpid(), "places": places, "following": len(followed)},
         )
-        await _until(stop, fleet.run(), _report(fleet, say))
+        await work_until(stop, fleet.run(), _report(fleet, say))
     finally:
         await site.close()
         frames.close()
@@ -169,17 +168,6 @@ def _say_state(each: Followed, state: str, blocks: int, say: Say) -> None:
         "trouble": each.trouble,
     }
     say(f"{state} {each.kind} {each.address}{name}{knows}", facts)
-
-
-async def _until(stop: asyncio.Event, *work: Coroutine[Any, Any, None]) -> None:
-    tasks = [asyncio.get_running_loop().create_task(each) for each in work]
-    for task in tasks:
-        task.add_done_callback(lambda _: stop.set())
-    await stop.wait()
-    for task in tasks:
-        if task.done():
-            await task
-        task.cancel()
 
 
 def _addresses(text: str, setting: str) -> tuple[str, ...]:

@@ -72,9 +72,7 @@ class Node:
         self.incarnation = time.time_ns()
         self.name = config.name or f"{socket.gethostname()}-{os.getpid()}"
         self.socket_path = config.socket or default_address().removeprefix("unix://")
-        self.credentials = (
-            Credentials.from_file(config.credentials) if config.credentials else Credentials.default()
-        )
+        self.credentials = Credentials.named(config.credentials)
         self._tcp = parse_bind(config.tcp, "tcp")
         self._http = parse_bind(config.http, "http")
         refuse_unsafe_bind(self._tcp, self.credentials, "tcp")
