@@ -267,5 +267,5 @@ class PolicyContract:
 
 def _picture(tree: PrefixTree) -> tuple[object, ...]:
     """What a policy could have changed of the tree."""
-    arrays = (tree.key, tree.parent, tree.children, tree.depth, tree.block_bytes, tree.device, tree.holds)
-    return *map(tuple, arrays), sorted(tree.linked()), tree.evictable_count()
+    numbers = (tree.parent, tree.children, tree.depth, tree.block_bytes, tree.device, tree.holds)
+    return tuple(tree.key), *map(tuple, numbers), sorted(tree.linked()), tree.evictable_count()
