@@ -1,7 +1,7 @@
 """The recorder's logic: what a node is asked becomes a few bytes a request. Pure: no clock, no file.
 
     asked (a look-up) ──► the path of its blocks ──► those known, and a run of new ones ──► record
-    saved (a reservation) ──► session, hint and answer of the request whose prompt it continues
+    saved (a reservation), a look-up's hints ──► session, hint and answer of the request that has this prompt
 
 Blocks go into a record as numbers in the order of their first use, never by name: a run of new ones is a
 parent and a count. So no hash, salted or not, and nothing of a prompt reaches the disk; what remains is who
@@ -161,8 +161,9 @@ class Recorder:
     def saved(
         self, prefix: bytes, parent: bytes, block_tokens: int, tenant: str, session: int, hint: str
     ) -> None:
-        """Blocks of a prompt or its answer are being stored. Tells whose request it was, and how long its
-        answer is, if its look-up is among the last ``OPEN_MAX``."""
+        """Blocks of a prompt or its answer are being stored, or were just asked for by who says so. Tells whose
+        request it was, and how long its answer is, if its look-up is among the last ``OPEN_MAX``. What is not
+        said stays as it was said before."""
         words = _words(prefix)
         at, last = self._opened_in(words, parent)
         if at < 0:
@@ -172,8 +173,8 @@ class Recorder:
         if rest and opened.may_grow:
             self._grow(opened, last, rest, block_tokens, is_full_batch=True)
             rest = rest[:0]
-        number = self._session(tenant, session)
-        told = HINTS.index(hint) if hint in HINTS else 0
+        number = self._session(tenant, session) or opened.session
+        told = (HINTS.index(hint) if hint in HINTS else 0) or opened.hint
         answer = len(rest) // 2 * block_tokens
         if not answer and (number, told) == (opened.session, opened.hint):
             return

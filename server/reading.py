@@ -111,7 +111,7 @@ class Reading:
                         tokens,
                     )
                 if core.recording.is_on:
-                    core.recording.asked(request, opened.spec.block_tokens)
+                    core.recording.asked(request, opened.spec.block_tokens, opened.tenant)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),

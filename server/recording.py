@@ -21,6 +21,7 @@ from kvcache.errors import BadInput, NotAllowed
 from kvcache.eviction.record import Recorder
 from kvcache.eviction.record_files import BYTES_MIN, RecordFiles
 from kvcache.eviction.trace_recorded import Head
+from kvcache.request_hints import UNKNOWN
 from kvcache.wire import BATCH_BLOCKS_MAX, Record, Reserve, TakeLease
 from kvcache.wire_record import SAMPLE_ALL
 
@@ -141,7 +142,7 @@ class Recording:
 
     # --- what is recorded -----------------------------------------------------------------------
 
-    def asked(self, request: TakeLease, block_tokens: int) -> None:
+    def asked(self, request: TakeLease, block_tokens: int, tenant: str) -> None:
         """A look-up that has been answered. REQUIRES: ``is_on``."""
         assert self._recorder is not None
         if len(request.parent) not in (0, HASH_BYTES):
@@ -154,11 +155,16 @@ class Recording:
             request.request,
             len(request.prefix) == BATCH_BLOCKS_MAX * HASH_BYTES,
         )
+        if request.session >= 0 or request.hint != UNKNOWN.hint:  # Else the save may tell, if there is one.
+            self._said(request, block_tokens, tenant)
         if self._recorder.waiting_bytes >= FLUSH_BYTES:
             self._flush()
 
     def saved(self, request: Reserve, block_tokens: int, tenant: str) -> None:
         """A reservation that has been answered. REQUIRES: ``is_on``, and its prefix and parent are sound."""
+        self._said(request, block_tokens, tenant)
+
+    def _said(self, request: TakeLease | Reserve, block_tokens: int, tenant: str) -> None:
         assert self._recorder is not None
         self._recorder.saved(
             request.prefix, request.parent, block_tokens, tenant, request.session, request.hint

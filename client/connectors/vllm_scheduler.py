@@ -308,7 +308,7 @@ class SchedulerSide:
                     wait_ms=wait_ms,
                     source=asked.source,
                     pushed=asked.pushed,
-                    hints=asked.hints,
+                    hints=state.hints,
                 )
             )
             self._idle = self._idle and not leases[-1].coming

@@ -17,7 +17,17 @@ from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_recorded import read_recorded
 from kvcache.server.recording import Plan, Recording, asked_plan
 from tests.server.conftest import EmbeddedNode, Serve
-from tests.server.talk import HASHES, connected, deadline, lease, opened, refused, reserve, save, stats
+from tests.server.talk import (
+    HASHES,
+    connected,
+    deadline,
+    lease,
+    opened,
+    refused,
+    reserve,
+    save,
+    stats,
+)
 
 
 def record(channel: BlockingChannel, action: str, folder: Path | str = "", **more: int) -> wire.StatsReply:
@@ -57,6 +67,26 @@ def test_a_node_records_from_its_start(serve: Serve, tmp_path: Path) -> None:
     assert trace.output_tokens.tolist() == [4 * 16, 0]
     first, second = (list(request.blocks) for request in trace.requests())
     assert first[:2] == second[:2]
+
+
+def test_what_a_look_up_says_of_its_request_is_recorded_too(serve: Serve, tmp_path: Path) -> None:
+    """Who finds all of it saves nothing."""
+    node = serve(record=str(tmp_path / "rec"))
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        save(channel, namespace, HASHES[:9])
+        whole, longer = b"".join(HASHES[:9]), b"".join(HASHES[:12])
+        for asked in (
+            wire.TakeLease(namespace, whole, "a", session=7, hint="tool_call"),
+            wire.TakeLease(namespace, whole, "b", hint="final"),
+            wire.TakeLease(namespace, whole, "c"),
+            wire.TakeLease(namespace, longer, "d", session=7),
+        ):
+            channel.call(asked, deadline())
+        save(channel, namespace, HASHES[:12])  # It says nothing, and takes back nothing.
+    trace = read(node, tmp_path / "rec")
+    assert [each.kind for each in trace.requests()] == ["tool_call", "final", "unknown", "unknown"]
+    assert trace.sessions.tolist() == [0, -1, -1, 0]
 
 
 def test_an_operator_turns_it_on_and_off(serve: Serve, tmp_path: Path) -> None:
@@ -179,7 +209,7 @@ def asked_often(recording: Recording, clock: Stopped, count: int) -> None:
     for number in range(count):
         clock.at_ns += NS_PER_S
         hashes = b"".join(HASHES[:24]) + number.to_bytes(16, "little")
-        recording.asked(wire.TakeLease(b"", hashes), 16)
+        recording.asked(wire.TakeLease(b"", hashes), 16, "t")
         recording.tick()
 
 

@@ -148,9 +148,9 @@ class TestHints:
         for said, marked in (({}, "prefill_only"), ({"hint": "turn_end"}, "turn_end")):
             rig = Rig()
             request = asking(do="prefill", **said)
-            rig.side.known(request)
+            rig.side.lookup(request, 0)
             (job,) = rig.step({request.request_id: request.num_tokens}).saves
-            assert job.hints == RequestHints(marked)
+            assert [*rig.store.hints, job.hints] == [RequestHints(marked)] * 2
 
 
 class TestDecode:
