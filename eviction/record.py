@@ -161,9 +161,9 @@ class Recorder:
     def saved(
         self, prefix: bytes, parent: bytes, block_tokens: int, tenant: str, session: int, hint: str
     ) -> None:
-        """Blocks of a prompt or its answer are being stored, or were just asked for by who says so. Tells whose
-        request it was, and how long its answer is, if its look-up is among the last ``OPEN_MAX``. What is not
-        said stays as it was said before."""
+        """Blocks of a prompt or its answer are being stored, or were just asked for. Tells whose request it
+        was, and how long its answer is, if its look-up is among the last ``OPEN_MAX``. What is not said stays
+        as it was said before."""
         words = _words(prefix)
         at, last = self._opened_in(words, parent)
         if at < 0:
