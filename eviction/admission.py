@@ -26,8 +26,6 @@ from kvcache.errors import BadInput
 RULES = ("all", "touched>=2", "branch-reused", "hazard", "policy")
 DAY_S = 86_400
 _SHARE_PERCENT = 30
-_BURST_S = 60.0
-_NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +71,3 @@ def leading(
     while count < len(branch) and touches[branch[count]] >= rule.touches:
         count += 1
     return count
-
-
-class Budget:
-    """How many blocks may be written by now. ``blocks_a_second`` 0: any number."""
-
-    def __init__(self, blocks_a_second: float, start_ns: int) -> None:
-        self._rate = blocks_a_second
-        self._most = max(1.0, blocks_a_second * _BURST_S)
-        self._left = self._most
-        self._now_ns = start_ns
-
-    def left(self, now_ns: int, wanted: int) -> int:
-        """Of ``wanted``, so many may be written now."""
-        if not self._rate:
-            return wanted
-        self._left = min(self._most, self._left + (now_ns - self._now_ns) * self._rate / _NS_PER_S)
-        self._now_ns = now_ns
-        return max(0, min(wanted, int(self._left)))
-
-    def spend(self, count: int) -> None:
-        self._left -= count

@@ -17,7 +17,7 @@ from kvcache.eviction.trial import Machine, Setting
 _WIDE = 96
 _HOUR_MS = 3_600_000
 _MORE_MEMORY = (2, 4)
-_NODE_RULES = {"all": "all", "touched>=2": "second-touch"}
+_NODE_RULES = ("all", "touched>=2", "branch-reused", "hazard")
 _NO_RULE = " No setting of a node writes by {}: it was replayed only."
 
 
@@ -194,10 +194,8 @@ def to_set(setting: Setting, now: Setting, nvme: bool) -> str:
             kept += f', policy_params = "{",".join(f"{name}={value:g}" for name, value in setting.settings)}"'
         text += f" changes a running node; {kept} in its settings keeps it so."
     if nvme and setting.admission != now.admission:
-        rule = _NODE_RULES.get(setting.admission.name)
-        text += (
-            f' nvme_admission = "{rule}" is a setting.' if rule else _NO_RULE.format(setting.admission.name)
-        )
+        rule = setting.admission.name
+        text += f' nvme_admission = "{rule}" is a setting.' if rule in _NODE_RULES else _NO_RULE.format(rule)
     return text.strip()
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcache.eviction.admission import ALL, Admission, Budget, leading
-from kvcache.eviction.admission_learned import LearnedAdmission
+from kvcache.eviction.admission import ALL, Admission, leading
 from kvcache.eviction.replay_tree import NONE, Forest, Path
 from kvcache.eviction.spill_tree import SpillTree
 from kvcache.guard import PolicyGuard
 from kvcache.policy import MakePolicy, RequestContext
+from kvcache.tiers.admission import WriteRate
+from kvcache.tiers.admission_learned import LearnedAdmission
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Spill:
         self.tree = SpillTree(forest)
         self.guard = PolicyGuard(self.tree, below.capacity_blocks, make, self.tree.cached)
         self.touches = [0] * len(forest.parent)
-        self._budget = Budget(below.blocks_a_second, start_ns)
+        self._budget = WriteRate(below.blocks_a_second, start_ns)
         self._children = [0] * len(forest.parent)  # Seen so far.
         share = below.admission.share
         self._learned = LearnedAdmission(len(forest.parent), share, below.capacity_blocks) if share else None
@@ -93,7 +94,7 @@ class Spill:
         if not new:
             return
         least = next((at for at in range(len(new), 0, -1) if self.tree.is_continued(new[at - 1])), 0)
-        wanted = max(least, self._budget.left(context.now_ns, self._worth(context, new)))
+        wanted = max(least, min(self._worth(context, new), self._budget.left(context.now_ns)))
         taken = self._room(context, wanted, branch)
         self.declined += len(new) - taken
         if taken:
@@ -108,7 +109,7 @@ class Spill:
         if not new:
             return 0
         if self._learned is not None:
-            return self._learned.fell(new, self.touches)
+            return self._learned.fell(new, self.touches.__getitem__)
         if below.admission.asks_policy:
             return self.guard.admit(context, self._parent(new[0]), new)
         return leading(below.admission, new, self.touches, lambda: self._reused(new[0]))

@@ -67,7 +67,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     nvme_segment: str = "auto"
     nvme_write: Literal["through", "back", "evict"] = "through"
     nvme_back_ms: Milliseconds = 10_000
-    nvme_admission: Literal["all", "second-touch"] = "all"
+    nvme_admission: Literal["all", "second-touch", "touched>=2", "branch-reused", "hazard"] = "all"
+    nvme_write_rate: str = "0"
     nvme_writes_a_day: Annotated[float, msgspec.Meta(ge=0, le=1_000)] = 0.0
     nvme_late_ms: Milliseconds = 2_000
     nvme_direct: Literal["auto", "on", "off"] = "auto"
@@ -128,6 +129,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def replicate_bytes_s(self) -> int:
         return parse_size(self.replicate_rate, "replicate_rate")
+
+    @property
+    def nvme_write_bytes_s(self) -> int:
+        return parse_size(self.nvme_write_rate, "nvme_write_rate")
 
     @property
     def nvme_places(self) -> list[tuple[Path, int]]:
@@ -209,7 +214,7 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
     if config.nvme_places:
         _check_nvme(config)
-    _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s
+    _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s, config.nvme_write_bytes_s
     _ = parse_size(config.record_bytes, "record_bytes")
     for address in config.index_addresses:
         parse(address)

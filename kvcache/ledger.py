@@ -35,7 +35,7 @@ from kvcache.errors import BadInput
 from kvcache.guard import PolicyGuard
 from kvcache.holdings import Change, Holdings, State
 from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner, SharedName
-from kvcache.paths import complete, missing, parent_block
+from kvcache.paths import ancestors, complete, missing, parent_block
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE
 from kvcache.recency import Recency
@@ -132,8 +132,7 @@ class Ledger:
 
     def has(self, key: StorageKey) -> bool:
         """Can it be found?"""
-        block = self._tree.find(key)
-        return block != NONE and bool(self._tree.ready[block])
+        return self.slot_of(key) is not None
 
     def slot_of(self, key: StorageKey) -> Slot | None:
         """Where a block lies that can be found."""
@@ -143,10 +142,12 @@ class Ledger:
     def ancestors(self, key: StorageKey) -> Iterator[StorageKey]:
         """The block itself, then those before it, nearest first, as far as they are held, be it only
         reserved. REQUIRES: nothing is changed before the last is taken."""
+        return ancestors(self._tree, key)
+
+    def continued(self, key: StorageKey) -> int:
+        """How many blocks continue it, those that are only reserved included."""
         block = self._tree.find(key)
-        while block != NONE:
-            yield self._tree.key[block]
-            block = self._tree.parent[block]
+        return self._tree.children[block] if block != NONE else 0
 
     def coldest(self, context: RequestContext, count: int) -> list[StorageKey]:
         """At most ``count`` blocks that would go next, in this order. Changes nothing."""

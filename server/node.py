@@ -341,7 +341,12 @@ def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
     return Stack(
         StackRules(
             places,
-            Rules(config.nvme_write, config.nvme_admission, config.nvme_back_ms * NS_PER_MS),
+            Rules(
+                config.nvme_write,
+                config.nvme_admission,
+                config.nvme_back_ms * NS_PER_MS,
+                config.nvme_write_bytes_s,
+            ),
             hours_since(time.time(), clock),
             ScrubSettings(config.nvme_scrub_share),
         ),

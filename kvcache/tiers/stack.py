@@ -100,6 +100,7 @@ class Stack:
             clock,
             counters,
             settle,
+            self._space.capacity_bytes,
         )
         shelves = Shelves(self.ledger, self.drives, clock, counters, settle, self._is_busy)
         self._scrubber = Scrubber(shelves.target(), clock, asyncio.sleep, rules.scrub)
@@ -156,6 +157,7 @@ class Stack:
     ) -> int:
         """How many leading blocks can be had: from host memory now, or from NVMe soon (they start coming).
         ``context``: what is known of the request."""
+        self._demoter.asked(keys)
         count = self._promoter.ask(keys, arena, block_tokens, prefill_tokens_s)
         if count:
             self.ledger.touch(keys[:count], context or RequestContext(now_ns=self._clock.now_ns()))
@@ -216,7 +218,7 @@ class Stack:
         found = [drive.trouble for drive in self.drives if drive.trouble]
         found += [
             f"the daily write budget of {drive.place.path} is used up: new blocks stay in memory only; "
-            "raise nvme_writes_a_day, or set nvme_admission to second-touch"
+            "raise nvme_writes_a_day, or choose more with nvme_admission"
             for drive in self.drives
             if drive.budget.left() < max(drive.short_bytes, stride_of(1))
         ]

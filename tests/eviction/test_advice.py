@@ -219,8 +219,8 @@ def test_what_to_set() -> None:
         'node; policy = "leaf-hazard", policy_params = "decline=2.5,samples=32" in its settings keeps it so.'
     )
     rule = replace(now, admission=parse_admission("touched>=2"))
-    assert to_set(rule, now, nvme=True) == 'nvme_admission = "second-touch" is a setting.'
-    assert "replayed only" in to_set(replace(now, admission=parse_admission("hazard")), now, nvme=True)
+    assert to_set(rule, now, nvme=True) == 'nvme_admission = "touched>=2" is a setting.'
+    assert "replayed only" in to_set(replace(now, admission=parse_admission("hazard=50%")), now, nvme=True)
 
 
 def test_values_are_within_what_is_possible() -> None:

@@ -8,12 +8,17 @@ the class at the border every other branch, or every third, so that some are who
 
 Whatever is not written is counted as well, so a class is never shut out for want of news of it.
 
-The sum: 1 us a block that falls or is missing, and 100 us for each 512 that fell.
+A block is any number that names it. So many are remembered, ``entries_max`` at most; what was remembered
+first is forgotten first.
+
+The sum: 1 us a block that falls or is missing, and 100 us for each 512 that fell; 250 bytes a block that is
+remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 _Class = tuple[int, int, int]
 _TOUCHES_MAX, _BITS_MAX = 4, 8
@@ -33,13 +38,15 @@ class Counts:
 
 
 class LearnedAdmission:
-    def __init__(self, block_count: int, share: float, capacity: int) -> None:
+    def __init__(self, entries_max: int, share: float, capacity: int) -> None:
+        """``capacity``: how much fits below, in the unit of ``wrote``."""
+        self._entries_max = entries_max
         self._share = share
         self._capacity = capacity
         self._written = 0
-        self._fell_at = [0] * block_count  # How much had been written when it fell.
-        self._made: list[_Class] = [_UNKNOWN] * block_count
-        self._fallen: list[Counts | None] = [None] * block_count  # The class it fell in, until it is wanted.
+        self._made: OrderedDict[int, _Class] = OrderedDict()
+        # The class it fell in, and how much had been written then; until it is wanted.
+        self._fallen: OrderedDict[int, tuple[Counts, int]] = OrderedDict()
         self._classes: dict[_Class, Counts] = {}
         self._since = 0
 
@@ -48,24 +55,31 @@ class LearnedAdmission:
         made = (0, _bits(found), _bits(len(blocks)))
         for block in blocks:
             self._made[block] = made
+        while len(self._made) > self._entries_max:
+            self._made.popitem(last=False)
 
     def wanted(self, blocks: Sequence[int]) -> None:
         """These are, and memory has not got them."""
         fallen = self._fallen
         for block in blocks:
-            if (counts := fallen[block]) is not None:
-                fallen[block] = None
-                if self._written - self._fell_at[block] <= self._capacity:
+            if (fell := fallen.pop(block, None)) is not None:
+                counts, written = fell
+                if self._written - written <= self._capacity:
                     counts.wanted += 1
 
-    def fell(self, branch: Sequence[int], touches: Sequence[int]) -> int:
-        """How many leading blocks of this chain, which memory lets go, are worth writing."""
-        found = [self._class(block, touches[block]) for block in branch]
+    def fell(self, branch: Sequence[int], touches: Callable[[int], int]) -> int:
+        """How many leading blocks of this chain, which memory lets go, are worth writing. To ask again of one
+        that was not used since counts for nothing."""
+        found = [self._class(block, touches(block)) for block in branch]
+        fallen = self._fallen
         for block, counts in zip(branch, found, strict=True):
-            counts.fell += 1
-            self._fallen[block] = counts
-            self._fell_at[block] = self._written
-        self._since += len(branch)
+            last = fallen.get(block)
+            if last is None or last[0] is not counts:
+                counts.fell += 1
+                self._since += 1
+                fallen[block] = counts, self._written
+        while len(fallen) > self._entries_max:
+            fallen.popitem(last=False)
         if self._since >= _REBUILD_BLOCKS:
             self._since = 0
             self._rebuild()
@@ -78,11 +92,11 @@ class LearnedAdmission:
         return taken
 
     def wrote(self, count: int) -> None:
-        """So many blocks, below."""
+        """So much, below."""
         self._written += count
 
     def _class(self, block: int, touches: int) -> Counts:
-        _, found, missing = self._made[block]
+        _, found, missing = self._made.get(block, _UNKNOWN)
         name = (min(touches, _TOUCHES_MAX), found, missing)
         counts = self._classes.get(name)
         if counts is None:
@@ -107,4 +121,4 @@ def _bits(count: int) -> int:
 
 def _spread(block: int) -> float:
     """A number from 0 to 1 for each block, evenly spread: 0.618... of the way on for the next one."""
-    return block * 0.6180339887498949 % 1.0
+    return (block & 0xFFFF_FFFF) * 0.6180339887498949 % 1.0

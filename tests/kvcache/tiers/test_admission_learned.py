@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kvcache.eviction.admission_learned import LearnedAdmission
+from kvcache.tiers.admission_learned import LearnedAdmission
 
-TOUCHES = [1] * 100_000
+
+def once(_: int) -> int:
+    return 1
 
 
 def taught(share: float, capacity: int = 10**9, delay: int = 0) -> LearnedAdmission:
@@ -14,8 +16,8 @@ def taught(share: float, capacity: int = 10**9, delay: int = 0) -> LearnedAdmiss
         turn, first = range(at, at + 2), range(at + 2, at + 10)
         learned.computed(turn, 3)
         learned.computed(first, 0)
-        learned.fell(turn, TOUCHES)
-        learned.fell(first, TOUCHES)
+        learned.fell(turn, once)
+        learned.fell(first, once)
         learned.wrote(delay)
         learned.wanted(turn)
     return learned
@@ -27,7 +29,7 @@ def taken(learned: LearnedAdmission, found: int, count: int) -> float:
     for at in range(50_000, 50_000 + 300 * count, count):
         branch = range(at, at + count)
         learned.computed(branch, found)
-        total += learned.fell(branch, TOUCHES)
+        total += learned.fell(branch, once)
     return total / (300 * count)
 
 
@@ -42,7 +44,7 @@ def test_the_border_class_is_written_in_part_and_by_whole_branches() -> None:
     learned = taught(0.6)
     for at in range(50_000, 50_800, 8):
         learned.computed(range(at, at + 8), 0)
-        assert learned.fell(range(at, at + 8), TOUCHES) in (0, 8)
+        assert learned.fell(range(at, at + 8), once) in (0, 8)
 
 
 def test_what_comes_back_too_late_does_not_count() -> None:
@@ -53,4 +55,26 @@ def test_what_comes_back_too_late_does_not_count() -> None:
 
 def test_before_anything_is_known_all_is_written() -> None:
     learned = LearnedAdmission(100, 0.3, 10)
-    assert learned.fell(range(10), TOUCHES) == 10
+    assert learned.fell(range(10), once) == 10
+
+
+def test_to_ask_again_counts_for_nothing() -> None:
+    asked_once, asked_often = taught(0.2), taught(0.2)
+    for _ in range(2_000):
+        asked_often.fell(range(99_000, 99_010), once)
+    asked_once.fell(range(99_000, 99_010), once)
+    counts = [
+        [(each.fell, each.wanted) for each in learned._classes.values()]
+        for learned in (asked_once, asked_often)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_what_was_remembered_first_is_forgotten_first() -> None:
+    learned = LearnedAdmission(100, 0.3, 10**9)
+    for at in range(0, 10_000, 10):
+        learned.computed(range(at, at + 10), 0)
+        learned.fell(range(at, at + 10), once)
+    assert (len(learned._made), len(learned._fallen)) == (100, 100)
+    learned.wanted(range(10_000))
+    assert sum(each.wanted for each in learned._classes.values()) == 100
