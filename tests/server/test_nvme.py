@@ -220,7 +220,7 @@ class TestComingBackFromDisk:
 
 class TestWhatIsWritten:
     def test_only_what_was_wanted_twice(self, here: Here) -> None:
-        here.start(nvme_admission="second-touch")
+        here.start(nvme_admission="touched>=2", nvme_write_rate="500MB")
         save(here.channel, here.namespace, HASHES[:8])
         assert here.stats()["nvme_skipped_blocks:admission"] == 8
         assert lease(here.channel, here.namespace, HASHES[:4]).count == 4
@@ -228,14 +228,6 @@ class TestWhatIsWritten:
             lambda: here.stats().get("nvme_written_blocks", 0) == 4, "what was wanted again is written"
         )
         assert here.persist(HASHES[:8]) == 8, "who asks for it passes the filter by"
-
-    def test_a_conversation_that_came_back_whole(self, here: Here) -> None:
-        here.start(nvme_admission="branch-reused", nvme_write_rate="500MB")
-        save(here.channel, here.namespace, HASHES[:8])
-        assert here.stats()["nvme_skipped_blocks:admission"] == 8
-        assert lease(here.channel, here.namespace, HASHES[:8]).count == 8
-        save(here.channel, here.namespace, HASHES[8:12], parent=HASHES[7])
-        here.until(lambda: here.stats().get("nvme_written_blocks", 0) == 12, "its newest part, too")
 
     def test_back_writes_only_what_lives_long_enough(self, here: Here) -> None:
         here.start(nvme_write="back", nvme_back_ms=86_400_000)

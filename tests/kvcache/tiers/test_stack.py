@@ -263,6 +263,18 @@ class TestLimits:
 
         played(rig, play)
 
+    def test_a_conversation_that_came_back_is_written_whole(self, rig: Rig) -> None:
+        rig.rules = Rules("through", "branch-reused", 0)
+
+        async def play() -> None:
+            rig.save(TURNS[:8])
+            assert rig.counters["nvme_skipped_blocks:admission"] == 8
+            assert await rig.load(TURNS[:8]) == 8
+            rig.save(TURNS[:12])
+            await rig.until(lambda: rig.counters["nvme_written_blocks"] == 12)
+
+        played(rig, play)
+
     def test_what_the_rate_has_no_room_for_waits_and_is_written(self, rig: Rig) -> None:
         """A minute's worth is saved up, and is less than a block: one may be written, and no other."""
         rig.paths = rig.paths[:1]
