@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvcache.config import NodeConfig
+from kvcache.eviction import record_files
 from kvcache.eviction.registry import POLICIES
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_files import open_trace
@@ -37,6 +38,7 @@ EXTERNAL = "vllm:prompt_tokens_by_source{external_kv_transfer}"
 TOOL_CALL = {"hint": "tool_call", "priority": 70, "gap_ms": 8_000, "keep_ms": 60_000}
 TURN_END = {"hint": "turn_end", "session": 5}
 DEAR = {"priority": 90, "keep_ms": 3_600_000}
+WAIT_S = 20.0
 FLOOD = [prompt(1_500, seed=100 + at) for at in range(6)]
 """More than twice what the node holds."""
 
@@ -93,7 +95,9 @@ class HearingNode:
 
     def recorded(self) -> Trace:
         """What it was asked until now. It records no more."""
-        self._embedded.call(self._embedded.node.core.recording.close)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(record_files, "CLOSE_S", WAIT_S)  # However slow the disk is just now.
+            self._embedded.call(self._embedded.node.core.recording.close)
         return open_trace(self._recording)
 
     def close(self) -> None:

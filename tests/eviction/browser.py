@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_S = 90
+TIMEOUT_S = 120
 
 
 def chromium() -> str:

@@ -12,6 +12,7 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
+from kvcache.eviction import record_files
 from kvcache.eviction.record_files import RecordFiles
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_recorded import read_recorded
@@ -28,6 +29,14 @@ from tests.server.talk import (
     save,
     stats,
 )
+
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is just now: what was recorded is there once it was closed."""
+    monkeypatch.setattr(record_files, "CLOSE_S", PATIENCE_S)
 
 
 def record(channel: BlockingChannel, action: str, folder: Path | str = "", **more: int) -> wire.StatsReply:
@@ -141,7 +150,7 @@ def test_a_disk_that_fails_is_said_once_and_the_node_goes_on(
     node = serve(record=str(folder))
     recording = node.node.core.recording
     assert recording._files is not None
-    recording._files._thread.join(10)
+    recording._files._thread.join(PATIENCE_S)
     with connected(node.node.address) as channel:
         namespace = opened(channel)
         for count in range(1, 9):

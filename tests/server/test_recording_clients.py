@@ -10,6 +10,7 @@ import pytest
 from kvcache.block import BlockHash, BlockSpec
 from kvcache.client import connect_blocking
 from kvcache.client.store import BlockingStore, Handle, SaveHints
+from kvcache.eviction import record_files
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_edit import coarsened, renumbered
@@ -43,6 +44,12 @@ def prefixes(handle: Handle, trace: Trace) -> list[list[BlockHash]]:
     return [
         handle.hashes([block for block in request.blocks for _ in range(16)]) for request in trace.requests()
     ]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is just now: what was recorded is there once it was closed."""
+    monkeypatch.setattr(record_files, "CLOSE_S", 60.0)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from kvcache.request_hints import RequestHints
 from kvcache.testing.pattern import Pattern
 from kvcache.testing.processes import NodeProcess
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SPEC = BlockSpec(block_tokens=16, plane_count=2, head_count=1, head_bytes=2_048)
 NAMESPACE = Namespace(
@@ -47,7 +47,8 @@ token = "{ROUTER}"
 tenant = "default"
 roles = ["router"]
 """
-PATIENCE_NS = 40 * NS_PER_S
+PATIENCE_S = 100
+PATIENCE_NS = PATIENCE_S * NS_PER_S
 CLIENTS = 2
 SESSIONS = 60
 
@@ -75,7 +76,7 @@ def ask(node: NodeProcess, path: str, body: object = None, token: str = OPERATOR
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
     request = urllib.request.Request(node.http + path, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         with error:
@@ -97,7 +98,7 @@ class Engine(threading.Thread):
         self.troubles: dict[str, int] = {}
 
     def run(self) -> None:
-        store = connect_blocking(self._address, timeout_ms=10_000)
+        store = connect_blocking(self._address, timeout_ms=PATIENCE_S * 1_000)
         handle = store.open(NAMESPACE, SPEC)
         while not self.stop.is_set():
             session = self._random.randrange(SESSIONS)
@@ -170,7 +171,7 @@ def test_a_policy_takes_over_under_load(node: NodeProcess) -> None:
         for engine in engines:
             engine.stop.set()
         for engine in engines:
-            engine.join(20)
+            engine.join(PATIENCE_S)
     _, told = ask(node, "/v1/stats")
     values = told["values"]
     assert values["policy_changes"] == 5
@@ -200,7 +201,7 @@ def test_what_http_refuses(node: NodeProcess) -> None:
 
 def run(node: NodeProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvcache", "tune", *arguments, "--address", node.socket]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_the_command(node: NodeProcess) -> None:
