@@ -26,9 +26,9 @@ from harness import Figure
 from kvcache.cli_simulate import MADE
 from kvcache.eviction.generate import generate
 from kvcache.eviction.record import Recorder
+from kvcache.eviction.record_format import packed_chunk
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_files import open_trace
-from kvcache.eviction.trace_recorded import packed_chunk
 from kvcache.wire import BATCH_BLOCKS_MAX
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"

@@ -1,4 +1,4 @@
-"""Amounts as people read them."""
+"""Amounts and words as people read them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def gib_text(count: float) -> str:
 def number_text(value: float) -> str:
     """Two figures, or all before the point: ``0.21``, ``3.5``, ``114``."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def plain(text: str) -> str:
+    """``text`` of strangers, with a question mark for what is no sign that can be seen."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)

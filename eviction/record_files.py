@@ -14,16 +14,17 @@ from __future__ import annotations
 import fcntl
 import os
 import queue
+import stat
 import threading
 from pathlib import Path
 
-from kvcache.eviction.trace_recorded import SUFFIX, Head, packed_chunk
+from kvcache.eviction.record_format import SUFFIX, Head, packed_chunk
 
 FILES_A_FOLDER = 8
 """So many files, roughly, share ``bytes_max``: what goes when room is made is one of them."""
 QUEUE_MAX = 64
 BYTES_MIN = 1 << 20
-CLOSE_S = 2.0
+CLOSE_S = 5.0
 _LOCK = "recording.lock"
 
 _Work = Head | bytes | None
@@ -145,14 +146,18 @@ class RecordFiles:
     def _make_room(self, size: int) -> None:
         held = []
         for path in self.folder.glob(f"*{SUFFIX}"):
-            status = path.stat()
-            held.append((status.st_mtime_ns, path.name, status.st_size, path))
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                continue  # Somebody has just taken it away, and so made room.
+            if stat.S_ISREG(status.st_mode):
+                held.append((status.st_mtime_ns, path.name, status.st_size, path))
         total = sum(each[2] for each in held) + size
         for _, _, bytes_held, path in sorted(held):
             if total <= self._bytes_max:
                 return
             if path != self._current:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 total -= bytes_held
         if not self._current or not self._current.exists():
             raise FileNotFoundError(2, "the file being written was taken away")

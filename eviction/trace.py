@@ -311,6 +311,8 @@ class _Reader:
             raise _bad(
                 f"{self._path} has no array '{name.removesuffix('.npy')}'", "every kvtrace-v1 file has it"
             )
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _bad(f"{name} in {self._path} is packed in another way", "numpy stores or deflates")
         if info.file_size > bytes_max:
             raise _bad(f"{name} in {self._path} has {info.file_size} bytes", f"the limit is {bytes_max}")
         # The reader stops at the length in the directory, and what comes out has a checksum there.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from kvcache.errors import BadInput
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.trace import Trace
@@ -168,6 +169,8 @@ def split(
     as_json: bool,
 ) -> None:
     """Two parts: choose a setting on the one, and see on the other whether it was right."""
+    if first.resolve() == rest.resolve():
+        raise BadInput("bad_config", f"both parts are {first}", "the one would be written over the other")
     read = _read(source, Reading(block_tokens, sort, spread, seed))
     part = parse_share(share)
     one, other = split_by_time(read, part) if by == "time" else split_by_session(read, part, seed)
@@ -197,9 +200,10 @@ def make(
 ) -> None:
     """Make up a trace in which prompts share beginnings. The same options give the same trace."""
     if like is None:
-        made = generate(
-            Workload(request_count=requests or 1_000, block_tokens=to_block_tokens or 16, seed=seed)
-        )
+        count = requests or 1_000
+        workload = Workload(request_count=count, block_tokens=to_block_tokens or 16, seed=seed)
+        with _watched(out.name, count) as progress:
+            made = generate(workload, progress)
     else:
         from kvcache.eviction.generate_like import fit, generate_like
 

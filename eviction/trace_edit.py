@@ -8,13 +8,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from operator import le
 from random import Random
 
 from kvcache.errors import BadInput
+from kvcache.eviction.amounts import plain
 from kvcache.eviction.trace import BLOCK_TOKENS_MAX, Trace
 from kvcache.eviction.trace_shape import depths_of
 
 _ROUND_MS_MAX = 86_400_000
+_LENGTH_MAX = (1 << 31) - 1
 
 
 def subset(trace: Trace, indexes: Sequence[int], note: str) -> Trace:
@@ -55,6 +58,26 @@ def renumbered(trace: Trace) -> Trace:
         tokens=array("H", [trace.tokens[block] for block in order]),
         leaves=array("i", [numbers[leaf] if leaf >= 0 else -1 for leaf in trace.leaves]),
     )
+
+
+def with_whole_lengths(trace: Trace) -> Trace:
+    """No prompt is shorter than its blocks: a source that says so would have more found than was asked for.
+    RAISES BadInput (bad_trace) for one of more tokens than a length can be."""
+    depths, full = depths_of(trace.parents), trace.block_tokens
+    least = [(depths[leaf] - 1) * full + trace.tokens[leaf] if leaf >= 0 else 0 for leaf in trace.leaves]
+    if all(map(le, least, trace.input_tokens)):
+        return trace
+    if max(least) > _LENGTH_MAX:
+        raise BadInput("bad_trace", f"a prompt of {max(least):,} tokens", f"the limit is {_LENGTH_MAX:,}")
+    return replace(trace, input_tokens=array("i", map(max, least, trace.input_tokens)))
+
+
+def with_plain_words(trace: Trace) -> Trace:
+    """Kinds and note as they may be shown: a terminal obeys some signs, and a file cannot hold others."""
+    kinds = tuple(map(plain, trace.kinds))
+    if kinds == trace.kinds and trace.note.isprintable():
+        return trace
+    return replace(trace, kinds=kinds, note=plain(trace.note))
 
 
 def with_sessions(trace: Trace) -> Trace:

@@ -13,17 +13,19 @@ What is none of these is refused with what it looks like instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvcache.errors import BadInput
+from kvcache.eviction.record_format import MAGIC, SUFFIX
 from kvcache.eviction.trace import BLOCK_TOKENS_MAX, Trace, read_trace, write_trace
-from kvcache.eviction.trace_mooncake import BLOCK_TOKENS as MOONCAKE_TOKENS
+from kvcache.eviction.trace_edit import with_plain_words, with_whole_lengths
 from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
-from kvcache.eviction.trace_qwen import BLOCK_TOKENS as QWEN_TOKENS
 from kvcache.eviction.trace_qwen import qwen_lines, read_qwen
-from kvcache.eviction.trace_recorded import MAGIC, SUFFIX, read_recorded
+from kvcache.eviction.trace_recorded import read_recorded
 from kvcache.eviction.trace_rows import LINE_BYTES_MAX, Progress, bad
 from kvcache.eviction.trace_tester import SPREAD_S, read_tester, tester_sessions
 
@@ -52,7 +54,7 @@ def open_trace(path: Path | str, reading: Reading | None = None, progress: Progr
         raise BadInput(
             "bad_config", f"blocks of {how.block_tokens} tokens", f"1 to {BLOCK_TOKENS_MAX} are possible"
         )
-    trace = _READERS[format_of(path)](path, how, progress)
+    trace = with_plain_words(with_whole_lengths(_READERS[format_of(path)](path, how, progress)))
     if not trace.request_count:
         raise bad(f"{path} has no requests", f"there is nothing else: {trace.note}", _TODO)
     return trace
@@ -61,11 +63,9 @@ def open_trace(path: Path | str, reading: Reading | None = None, progress: Progr
 _READERS: dict[str, Callable[[Path, Reading, Progress | None], Trace]] = {
     KVTRACE: lambda path, how, progress: read_trace(path, sort=how.sort),
     MOONCAKE: lambda path, how, progress: read_mooncake(
-        path, how.block_tokens or MOONCAKE_TOKENS, sort=how.sort, progress=progress
+        path, how.block_tokens, sort=how.sort, progress=progress
     ),
-    QWEN: lambda path, how, progress: read_qwen(
-        path, how.block_tokens or QWEN_TOKENS, sort=how.sort, progress=progress
-    ),
+    QWEN: lambda path, how, progress: read_qwen(path, how.block_tokens, sort=how.sort, progress=progress),
     RECORDED: lambda path, how, progress: read_recorded(path, progress),
     TESTER: lambda path, how, progress: read_tester(
         path, spread_s=how.spread_s, seed=how.seed, progress=progress
@@ -100,7 +100,7 @@ def format_of(path: Path) -> str:
     if first.startswith(MAGIC):
         return RECORDED
     if first.lstrip().startswith(b"{"):
-        return _json_format(path, first.strip(), more)
+        return _json_format(path, first, more)
     raise bad(f"{path} is no trace that can be read", _looks_like(first), _TODO)
 
 
@@ -108,6 +108,8 @@ def _json_format(path: Path, first: bytes, more: bool) -> str:
     try:
         fields = json.loads(first)
     except (ValueError, RecursionError) as error:
+        if path.suffix == ".jsonl" and more and len(first) == LINE_BYTES_MAX:
+            raise bad(f"line 1 of {path} is too long", f"the limit is {LINE_BYTES_MAX} bytes") from error
         if path.suffix == ".jsonl":
             raise bad(f"line 1 of {path} is no JSON", str(error)[:200], "is the file whole?") from error
         if more:
@@ -152,15 +154,32 @@ def save_trace(path: Path, trace: Trace, form: str = "") -> str:
             "give one with --format, or a name that ends in .npz",
         )
     try:
-        if form == KVTRACE:
-            write_trace(path, trace)
-        elif form == TESTER:
+        if form == TESTER:
             _write_folder(path, tester_sessions(trace))
-        else:
-            _write_lines(path, mooncake_lines(trace) if form == MOONCAKE else qwen_lines(trace))
+            return form
+        with _whole_or_nothing(path) as part:
+            if form == KVTRACE:
+                write_trace(part, trace)
+            else:
+                _write_lines(part, mooncake_lines(trace) if form == MOONCAKE else qwen_lines(trace))
     except OSError as error:
         raise BadInput("bad_config", f"{path} cannot be written", str(error)) from error
     return form
+
+
+@contextmanager
+def _whole_or_nothing(path: Path) -> Iterator[Path]:
+    """Where to write what is ``path`` once it is whole: what was there before stays until then."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path  # A pipe, or a terminal.
+        return
+    part = path.with_name(f".kvtrace-{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -170,5 +189,8 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def _write_folder(path: Path, files: Iterable[tuple[str, str]]) -> None:
     path.mkdir(parents=True, exist_ok=True)
+    if other := next((each for each in path.iterdir() if each.suffix in (".json", SUFFIX)), None):
+        what = f"{path} has {other.name}"
+        raise BadInput("bad_config", what, "all of a folder is read as one trace", "name an empty folder")
     for name, text in files:
         (path / name).write_text(text)

@@ -14,16 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvcache.eviction.trace import AT_MS_MAX, Trace
-from kvcache.eviction.trace_rows import LENGTH_MAX, Progress, Rows, names, objects, whole
+from kvcache.eviction.trace_rows import LENGTH_MAX, Fit, Progress, Rows, names, objects, whole
 
 BLOCK_TOKENS = 512
 
 
 def read_mooncake(
-    path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False, progress: Progress | None = None
+    path: Path, block_tokens: int = 0, *, sort: bool = False, progress: Progress | None = None
 ) -> Trace:
-    """The trace in ``path``. RAISES BadInput (bad_trace)."""
-    rows = Rows(block_tokens, prefix_names=True, sort=sort)
+    """The trace in ``path``; ``block_tokens`` 0: as published. RAISES BadInput (bad_trace)."""
+    full = block_tokens or BLOCK_TOKENS
+    rows = Rows(full, prefix_names=True, sort=sort, fit=Fit(full, is_assumed=not block_tokens))
     for where, fields in objects(path, progress):
         rows.add(
             where,

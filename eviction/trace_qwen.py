@@ -19,6 +19,7 @@ from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_rows import (
     LENGTH_MAX,
     NAME_MAX,
+    Fit,
     Progress,
     Rows,
     bad,
@@ -33,10 +34,11 @@ BLOCK_TOKENS = 16
 
 
 def read_qwen(
-    path: Path, block_tokens: int = BLOCK_TOKENS, *, sort: bool = False, progress: Progress | None = None
+    path: Path, block_tokens: int = 0, *, sort: bool = False, progress: Progress | None = None
 ) -> Trace:
-    """The trace in ``path``. RAISES BadInput (bad_trace)."""
-    rows = Rows(block_tokens, prefix_names=False, sort=sort)
+    """The trace in ``path``; ``block_tokens`` 0: as published. RAISES BadInput (bad_trace)."""
+    full = block_tokens or BLOCK_TOKENS
+    rows = Rows(full, prefix_names=False, sort=sort, fit=Fit(full, is_assumed=not block_tokens))
     chats = _Chats(sort)
     for where, fields in objects(path, progress):
         chat = whole(where, fields, "chat_id", NAME_MAX)
@@ -51,6 +53,7 @@ def read_qwen(
             chats.session(where, chat, parent),
             text(where, fields, "type", "unknown"),
         )
+    chats.check(path)
     return rows.trace(path.name)
 
 
@@ -62,6 +65,7 @@ class _Chats:
         self._sessions: dict[int, int] = {}
         self._orphans: dict[int, int] = {}  # By the parent that is not there: they are one session, too.
         self._cut: dict[int, str] = {}
+        self._parents: dict[int, int] = {}  # In any order, where a circle can only be seen at the end.
         self._count = 0
 
     def session(self, where: str, chat: int, parent: int) -> int:
@@ -82,7 +86,21 @@ class _Chats:
                 self._orphans[parent] = found
                 self._cut[parent] = where
         self._sessions[chat] = found
+        if self._any_order and parent >= 0:
+            self._parents[chat] = parent
         return found
+
+    def check(self, path: Path) -> None:
+        """RAISES BadInput for chats that go on from one another in a circle."""
+        sound: set[int] = set()
+        for chat in self._parents:
+            seen: set[int] = set()
+            while chat in self._parents and chat not in sound:
+                if chat in seen:
+                    raise bad(f"parent_chat_id of chat {chat} in {path}", "in the end it goes on from itself")
+                seen.add(chat)
+                chat = self._parents[chat]
+            sound |= seen
 
 
 def qwen_lines(trace: Trace) -> Iterator[str]:

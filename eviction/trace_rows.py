@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvcache.errors import BadInput
-from kvcache.eviction.trace import BLOCKS_MAX, KINDS_MAX, REQUESTS_MAX, Trace, by_arrival
+from kvcache.eviction.trace import (
+    BLOCK_TOKENS_MAX,
+    BLOCKS_MAX,
+    KINDS_MAX,
+    REQUESTS_MAX,
+    Trace,
+    by_arrival,
+)
 
 LINE_BYTES_MAX = 4 << 20
 NAME_MAX = 1 << 64
@@ -43,12 +50,60 @@ def bad(what: str, why: str, todo: str = "") -> BadInput:
     return BadInput("bad_trace", what, why, todo)
 
 
+class Fit:
+    """Are blocks as long as was taken for granted? Else every figure in tokens would be wrong by so much. A
+    request may be odd; a file of which most are has blocks of another length."""
+
+    def __init__(self, block_tokens: int, *, is_assumed: bool) -> None:
+        """``is_assumed``: nobody said how long they are, so that longer ones are refused, too."""
+        self._full = block_tokens
+        self._is_assumed = is_assumed
+        self._low, self._high = 1, BLOCK_TOKENS_MAX
+        self._some = self._several = self._over = self._under = 0
+        self._first_over = self._first_under = ""
+
+    def see(self, where: str, count: int, tokens: int) -> None:
+        """A prompt of so many tokens has ``count`` blocks."""
+        if not count:
+            return
+        said = f"{where}: {count:,} blocks of {self._full} tokens for a prompt of {tokens:,}"
+        self._some += 1
+        self._low = max(self._low, -(-tokens // count))
+        if tokens >= (count + 1) * self._full:
+            self._under += 1
+            self._first_under = self._first_under or said
+        if count > 1:
+            self._several += 1
+            self._high = min(self._high, (tokens - 1) // (count - 1))
+            if tokens <= (count - 1) * self._full:
+                self._over += 1
+                self._first_over = self._first_over or said
+
+    def check(self) -> None:
+        """RAISES BadInput (bad_trace)."""
+        if 2 * self._over > self._several:
+            raise self._bad(self._first_over, "shorter", f"{self._over:,} of {self._several:,}")
+        if self._is_assumed and 2 * self._under > self._some:
+            raise self._bad(self._first_under, "longer", f"{self._under:,} of {self._some:,}")
+
+    def _bad(self, what: str, how: str, share: str) -> BadInput:
+        likely = 1 << (self._low - 1).bit_length()
+        fits = self._low <= likely <= self._high
+        todo = "say how long they are with --block-tokens"
+        return bad(
+            what,
+            f"so it is in {share} requests: the blocks of this file are {how}",
+            f"{todo} {likely}" if fits else todo,
+        )
+
+
 class Rows:
     """Gathers requests into a trace, in the order in which they are added."""
 
-    def __init__(self, block_tokens: int, *, prefix_names: bool, sort: bool) -> None:
+    def __init__(self, block_tokens: int, *, prefix_names: bool, sort: bool, fit: Fit | None = None) -> None:
         """Without ``sort``, a request that arrives before the one added before it is refused."""
         self._full = block_tokens
+        self._fit = fit
         self._prefix_names = prefix_names
         self._sort = sort
         self._parents = array("i")
@@ -84,6 +139,8 @@ class Rows:
                 "if only the order is wrong, kvcache trace convert --sort mends it",
             )
         leaf = self._leaf(where, names, input_tokens)
+        if self._fit is not None:
+            self._fit.see(where, len(names), input_tokens)
         for column, value in zip(
             self._columns,
             (leaf, at_ms, input_tokens, output_tokens, session, self._kind(where, kind)),
@@ -93,6 +150,8 @@ class Rows:
 
     def trace(self, note: str) -> Trace:
         """All that was added. RAISES BadInput (bad_trace)."""
+        if self._fit is not None:
+            self._fit.check()
         columns = by_arrival(self._columns) if self._sort else self._columns
         leaves, arrivals, inputs, outputs, sessions, kinds = columns
         return Trace(

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from kvcache.eviction.amounts import plain
 from kvcache.eviction.trace import Trace
 
 REUSE_S = (1, 10, 60, 600, 3_600, 21_600)
@@ -225,7 +226,7 @@ def picture(name: str, shape: Shape) -> str:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in shape.kinds.items())
     unique_share = shape.unique_blocks / max(shape.blocks, 1)
     rows = [
-        f"{name}: {shape.requests:,} requests in {shape.span_s:,.0f} s, "
+        f"{plain(name)}: {shape.requests:,} requests in {shape.span_s:,.0f} s, "
         f"{shape.requests_a_second:.2f} a second, {shape.sessions:,} sessions",
         f"  from      {shape.note or 'it does not say'}",
         f"  kinds     {kinds}",

@@ -20,7 +20,7 @@ from kvcache.config import NodeConfig, parse_size
 from kvcache.errors import BadInput, NotAllowed
 from kvcache.eviction.record import Recorder
 from kvcache.eviction.record_files import BYTES_MIN, RecordFiles
-from kvcache.eviction.trace_recorded import Head
+from kvcache.eviction.record_format import Head
 from kvcache.request_hints import UNKNOWN
 from kvcache.wire import BATCH_BLOCKS_MAX, Record, Reserve, TakeLease
 from kvcache.wire_record import SAMPLE_ALL

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from kvcache.clock import NS_PER_MS
 from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.record import Recorder
+from kvcache.eviction.record_format import Head, packed_chunk
 from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_edit import coarsened, renumbered
 from kvcache.eviction.trace_files import RECORDED, format_of, open_trace
-from kvcache.eviction.trace_recorded import Head, packed_chunk, read_recorded
+from kvcache.eviction.trace_recorded import read_recorded
 from tests.eviction.record_world import BLOCK, START_NS, Played, alike, content, hashes, made, whole_blocks
 
 

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from kvcache.eviction import record_files
 from kvcache.eviction.record_files import BYTES_MIN, QUEUE_MAX, RecordFiles
-from kvcache.eviction.trace_recorded import Head
+from kvcache.eviction.record_format import Head
 
 HEAD = Head("a" * 16, 0, 1, 0, 0, 128, 1.0)
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is just now: what was put is there once it was closed."""
+    monkeypatch.setattr(record_files, "CLOSE_S", PATIENCE_S)
 
 
 def noise(number: int, size: int = 20_000) -> bytes:
@@ -66,6 +74,32 @@ def test_what_is_being_written_stays(tmp_path: Path) -> None:
     assert (tmp_path / name).stat().st_size == files.written_bytes > BYTES_MIN
 
 
+def test_what_others_do_in_the_folder_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder and two links that are called like recordings, and one that somebody takes away just then."""
+    (tmp_path / "folder.kvrec").mkdir()
+    (tmp_path / "nowhere.kvrec").symlink_to(tmp_path / "none")
+    (tmp_path / "elsewhere.kvrec").symlink_to(tmp_path / "mine.npz")
+    (tmp_path / "mine.npz").write_bytes(bytes(4 * BYTES_MIN))
+    (tmp_path / "gone.kvrec").write_bytes(bytes(10))
+    lstat = Path.lstat
+
+    def taken(path: Path) -> os.stat_result:
+        if path.name == "gone.kvrec":
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", taken)
+    files = RecordFiles(tmp_path, BYTES_MIN)
+    files.begin(HEAD)
+    files.put(noise(1))
+    files.close()
+    assert not files.failed and files.written_bytes
+    left = {"folder.kvrec", "nowhere.kvrec", "elsewhere.kvrec", "mine.npz"}
+    assert left < {path.name for path in tmp_path.iterdir()}
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "mine.npz"
     mine.write_bytes(bytes(2 * BYTES_MIN))
@@ -83,7 +117,7 @@ def test_one_recording_a_folder(tmp_path: Path) -> None:
     while not held(tmp_path):
         pass  # Until its thread has the lock.
     second = RecordFiles(tmp_path, BYTES_MIN)
-    second._thread.join(10)
+    second._thread.join(PATIENCE_S)
     assert second.is_over
     assert "another node records here" in second.failed
     assert not second.put(b"x")
@@ -112,7 +146,7 @@ def test_what_goes_wrong_is_kept_to_itself(tmp_path: Path, trouble: str) -> None
             path.unlink()
         folder.rmdir()
     files.put(b"x")
-    files._thread.join(10)
+    files._thread.join(PATIENCE_S)
     assert not files._thread.is_alive()
     assert files.failed
     assert str(folder) in files.failed
@@ -127,7 +161,7 @@ def test_a_full_disk_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("kvcache.eviction.record_files.os.write", full)
     files = RecordFiles(tmp_path, BYTES_MIN)
     files.begin(HEAD)
-    files._thread.join(10)
+    files._thread.join(PATIENCE_S)
     assert files.failed == f"No space left on device ({tmp_path})"
 
 
@@ -138,7 +172,7 @@ def test_a_disk_that_hangs_costs_records_and_no_time(tmp_path: Path, monkeypatch
     write = os.write
 
     def slow(descriptor: int, data: memoryview) -> int:
-        goes_on.wait(10)
+        goes_on.wait(PATIENCE_S)
         return write(descriptor, data)
 
     monkeypatch.setattr("kvcache.eviction.record_files.os.write", slow)
