@@ -19,13 +19,15 @@ from kvcache.eviction.advice import RULES, Advice, Adviser
 from kvcache.eviction.advice_words import Situation, finalist_dict, situation, words
 from kvcache.eviction.amounts import number_text
 from kvcache.eviction.capacity import parse_capacity
-from kvcache.eviction.cli_mrc import opened, parse_rate
+from kvcache.eviction.cli_below import DWPD_MAX
+from kvcache.eviction.cli_mrc import parse_rate
 from kvcache.eviction.cli_progress import bar
-from kvcache.eviction.cli_replay import heading, parse_settings
+from kvcache.eviction.cli_replay import heading, opened, parse_settings
 from kvcache.eviction.models import MODELS, model_named
 from kvcache.eviction.registry import policy_names
 from kvcache.eviction.replay import REPLAY_ONLY
 from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.trace_files import Reading
 from kvcache.eviction.trial import Machine, Setting
 
 _SHOWN = 8
@@ -69,11 +71,14 @@ def advise_command(
     Settings are sought on a sample of the first part of the trace, and confirmed on the whole.
     """
     model = model_named(model_name) if model_name else None
-    trace = opened(path, block_tokens)
+    trace = opened(path, Reading(block_tokens=block_tokens))
     lower = parse_capacity(nvme, trace, model).blocks if nvme else 0
-    if dwpd < 0 or (dwpd and not lower):
+    if not 0 <= dwpd <= DWPD_MAX or (dwpd and not lower):
         raise BadInput(
-            "bad_config", f"--dwpd {dwpd:g}", "that is of NVMe, and more than 0", "give --nvme as well"
+            "bad_config",
+            f"--dwpd {dwpd:g}",
+            f"that is of NVMe, more than 0, and at most {DWPD_MAX:g}",
+            "give --nvme as well",
         )
     machine = Machine(parse_capacity(capacity, trace, model).blocks, lower, dwpd, hints)
     now = Setting(policy, tuple(sorted(parse_settings(settings).items())), parse_admission(admit))

@@ -16,7 +16,7 @@ from kvcache.eviction.replay_tiers import TiersResult
 from kvcache.eviction.spill import Below
 from kvcache.eviction.trace import Trace
 
-_DWPD_MAX = 10_000.0
+DWPD_MAX = 10_000.0
 
 
 def with_below(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,8 +84,8 @@ def _number(text: str, name: str) -> float:
         value = float(text)
     except ValueError as error:
         raise BadInput("bad_config", f"{name} {text}", "that is no number") from error
-    if not 0 < value <= _DWPD_MAX:
-        raise BadInput("bad_config", f"{name} {text}", f"more than 0, and at most {_DWPD_MAX:g}, is possible")
+    if not 0 < value <= DWPD_MAX:
+        raise BadInput("bad_config", f"{name} {text}", f"more than 0, and at most {DWPD_MAX:g}, is possible")
     return value
 
 

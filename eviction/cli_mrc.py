@@ -19,14 +19,14 @@ from kvcache.errors import BadInput
 from kvcache.eviction.amounts import gib_text
 from kvcache.eviction.capacity import Capacity, parse_capacities
 from kvcache.eviction.cli_progress import bar
-from kvcache.eviction.cli_replay import chosen, heading, parse_settings
+from kvcache.eviction.cli_replay import chosen, heading, opened, parse_settings
 from kvcache.eviction.curves import EXACT, LEAF_LRU, SAMPLED, Estimate, Estimator
 from kvcache.eviction.models import MODELS, Model, model_named
 from kvcache.eviction.picture import Line, draw
 from kvcache.eviction.replay import BELADY
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import Reading, bytes_of, open_trace
+from kvcache.eviction.trace_files import Reading
 
 GIB = 1 << 30
 POLICIES = "leaf-lru,leaf-hazard,leaf-arc"
@@ -77,7 +77,7 @@ def mrc_command(
     if bound and BELADY not in names:
         names.append(BELADY)
     own = parse_settings(settings)
-    trace = opened(path, block_tokens)
+    trace = opened(path, Reading(block_tokens=block_tokens))
     sizes = capacities(capacity, trace, model)
     estimator = Estimator(Forest(trace), parse_rate(rate), hints=hints, watch=bar)
     points = list(_points(estimator, names, sizes, own, shards))
@@ -104,19 +104,6 @@ def _points(
     if shards:
         for size in sizes:
             yield Point(size, estimator.shards(size.blocks))
-
-
-def opened(path: Path, block_tokens: int) -> Trace:
-    """The trace in ``path``; who watches sees how far it is read. RAISES BadInput as ``open_trace``."""
-    whole = bytes_of(path)
-    shown = bar(f"reading {path.name}", whole)
-    if shown is None:
-        return open_trace(path, Reading(block_tokens=block_tokens))
-    try:
-        # A bar looks at round numbers only.
-        return open_trace(path, Reading(block_tokens=block_tokens), lambda done: shown(done // 64 * 64))
-    finally:
-        shown(whole)
 
 
 def capacities(text: str, trace: Trace, model: Model | None) -> list[Capacity]:

@@ -18,17 +18,18 @@ from pathlib import Path
 import click
 
 from kvcache.errors import BadInput
+from kvcache.eviction.amounts import plain
 from kvcache.eviction.capacity import Capacity, parse_capacities
 from kvcache.eviction.cli_below import BelowRow, LowerOptions, with_below
 from kvcache.eviction.cli_progress import bar
 from kvcache.eviction.models import MODELS, Model, model_named
-from kvcache.eviction.replay import BELADY, REPLAY_ONLY, replay, replay_names
+from kvcache.eviction.replay import BELADY, REPLAY_ONLY, named_policy, replay, replay_names
 from kvcache.eviction.replay_result import ReplayResult
 from kvcache.eviction.replay_tiers import TiersResult, replay_tiers
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.spill import Below
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import Reading, open_trace
+from kvcache.eviction.trace_files import Reading, bytes_of, open_trace
 
 _GIB = 1 << 30
 
@@ -122,15 +123,17 @@ def replay_command(
     asked = Asked(
         chosen(policies), model, parse_settings(settings), hints, wanted_bound, LowerOptions(**lower)
     )
+    check(asked)
     for path in traces:
-        trace = open_trace(path, Reading(block_tokens=block_tokens, sort=sort))
+        trace = opened(path, Reading(block_tokens=block_tokens, sort=sort))
         rows = replayed(str(path), trace, parse_capacities(capacity, trace, model), asked)
         if as_json:
             for row in rows:
                 click.echo(json.dumps(row.as_dict()))
         else:
+            shown = table(list(rows))
             click.echo(heading(path.name, trace))
-            click.echo(table(list(rows)))
+            click.echo(shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,29 @@ class Asked:
     hints: bool
     bound: bool
     lower: LowerOptions
+
+
+def check(asked: Asked) -> None:
+    """RAISES BadInput for a policy or a setting that there is not, before anything takes time."""
+    known = [policy for policy in asked.policies if policy not in REPLAY_ONLY]
+    for policy in known:
+        named_policy(policy, asked.settings)
+    if asked.settings and not known:
+        first = next(iter(asked.settings))
+        raise BadInput("bad_config", f"{asked.policies[0]} has no setting {first!r}", "it has none")
+
+
+def opened(path: Path, reading: Reading) -> Trace:
+    """The trace in ``path``; who watches sees how far it is read. RAISES BadInput as ``open_trace``."""
+    whole = bytes_of(path)
+    shown = bar(f"reading {path.name}", whole)
+    if shown is None:
+        return open_trace(path, reading)
+    try:
+        # A bar looks at round numbers only.
+        return open_trace(path, reading, lambda done: shown(done // 64 * 64))
+    finally:
+        shown(whole)
 
 
 def replayed(name: str, trace: Trace, sizes: Sequence[Capacity], asked: Asked) -> Iterator[Row]:
@@ -205,8 +231,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, float]:
 
 def heading(name: str, trace: Trace) -> str:
     span_s = (trace.arrivals_ms[-1] - trace.arrivals_ms[0]) / 1_000
+    requests = f"{trace.request_count:,} requests in {span_s:,.0f} s"
     return (
-        f"{name}: {trace.request_count:,} requests in {span_s:,.0f} s, {sum(trace.input_tokens):,} tokens, "
+        f"{plain(name)}: {requests}, {sum(trace.input_tokens):,} tokens, "
         f"{trace.block_count:,} blocks of {trace.block_tokens}\n"
     )
 

@@ -15,17 +15,19 @@ import click
 from kvcache.errors import BadInput
 from kvcache.eviction.advice import Adviser
 from kvcache.eviction.advice_words import situation
+from kvcache.eviction.amounts import plain
 from kvcache.eviction.capacity import parse_capacity
 from kvcache.eviction.cli_advise import as_dict, runnable
-from kvcache.eviction.cli_mrc import LADDER, POLICIES, capacities, opened, parse_rate
+from kvcache.eviction.cli_mrc import LADDER, POLICIES, capacities, parse_rate
 from kvcache.eviction.cli_progress import bar
-from kvcache.eviction.cli_replay import chosen, parse_settings
+from kvcache.eviction.cli_replay import chosen, opened, parse_settings
 from kvcache.eviction.curves import Estimator
 from kvcache.eviction.models import MODELS, model_named
 from kvcache.eviction.registry import policy_names
 from kvcache.eviction.replay import BELADY
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.report import Findings, page
+from kvcache.eviction.trace_files import Reading
 from kvcache.eviction.trace_shape import shape_of
 from kvcache.eviction.trial import Machine, Setting
 
@@ -64,7 +66,10 @@ def report_command(
     The page holds all it shows: it can be mailed, and asks nothing of any server.
     """
     model = model_named(model_name) if model_name else None
-    trace = opened(path, block_tokens)
+    if output.is_dir() or not output.parent.is_dir():
+        why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise BadInput("bad_config", f"{output} cannot be written", why, "give another --output")
+    trace = opened(path, Reading(block_tokens=block_tokens))
     forest, share = Forest(trace), parse_rate(rate)
     lower = parse_capacity(nvme, trace, model).blocks if nvme else 0
     machine = Machine(parse_capacity(capacity, trace, model).blocks, lower, hints=hints)
@@ -75,13 +80,13 @@ def report_command(
     advice = Adviser(forest, machine, rate=share, policies=policy_names(), watch=bar).advise(now)
     estimator = Estimator(forest, share, hints=hints, watch=bar)
     found = Findings(
-        name=path.name,
+        name=plain(path.name),
         shape=shape_of(trace, bar("what it is like", trace.request_count)),
         sizes=ladder,
         estimates=[estimator.estimate(name, size.blocks) for name in names for size in ladder],
         advice=advice,
         at=situation(forest, machine, model, bar),
-        made_by=f"kvcache tune report {path.name} --capacity {capacity}",
+        made_by=f"kvcache tune report {plain(path.name)} --capacity {capacity}",
     )
     write(output, page(found))
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,18 +19,20 @@ from kvcache.errors import BadInput
 from kvcache.eviction.admission import parse_admission
 from kvcache.eviction.amounts import gib_text, number_text
 from kvcache.eviction.capacity import Capacity, parse_capacities, parse_capacity
-from kvcache.eviction.cli_mrc import opened, parse_rate
+from kvcache.eviction.cli_mrc import parse_rate
 from kvcache.eviction.cli_progress import bar
-from kvcache.eviction.cli_replay import chosen, heading
+from kvcache.eviction.cli_replay import chosen, heading, opened
 from kvcache.eviction.curves import Estimator
 from kvcache.eviction.models import MODELS, Model, model_named
 from kvcache.eviction.replay import REPLAY_ONLY
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.sizing import Goal, Option, Sizer
 from kvcache.eviction.trace import Trace
+from kvcache.eviction.trace_files import Reading
 
 _RULES = "all,branch-reused,hazard"
 _PRICE = 25.0
+_SAID = 3
 _SLACK = 0.01  # If so much more is found than was asked for, it is wear that makes the drive large.
 
 
@@ -83,7 +85,7 @@ def size_command(
     """
     model = model_named(model_name) if model_name else None
     goal = Goal(parse_ratio(hit), _positive("--dwpd", dwpd))
-    trace = opened(path, block_tokens)
+    trace = opened(path, Reading(block_tokens=block_tokens))
     no_nvme = nvme_most.strip() == "0"
     shop = Shop(
         _positive("--memory-price", memory_price),
@@ -92,8 +94,8 @@ def size_command(
     )
     sizes = [] if no_nvme else parse_capacities(memory, trace, model)
     sizer = Sizer(Estimator(Forest(trace), parse_rate(rate), watch=bar), goal, watch=bar)
-    options = cheapest_first(sizer, list(_options(sizer, chosen(policies), sizes, admit)), shop)
     shown = Shown(str(path), trace, model, goal)
+    options = cheapest_first(sizer, list(_options(sizer, chosen(policies), sizes, admit)), shop, shown.amount)
     if as_json:
         for option in options:
             click.echo(json.dumps(shown.as_dict(option)))
@@ -141,7 +143,23 @@ def _options(
                     yield thrifty
 
 
-def cheapest_first(sizer: Sizer, options: Sequence[Option], shop: Shop) -> list[Option]:
+def _or(options: Sequence[Option], shop: Shop, amount: Callable[[int], str]) -> str:
+    """Some of them in words, the cheapest first."""
+    said = [
+        f"{amount(option.memory_blocks)} of memory under {option.policy}"
+        + (f" and {amount(option.nvme_blocks)} of NVMe ({_taken(option)})" if option.admission else "")
+        for option in sorted(options, key=lambda option: option.cost(shop.memory_price))
+    ]
+    return "; or ".join(list(dict.fromkeys(said))[:_SAID])
+
+
+def _blocks(count: int) -> str:
+    return f"{count:,} blocks"
+
+
+def cheapest_first(
+    sizer: Sizer, options: Sequence[Option], shop: Shop, amount: Callable[[int], str] = _blocks
+) -> list[Option]:
     """The cheapest is confirmed: if the whole trace says it is not enough, the next is. RAISES BadInput where
     nothing that can be bought is enough."""
     left = sorted(filter(shop.sells, options), key=lambda option: option.cost(shop.memory_price))
@@ -159,8 +177,7 @@ def cheapest_first(sizer: Sizer, options: Sequence[Option], shop: Shop) -> list[
     raise BadInput(
         "bad_config",
         "nothing that can be bought reaches this hit ratio at this wear",
-        "the least of each kind is "
-        + "; or ".join(f"{o.memory_blocks:,} + {o.nvme_blocks:,} blocks" for o in options),
+        f"the least that does is {_or(options, shop, amount)}",
         "allow more with --memory-most, --nvme-most or --dwpd, or ask for less with --hit",
     )
 
@@ -215,7 +232,7 @@ class Shown:
 
     def amount(self, blocks: int) -> str:
         if not self.model:
-            return f"{blocks:,} blocks"
+            return _blocks(blocks)
         return gib_text(blocks * self._block_bytes)
 
     def table(self, options: Sequence[Option], shop: Shop) -> str:

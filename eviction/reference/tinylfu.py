@@ -13,6 +13,7 @@ _WINDOW_SHARE = 0.01
 _PROTECTED_SHARE = 0.8
 _COUNT_MAX = 15
 _AGE_FACTOR = 10
+_BITS_MAX = 26  # For as many blocks as a trace may have.
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _MASK = (1 << 64) - 1
 
@@ -23,7 +24,7 @@ class Sketch:
     """How often numbers were seen, never too low between two halvings. All rows lie in one array."""
 
     def __init__(self, capacity: int) -> None:
-        self._bits = max(6, (4 * capacity - 1).bit_length())
+        self._bits = min(_BITS_MAX, max(6, (4 * capacity - 1).bit_length()))
         self._counts = bytearray(len(_MULTIPLIERS) << self._bits)
         self._places: dict[int, tuple[int, ...]] = {}
         self._left = self._period = _AGE_FACTOR * capacity

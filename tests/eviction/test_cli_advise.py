@@ -61,6 +61,8 @@ def test_with_nvme_writes_are_shown(trace: str) -> None:
         (("--capacity", "60", "--among", ","), "bad_config"),
         (("--capacity", "60", "--set", "depth=1"), "bad_config"),
         (("--capacity", "60", "--dwpd", "1"), "bad_config"),
+        (("--capacity", "60", "--nvme", "600", "--dwpd", "nan"), "bad_config"),
+        (("--capacity", "60", "--nvme", "600", "--dwpd", "inf"), "bad_config"),
         (("--capacity", "60", "--admit", "sometimes"), "bad_config"),
         (("--capacity", "60", "--split", "99"), "too_small"),
         (("--capacity", "60", "--split", "0"), "bad_config"),

@@ -85,6 +85,12 @@ def test_a_person_reads_a_table(trace: str) -> None:
     assert "optimum" not in run(trace, "--capacity", "10%", "--no-bound").output
 
 
+def test_a_capacity_far_beyond_the_trace_takes_no_memory(trace: str) -> None:
+    for policy in ("leaf-hazard", "leaf-arc", "w-tinylfu", "s3-fifo", "belady"):
+        [row] = rows(trace, "--policy", policy, "--capacity", "999999999999")
+        assert number(row, "block_hit_ratio") > 0.5
+
+
 def test_a_policy_that_was_replaced_is_said(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> list[int]:
         raise RuntimeError("no")
@@ -148,10 +154,21 @@ def test_wrong_lower_tiers_are_said_in_plain_words(
         (("--set", "=3"), "--set =3"),
         (("--set", "samples=few"), "few"),
         (("--set", "speed=3"), "no setting 'speed'"),
+        (("--policy", "leaf-hazard", "--set", "samples=nan"), "samples of leaf-hazard is nan"),
+        (("--policy", "belady,lru", "--set", "samples=3"), "no setting 'samples'"),
     ],
 )
 def test_wrong_settings_are_said_in_plain_words(trace: str, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(trace, *arguments).what
+
+
+def test_what_is_wrong_is_said_before_anything_is_shown_or_replayed(
+    trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcache.eviction.cli_replay.open_trace", pytest.fail)
+    for arguments in (["--policy", "leaf-lru,leaf-lur"], ["--policy", "leaf-hazard", "--set", "samples=-1"]):
+        result = run(trace, *arguments)
+        assert isinstance(result.exception, BadInput) and not result.output
 
 
 def test_names_are_suggested_from_all_that_can_be_replayed(trace: str) -> None:
@@ -180,6 +197,20 @@ def test_a_bar_says_how_far_and_how_long_yet(capsys: pytest.CaptureFixture[str])
     assert " 13% " in capsys.readouterr().err
     shown(1_000)
     assert capsys.readouterr().err == "\r"  # click drops the rest where nobody watches.
+
+
+def test_who_waits_for_a_large_trace_sees_how_far_it_is_read(
+    trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+
+    def drawn(label: str, total: int) -> Bar:
+        labels.append(f"{label} {total > 1}")
+        return Bar(label, total)
+
+    monkeypatch.setattr("kvcache.eviction.cli_replay.bar", drawn)
+    assert run(trace, "--no-bound", "--capacity", "3%").exit_code == 0
+    assert labels == ["reading made.npz True", "made.npz: leaf-lru, 3% True"]
 
 
 def test_a_bar_is_drawn_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_the_cheapest_that_is_enough_is_named() -> None:
 def test_what_cannot_be_had_is_said(trace: str) -> None:
     assert "cannot be had at any size" in refused(trace, "--hit", "99%").what
     error = refused(trace, "--hit", "30%", "--memory-most", "2", "--nvme-most", "0")
-    assert "nothing that can be bought" in error.what and "the least of each kind" in error.why
+    assert "nothing that can be bought" in error.what and "the least that does is" in error.why
     assert "--memory-most" in error.todo
 
 

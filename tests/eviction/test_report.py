@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def test_it_asks_nothing_of_anybody(made: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.timeout(600)
 def test_it_is_seen_in_light_and_dark(made: Path, tmp_path: Path) -> None:
     for dark, ground in ((False, LIGHT), (True, DARK)):
         for width in (1_000, 500):
@@ -143,6 +145,7 @@ def served(page: bytes) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("planted", [False, True])
 def test_no_request_leaves_the_page(made: Path, tmp_path: Path, planted: bool) -> None:
     """Served to a browser, the page is all that is asked for (and the icon, by the browser itself). With a
@@ -163,6 +166,26 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         str(tmp_path / "scans.npz"), "--capacity", "60", "--output", str(tmp_path / "none" / "x.html")
     ).exception
     assert isinstance(error, BadInput) and "cannot be written" in error.what
+
+
+def test_where_the_page_cannot_be_is_said_before_anything_takes_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcache.eviction.cli_report.opened", pytest.fail)
+    for output in (tmp_path, tmp_path / "none" / "x.html"):
+        error = report("any.npz", "--capacity", "60", "--output", str(output)).exception
+        assert isinstance(error, BadInput) and "cannot be written" in error.what
+
+
+@pytest.mark.slow
+def test_a_name_that_is_no_text_gives_a_page_all_the_same(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\x1b<b>.npz"
+    write_trace(Path(os.fsdecode(name)), scans(20, 30, 10))
+    page = tmp_path / "x.html"
+    result = report(os.fsdecode(name), "--capacity", "60", "--output", str(page))
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>??&lt;b&gt;.npz" in text and "<b>" not in text
 
 
 def test_lines_are_where_they_belong() -> None:
