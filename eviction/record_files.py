@@ -46,6 +46,7 @@ class RecordFiles:
         self._descriptor = -1
         self._lock = -1
         self._current: Path | None = None
+        self._begun = threading.Event()
         self._ended = threading.Event()
         arguments = (before,)
         self._thread = threading.Thread(target=self._run, args=arguments, name="kvcache-record", daemon=True)
@@ -60,6 +61,10 @@ class RecordFiles:
     def is_full(self) -> bool:
         """Is it time for another file?"""
         return self.file_bytes >= self._bytes_max // FILES_A_FOLDER
+
+    def wait_begun(self) -> None:
+        """Until it has the folder to itself, or has failed; for a while at most."""
+        self._begun.wait(CLOSE_S)
 
     def begin(self, head: Head) -> bool:
         """What is put from now on goes into a new file. False: it cannot be taken now."""
@@ -96,6 +101,7 @@ class RecordFiles:
             before._thread.join(CLOSE_S)
         try:
             self._lock_folder()
+            self._begun.set()
             while (work := self._next()) is not None:
                 if isinstance(work, Head):
                     self._open(work)
@@ -103,7 +109,10 @@ class RecordFiles:
                     self._write(packed_chunk(work))
         except OSError as error:
             self.failed = f"{error.strerror or error} ({self.folder})"
+        except ValueError as error:  # A name that none can have.
+            self.failed = f"{error} ({self.folder})"
         finally:
+            self._begun.set()
             for descriptor in (self._descriptor, self._lock):
                 if descriptor >= 0:
                     os.close(descriptor)

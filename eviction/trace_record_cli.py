@@ -49,6 +49,9 @@ def record(action: str, address: str, folder: str, bytes_max: str, sample: str, 
         _millionths(sample) if sample else 0,
     )
     told = ask(address or default_address(), os.environ.get("KVCACHE_TOKEN", ""), wanted)
+    if action == BEGIN and not told.values["recording"]:
+        todo = "give it a folder of its own, into which the node's user may write"
+        raise BadInput("bad_config", "nothing is recorded", " ".join(told.troubles), todo)
     if as_json:
         click.echo(json.dumps({"said": " ".join(told.troubles), **told.values}))
         return

@@ -15,7 +15,7 @@ from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
 from kvcache.server.reading import WAIT_MS_MAX, Reading
-from kvcache.server.recording import asked_plan
+from kvcache.server.recording import Plan, asked_plan
 from kvcache.server.session import Answer, Later
 from kvcache.server.streams import Streams
 from kvcache.server.watching import Watching
@@ -165,7 +165,12 @@ class Connection:
             return self._end_recording()
         if request.action == BEGIN:
             plan = asked_plan(self._core.config, request, self._identity.peer.uid == os.getuid())
-            recording.begin(plan, time.time_ns() // NS_PER_MS)
+            return self._begin_recording(plan)
+        return wire.StatsReply(recording.stats(), [recording.said()])
+
+    async def _begin_recording(self, plan: Plan) -> Answer:
+        recording = self._core.recording
+        await recording.begin_and_wait(plan, time.time_ns() // NS_PER_MS)
         return wire.StatsReply(recording.stats(), [recording.said()])
 
     async def _end_recording(self) -> Answer:

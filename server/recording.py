@@ -119,6 +119,14 @@ class Recording:
         self._flushed_ns = now_ns
         self.is_on = True
 
+    async def begin_and_wait(self, plan: Plan, started_ms: int) -> None:
+        """``begin``, and wait until its folder is there and nobody else's, or it has failed, unless the disk
+        takes long; others go on meanwhile."""
+        self.begin(plan, started_ms)
+        assert self._files is not None
+        await asyncio.get_running_loop().run_in_executor(None, self._files.wait_begun)
+        self.tick()
+
     def end(self) -> None:
         """What was recorded is still written, by and by. May be called twice."""
         if self._files is not None:

@@ -71,6 +71,15 @@ def test_what_makes_no_sense_is_refused(asked: list[Record], arguments: tuple[st
     assert not asked
 
 
+def test_a_recording_that_could_not_begin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = StatsReply({**VALUES, "recording": 0.0}, ["not recording: no space"])
+    monkeypatch.setattr(trace_record_cli, "ask", lambda *_: said)
+    for more in ([], ["--json"]):
+        with pytest.raises(BadInput, match=r"nothing is recorded.*no space"):
+            run("begin", "--folder", "/x", *more)
+    assert "no space" in run("tell")
+
+
 def test_no_node(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no node answers"):
         run("tell", "--address", f"unix://{tmp_path}/none.sock")

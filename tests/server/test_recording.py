@@ -118,6 +118,17 @@ def test_an_operator_turns_it_on_and_off(serve: Serve, tmp_path: Path) -> None:
     assert "2 files of 2 recordings" in trace.note
 
 
+def test_a_folder_that_cannot_be_is_said_at_once(serve: Serve, tmp_path: Path) -> None:
+    node = serve()
+    (tmp_path / "file").touch()
+    with connected(node.node.address) as channel:
+        for number, folder in enumerate([tmp_path / "file", "/proc/none", "/a\0b"], 1):
+            told = record(channel, "begin", folder)
+            assert told.values["recording"] == 0 and told.values["record_failures"] == number
+            assert told.troubles[0].startswith("not recording: the recording ended: ")
+        assert record(channel, "begin", tmp_path / "rec").values["recording"] == 1
+
+
 def test_what_is_asked_wrongly_is_refused(serve: Serve, tmp_path: Path) -> None:
     node = serve()
     with connected(node.node.address) as channel:
