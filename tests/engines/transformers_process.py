@@ -16,7 +16,8 @@ from collections import Counter
 from typing import Any
 
 NEW_TOKENS = 8
-TIMEOUT_MS = 200
+TIMEOUT_MS = 5_000
+"""Of each call: a node that is stopped costs it once, a machine that looks away for less costs nothing."""
 
 
 class Engine:
