@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from random import Random
+
 import pytest
 
 from kvcache.errors import BadInput
+from kvcache.eviction.keep import Keep
+from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.registry import policy_class
+from kvcache.eviction.wrapper import ask_more, wrapped
 from kvcache.policy import RequestContext
 from kvcache.testing.policies import Grove, PolicyContract
 
@@ -76,6 +82,69 @@ class TestKeep(PolicyContract):
         grove.store("t")
         grove.request("s/a", said(priority=50))
         assert grove.evict(3) == ["t", "s/a", "s"]
+
+    def test_rank_holds_however_many_rank_high(self) -> None:
+        grove = self.grove()
+        for at in range(5_000):
+            grove.store(f"{at}", said(priority=100))
+        grove.store("a/b")
+        assert grove.evict(2) == ["a/b", "a"]
+        assert grove.evict(1) == ["0"]
+
+    def test_what_ends_counts_for_blocks_that_are_leaves_by_then_only(self) -> None:
+        grove = self.grove()
+        grove.store("a/b/c", said(0, priority=90, keep_ms=100))
+        grove.drop(["a/b/c"], "quarantined")
+        for at in range(100):
+            grove.store(f"{at}", said(1, priority=80))
+        assert grove.victims(1, said(99)) == ["0"]
+        assert grove.evict(3, said(101)) == ["a/b", "a", "0"]
+
+    def test_what_has_ended_ranks_no_higher_than_what_is_said_then(self) -> None:
+        grove = self.grove()
+        grove.store("a", said(0, priority=90, keep_ms=100))
+        grove.request("a", said(200, priority=40))
+        grove.store("b", said(200, priority=60))
+        assert grove.evict(2, said(201)) == ["a", "b"]
+
+    @pytest.mark.parametrize("name", ["leaf-lru+keep", "leaf-hazard+keep", "leaf-arc+keep"])
+    def test_nothing_goes_that_outranks_a_leaf_that_stays(self, name: str) -> None:
+        random = Random(11)
+        grove = make(name, retain_ms=30)
+        policy = grove.policy
+        assert isinstance(policy, Keep)
+        for now_ms in range(1, 500):
+            context = said(
+                now_ms,
+                priority=random.choice((10, 50, 50, 80, 100)),
+                hint=random.choice(("unknown", "tool_call")),
+                expected_gap_ms=random.choice((None, 20)),
+                keep_ms=random.choice((None, 5, 50)),
+            )
+            path = "/".join(random.choice("abc") for _ in range(random.randint(1, 5)))
+            grove.request(path, context)
+            grove.store(path, context)
+            if random.random() < 0.4:
+                (named,) = grove.victims(1, context)
+                leaves = [block for block in grove.tree.linked() if grove.tree.is_evictable(block)]
+                ranks = [max(50, policy._rank(block)) for block in leaves]
+                assert max(50, policy._rank(grove.block(named))) == min(ranks)
+                grove.evict(random.randint(1, 4), context)
+        assert len(policy._ending) < 1_000
+
+    def test_the_base_is_asked_for_no_more_however_many_rank_high(self) -> None:
+        class Counting(LeafLru):
+            asked = 0
+
+            def victims(self, context: RequestContext, count: int) -> Sequence[int]:
+                Counting.asked = max(Counting.asked, count)
+                return super().victims(context, count)
+
+        grove = Grove(wrapped(Keep, Counting))
+        for at in range(1_000):
+            grove.store(f"{at}/x", said(hint="tool_call"))
+        grove.evict(2)
+        assert Counting.asked == ask_more(2)
 
 
 def make(name: str, **settings: float) -> Grove:
