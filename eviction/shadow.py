@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from kvcache.block import StorageKey
 from kvcache.guard import PolicyGuard
+from kvcache.patience import Patience
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE, PrefixTree
 
@@ -26,13 +27,14 @@ _VICTIMS_MAX = 256
 class ShadowCache:
     """RAISES what the policy's constructor raises."""
 
-    def __init__(self, make: MakePolicy, capacity_bytes: int) -> None:
+    def __init__(self, make: MakePolicy, capacity_bytes: int, patience: Patience | None = None) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self.is_full = False
         """Has it let anything go?"""
         self._tree = PrefixTree()
         self._guard = PolicyGuard(self._tree, capacity_bytes, make, self._committed)
+        self._guard.patience = patience
 
     def __len__(self) -> int:
         return len(self._tree)

@@ -34,6 +34,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.shadow import ShadowCache
 from kvcache.guard import said
+from kvcache.patience import Patience
 from kvcache.policy import RequestContext
 
 CACHES_MAX = 16
@@ -88,7 +89,13 @@ class Shadows:
     caches, or a policy that cannot start."""
 
     def __init__(
-        self, cells: Sequence[Cell], capacity_bytes: int, sample: float, *, declines: bool = True
+        self,
+        cells: Sequence[Cell],
+        capacity_bytes: int,
+        sample: float,
+        *,
+        declines: bool = True,
+        patience: Patience | None = None,
     ) -> None:
         """``declines``: as of ``Choice.make``."""
         if len(cells) > CACHES_MAX:
@@ -98,6 +105,7 @@ class Shadows:
         self.sample = sample
         self._capacity_bytes = capacity_bytes
         self._declines = declines
+        self._patience = patience
         self._slots: deque[_Slot] = deque(maxlen=LATELY)
         self._begin()
 
@@ -109,7 +117,7 @@ class Shadows:
     def _cache(self, cell: Cell) -> ShadowCache:
         capacity_bytes = max(1, round(self._capacity_bytes * cell.size * self.sample))
         try:
-            return ShadowCache(cell.choice.make(declines=self._declines), capacity_bytes)
+            return ShadowCache(cell.choice.make(declines=self._declines), capacity_bytes, self._patience)
         except Exception as error:  # Others' code.
             what = f"a shadow of {cell.choice.said} cannot start"
             raise BadInput("bad_config", what, said(error)[:200], "leave this policy out") from error

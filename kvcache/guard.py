@@ -2,7 +2,8 @@
 
 Every call of a policy goes through here. It is given nothing that the core goes on with, and its answer is
 verified before anything acts on it; a policy that raises, be it ``SystemExit``, or answers wrongly is
-replaced, for good, by leaf-first LRU, which is told what is held. It costs hits, never blocks that somebody
+replaced, for good, by leaf-first LRU, which is told what is held; so is one that never comes back
+(``patience``). It costs hits, never blocks that somebody
 holds and never a request. ``faults`` counts, ``last_fault`` says what.
 
 A policy can be changed for another meanwhile (``begin_change``, then ``change_step`` until it says so): the
@@ -16,16 +17,19 @@ import signal
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from operator import index
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from kvcache.handover import Handover
 from kvcache.leaf_lru import LeafLru
+from kvcache.patience import Patience
 from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy, MakePolicy, RequestContext, TreeView
 from kvcache.recency import Recency
 
 _FAULT_CHARS_MAX = 300
 
 _Each = TypeVar("_Each")
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 class PolicyGuard:
@@ -44,7 +48,9 @@ class PolicyGuard:
         self._tree = tree
         self._capacity_bytes = capacity_bytes
         self._committed = committed
-        self._install(_made(make_policy, tree, capacity_bytes))
+        self.patience: Patience | None = None
+        """Where others look after how long a policy takes."""
+        self._install(self._made(make_policy))
         self.faults = 0
         self.last_fault = ""
         self.change_fault = ""
@@ -73,16 +79,16 @@ class PolicyGuard:
         that was begun before is given up. ``with_state``: the two understand each other's ``state``; was it
         handed over? RAISES what the policy's constructor raises: then nothing has changed."""
         assert self._recency is not None
-        policy = _made(make_policy, self._tree, self._capacity_bytes)
+        policy = self._made(make_policy)
         has_state = False
         if with_state:
             try:
-                state = self._policy.state()
-                policy.load_state(state)
+                state = self._timed(self._policy.state)
+                self._timed(policy.load_state, state)
                 has_state = len(state) > 0
             except BaseException as error:  # Others' code. What was learned is learned again.
                 _raise_if_ours(error)
-                policy = _made(make_policy, self._tree, self._capacity_bytes)
+                policy = self._made(make_policy)
         self.change_fault = ""
         self._coming = Handover(self._tree, self._recency, policy)
         return has_state
@@ -91,7 +97,7 @@ class PolicyGuard:
         """Tell the new policy of ``count`` blocks, or a branch more. True: no change is under way any more;
         the new one decides, unless ``change_fault`` says otherwise."""
         try:
-            is_over = self._coming is None or self._coming.step(count)
+            is_over = self._coming is None or self._timed(self._coming.step, count)
             if is_over and self._coming is not None:
                 self._install(self._coming.policy)
                 self._coming = None
@@ -137,7 +143,7 @@ class PolicyGuard:
         risen = self._recency.left(blocks)
         if self._coming is not None:
             try:
-                self._coming.left(blocks, reason, risen)
+                self._timed(self._coming.left, blocks, reason, risen)
             except BaseException as error:
                 self._give_up("was told what has left", error)
 
@@ -146,7 +152,7 @@ class PolicyGuard:
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
         self._used(context, path)
         try:
-            self._policy.on_request(context, _own(path))
+            self._ask(self._policy.on_request, context, _own(path))
         except BaseException as error:
             self._replace(context, f"on_request raised {said(error)}")
 
@@ -154,9 +160,9 @@ class PolicyGuard:
         count = len(keys)
         try:
             if self._keyed is not None:
-                admitted = index(self._keyed.admit_keys(context, parent, _own(keys)))
+                admitted = index(self._ask(self._keyed.admit_keys, context, parent, _own(keys)))
             else:
-                admitted = index(self._policy.admit(context, parent, count))
+                admitted = index(self._ask(self._policy.admit, context, parent, count))
         except BaseException as error:
             self._replace(context, f"admit raised {said(error)}")
             return count
@@ -170,7 +176,7 @@ class PolicyGuard:
         blocks = _own(blocks)
         self._entered(context, blocks)
         try:
-            self._policy.on_admitted(context, blocks)
+            self._ask(self._policy.on_admitted, context, blocks)
         except BaseException as error:
             self._replace(context, f"on_admitted raised {said(error)}")
 
@@ -180,14 +186,14 @@ class PolicyGuard:
             self._entered(context, path)
         try:
             for path in paths:
-                self._policy.on_admitted(context, _own(path))
+                self._ask(self._policy.on_admitted, context, _own(path))
         except BaseException as error:
             self._replace(context, f"on_admitted raised {said(error)}")
 
     def victims(self, context: RequestContext, count: int) -> list[int]:
         """At least one while anything can go. In this order, each is an evictable leaf."""
         try:
-            named = [index(block) for block in islice(self._policy.victims(context, count), count + 1)]
+            named = self._ask(_named, self._policy.victims, context, count)
         except BaseException as error:
             fault = f"victims raised {said(error)}"
         else:
@@ -206,8 +212,7 @@ class PolicyGuard:
         if self._devices is None:
             return self.victims(context, count)
         try:
-            answer = self._devices.victims_on(context, count, device)
-            named = [index(block) for block in islice(answer, count + 1)]
+            named = self._ask(_named_on, self._devices.victims_on, context, count, device)
         except BaseException as error:
             fault = f"victims_on raised {said(error)}"
         else:
@@ -223,9 +228,25 @@ class PolicyGuard:
         blocks = _own(blocks)
         self._left(blocks, reason)
         try:
-            self._policy.on_evicted(blocks, reason)
+            self._ask(self._policy.on_evicted, blocks, reason)
         except BaseException as error:
             self._replace(context, f"on_evicted raised {said(error)}")
+
+    def _ask(self, call: Callable[_P, _T], *given: _P.args, **named: _P.kwargs) -> _T:
+        """Of the policy that decides. Ours that it falls back to is not timed: nothing would be left."""
+        return call(*given, **named) if type(self._policy) is LeafLru else self._timed(call, *given, **named)
+
+    def _timed(self, call: Callable[_P, _T], *given: _P.args, **named: _P.kwargs) -> _T:
+        return call(*given, **named) if self.patience is None else self.patience.call(call, *given, **named)
+
+    def _made(self, make_policy: MakePolicy) -> EvictionPolicy:
+        """RAISES what the constructor raises, but nothing that would end more than the call."""
+        try:
+            return self._timed(make_policy, self._tree, self._capacity_bytes)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"its constructor raised {said(error)}") from error
 
     def _wrong(self, named: Sequence[int], count: int) -> str:
         """What breaks the contract, or nothing."""
@@ -294,14 +315,16 @@ def _raise_if_ours(error: BaseException) -> None:
         raise error
 
 
-def _made(make_policy: MakePolicy, tree: TreeView, capacity_bytes: int) -> EvictionPolicy:
-    """RAISES what the constructor raises, but nothing that would end more than the call."""
-    try:
-        return make_policy(tree, capacity_bytes)
-    except Exception:
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"its constructor raised {said(error)}") from error
+def _named(
+    ask: Callable[[RequestContext, int], Sequence[int]], context: RequestContext, count: int
+) -> list[int]:
+    return [index(block) for block in islice(ask(context, count), count + 1)]
+
+
+def _named_on(
+    ask: Callable[[RequestContext, int, int], Sequence[int]], context: RequestContext, count: int, device: int
+) -> list[int]:
+    return [index(block) for block in islice(ask(context, count, device), count + 1)]
 
 
 def _own(given: Sequence[_Each]) -> Sequence[_Each]:

@@ -121,6 +121,7 @@ class Node:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
         self.core.bringing.start()
+        self.core.tuning.start()
         if (plan := RecordPlan.of(self.config)) is not None:
             self.core.recording.begin(plan, time.time_ns() // NS_PER_MS)
         if self._http is not None:

@@ -36,6 +36,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.shadow_words import OFF, Situation, advice
 from kvcache.eviction.shadows import BLOCKS_MAX, Shadows
+from kvcache.patience import Patience
 from kvcache.policy import RequestContext
 from kvcache.server.shadow_plan import Plan, Store
 from kvcache.wire_tuning import Shadow
@@ -77,11 +78,15 @@ class Shadowing:
     that of the node."""
 
     def __init__(
-        self, work_ns: Callable[[], int] = thread_time_ns, node_ns: Callable[[], int] = process_time_ns
+        self,
+        work_ns: Callable[[], int] = thread_time_ns,
+        node_ns: Callable[[], int] = process_time_ns,
+        patience: Patience | None = None,
     ) -> None:
         self.is_on = False
         self.trouble = ""
         """Why they ended by themselves; empty if they did not."""
+        self._patience = patience
         self._work_ns = work_ns
         self._node_ns = node_ns
         self._shadows: Shadows | None = None
@@ -107,7 +112,9 @@ class Shadowing:
     def begin(self, plan: Plan, store: Store, own: Choice, now_ns: int) -> None:
         """``own`` decides in the store. RAISES BadInput."""
         cells = plan.cells(own)
-        self._shadows = Shadows(cells, store.capacity_bytes, plan.sample, declines=store.is_alone)
+        self._shadows = Shadows(
+            cells, store.capacity_bytes, plan.sample, declines=store.is_alone, patience=self._patience
+        )
         self._plan, self._store = plan, store
         self._ticked_ns, self._node_spent_ns = now_ns, self._node_ns()
         self._forget()

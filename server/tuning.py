@@ -3,14 +3,16 @@
     set ──► checked whole ──► told of what is held, STEP_BLOCKS a turn of the loop ──► decides
                                         └── it raises: the old one stays, and it is said why
 
-One owner, the event loop's thread. The sum: a step takes 1 ms, or 3 ms where a policy knows much of each
-block; 300,000 blocks take 1 to 5 s, and the loop serves others between any two steps.
+One owner, the event loop's thread; beside it a thread looks, every ``LOOK_S``, after how long a policy takes.
+The sum: a step takes 1 ms, or 3 ms where a policy knows much of each block; 300,000 blocks take 1 to 5 s, and
+the loop serves others between any two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from dataclasses import dataclass
 
 from kvcache.clock import Clock
@@ -18,6 +20,7 @@ from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
 from kvcache.guard import said
 from kvcache.ledger import Ledger
+from kvcache.patience import LIMIT_NS, Patience
 from kvcache.server.shadowing import Shadowing
 from kvcache.wire_tuning import InForce, Tune, Tuned
 
@@ -25,6 +28,7 @@ log = logging.getLogger("kvcache.server")
 
 HOST = "host"
 STEP_BLOCKS = 256
+LOOK_S = 0.5
 _FAULT_CHARS_MAX = 200
 
 
@@ -42,7 +46,10 @@ class _Tier:
 
 class Tuning:
     def __init__(self, clock: Clock) -> None:
-        self.shadowing = Shadowing()
+        self._patience = Patience(LIMIT_NS)
+        self._looker: threading.Thread | None = None
+        self._is_over = threading.Event()
+        self.shadowing = Shadowing(patience=self._patience)
         self._clock = clock
         self._tiers: dict[str, _Tier] = {}
         self._changes = 0
@@ -50,6 +57,16 @@ class Tuning:
     def add(self, name: str, ledger: Ledger, choice: Choice, *, declines: bool) -> None:
         """A tier in which ``choice`` decides. ``declines``: as of ``Choice.make``."""
         self._tiers[name] = _Tier(ledger, choice, declines)
+        ledger.policy.patience = self._patience
+
+    def start(self) -> None:
+        """Look after how long policies take, until ``close``."""
+        self._looker = threading.Thread(target=self._look, name="kvcache-policies", daemon=True)
+        self._looker.start()
+
+    def _look(self) -> None:
+        while not self._is_over.wait(LOOK_S):
+            self._patience.look()
 
     def set(self, request: Tune) -> None:
         """Begin a change. One that is under way in this tier is given up. RAISES BadInput: then nothing has
@@ -101,7 +118,10 @@ class Tuning:
         ]
 
     async def close(self) -> None:
-        """A change that is under way is given up."""
+        """A change that is under way is given up. May be called twice."""
+        self._is_over.set()
+        if self._looker is not None:
+            self._looker.join()
         for tier in self._tiers.values():
             if tier.task is not None:
                 tier.task.cancel()

@@ -200,6 +200,28 @@ def test_one_that_fails_later_is_replaced_and_it_is_said(
         assert node.node.core.tuning.troubles() == []
 
 
+def for_ever(*_: object) -> None:
+    while True:
+        pass
+
+
+def test_one_that_never_comes_back_is_replaced_and_it_is_said(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(monkeypatch, on_request=for_ever)
+    monkeypatch.setattr(tuning, "LIMIT_NS", 50_000_000)
+    monkeypatch.setattr(tuning, "LOOK_S", 0.01)
+    node = serve()
+    with connected(node.node.address) as channel:
+        namespace = opened(channel)
+        tune(channel, "broken")
+        assert settled(channel).policy == "broken"
+        save(channel, namespace, HASHES[:4])
+        assert lease(channel, namespace, HASHES[:4]).count == 4
+        assert "TooSlow" in settled(channel).fault
+        assert held(channel, namespace, HASHES[:4]) == 4
+
+
 def test_a_node_that_ends_meanwhile_just_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "STEP_BLOCKS", 0)  # It never gets anywhere.
     node = serve()
