@@ -116,14 +116,22 @@ def test_whatever_a_policy_raises_it_is_replaced(
     assert error.__name__ in ledger.policy.last_fault
 
 
-def test_a_person_can_interrupt_a_replay() -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_person_can_interrupt_a_replay(handler: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless that signal means something else here, as in a node, or nothing, as in the background."""
+
     class Interrupted(LeafLru):
         def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
     guard = PolicyGuard(PrefixTree(), 1, Interrupted, list)
-    with pytest.raises(KeyboardInterrupt):
+    if handler is signal.SIG_IGN:
         guard.on_request(RequestContext(now_ns=1), [])
+        assert guard.faults == 1
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            guard.on_request(RequestContext(now_ns=1), [])
 
 
 def test_an_answer_without_an_end_is_cut_off() -> None:
