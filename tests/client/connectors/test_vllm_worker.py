@@ -188,7 +188,7 @@ def test_pages_taken_from_a_request_are_not_read_any_more(rig: Rig) -> None:
     taken = Event()
     taker = Thread(target=lambda: (rig.side.release_pages(["a"]), taken.set()))
     taker.start()
-    while not rig.side._taken:
+    while not (rig.side._taken or taken.is_set()):
         pass  # Until it waits for the first copy, which still runs.
     assert not taken.wait(0.05)
     rig.store.open_gate.set()
