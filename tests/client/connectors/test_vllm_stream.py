@@ -221,7 +221,9 @@ def test_pages_that_are_taken_are_not_read_any_more(rig: Rig) -> None:
     released = Event()
     taker = Thread(target=lambda: (rig.side.release_pages(["a"]), released.set()))
     taker.start()
-    assert not released.wait(0.05)  # Its planes are being copied.
+    while not (rig.side._taken or released.is_set()):
+        pass  # Until it waits for the planes that are being copied.
+    assert not released.wait(0.05)
     rig.store.gate.set()
     taker.join(WAIT_S)
     assert released.is_set()
