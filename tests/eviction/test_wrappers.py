@@ -49,6 +49,13 @@ class TestKeep(PolicyContract):
         grove.request("a")
         assert grove.evict(2) == ["t", "a"]
 
+    def test_what_is_low_stays_low_beyond_its_duration(self) -> None:
+        grove = self.grove()
+        grove.store("a", said(0, priority=10, keep_ms=100))
+        grove.request("a", said(200, priority=20))
+        grove.store("b", said(200, priority=30))
+        assert grove.evict(2, said(300)) == ["a", "b"]
+
     def test_a_duration_ends(self) -> None:
         grove = self.grove()
         grove.store("a", said(0, priority=90, keep_ms=100))
@@ -155,7 +162,7 @@ def make(name: str, **settings: float) -> Grove:
 def test_what_was_just_stored_is_retained() -> None:
     grove = make("leaf-lru+keep", retain_ms=1_000)
     grove.store("a", said(0))
-    grove.request("a", said(0))
+    grove.request("a", said(2_900))
     grove.store("b", said(2_000))
     grove.store("c", said(2_500))
     assert grove.evict(3, said(3_200)) == ["a", "b", "c"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,25 @@ def offer(monkeypatch: pytest.MonkeyPatch, **hooks: Callable[..., object]) -> No
 
 def fail(*_: object) -> None:
     raise RuntimeError("it cannot")
+
+
+def test_in_memory_above_nvme_and_there_nothing_is_declined(serve: Serve, tmp_path: Path) -> None:
+    node = serve(nvme=f"{tmp_path}/nvme:64MiB", nvme_segment="16MiB", policy="leaf-hazard")
+    core = node.node.core
+    assert core.stack is not None
+
+    def declines() -> list[float]:
+        assert core.stack is not None
+        found = [ledger.policy._policy for ledger in (core.ledger, core.stack.ledger)]
+        return [policy._decline for policy in found if isinstance(policy, LeafHazard)]
+
+    assert declines() == [0, 0]
+    with connected(node.node.address) as channel:
+        for params, expected in (({"samples": 4.0}, 0), ({"decline": 2.0}, 2)):
+            for tier in ("host", "nvme"):
+                tune(channel, "leaf-hazard", params, tier)
+                settled(channel, tier)
+            assert declines() == [expected, expected]
 
 
 def test_one_that_cannot_start_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
