@@ -175,6 +175,15 @@ class TestShadows:
         ask(shadows, "xyz", 3)
         assert [each.hit_ratio for each in shadows.estimates(0)] == [1.0]
 
+    def test_how_large_the_sample_is_is_seen_by_what_the_store_misses(self) -> None:
+        """It should be a half of the blocks, and happens to be a quarter of those that are asked for."""
+        shadows = Shadows([Cell(LRU, 1.0)], 1 << 20, 0.5)
+        shadows.tick(1, None, False)
+        for at in range(600):
+            shadows.counted(4, 0)
+            shadows.asked(context(), None, names(f"{at}|")[-1:], 0, 10, 1)
+        assert [each.hit_ratio for each in shadows.estimates(None)] == [0.0]
+
     def test_a_thinner_sample_begins_anew(self) -> None:
         shadows = of_two()
         ask(shadows, "abcd", 0)

@@ -161,6 +161,10 @@ def make(name: str, **settings: float) -> Grove:
 
 def test_what_was_just_stored_is_retained() -> None:
     grove = make("leaf-lru+keep", retain_ms=1_000)
+    grove.store("x", said(0))
+    grove.store("y", said(2_000))
+    grove.request("x", said(2_100))
+    assert grove.evict(2, said(2_500)) == ["x", "y"], "x was only found lately"
     grove.store("a", said(0))
     grove.request("a", said(2_900))
     grove.store("b", said(2_000))

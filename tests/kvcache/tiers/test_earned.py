@@ -113,6 +113,15 @@ def test_what_is_like_what_came_back_is_written_under_hazard() -> None:
     assert world.earned.leading(first) == 0
 
 
+def test_what_memory_has_is_not_wanted_from_below() -> None:
+    world = World("hazard")
+    world.earned.leading(world.store("abc"))
+    world.look("abcd")
+    learned = world.earned._learned
+    assert learned is not None
+    assert sum(each.wanted for each in learned._classes.values()) == 0
+
+
 def test_of_what_is_cold_the_end_of_each_run_that_is_worth_it() -> None:
     world = World("all")
     for path in ("abc", "abd", "x"):
