@@ -18,7 +18,7 @@ from types import TracebackType
 from kvcache.clock import NS_PER_MS, Clock, SystemClock
 
 TICK_S = 0.005
-LEAST_NS = 30 * NS_PER_MS
+LEAST_NS = 12 * NS_PER_MS
 
 
 class Stalls:

@@ -86,7 +86,7 @@ def process_descriptors() -> int:
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    end_ns = SystemClock().now_ns() + 10 * NS_PER_S
+    end_ns = SystemClock().now_ns() + 20 * NS_PER_S
     while not holds():
         assert SystemClock().now_ns() < end_ns, what
 
@@ -153,7 +153,7 @@ class TestWhoMaps:
 class TestConnecting:
     def silent(self, node: EmbeddedNode) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(5)
+        connection.settimeout(20)
         connection.connect(node.node.socket_path)
         return connection
 
@@ -166,7 +166,7 @@ class TestConnecting:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with ExitStack() as stack:
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-            waiting.settimeout(5)
+            waiting.settimeout(20)
             resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
             stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             taken = ExitStack()
