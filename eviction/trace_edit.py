@@ -60,6 +60,16 @@ def renumbered(trace: Trace) -> Trace:
     )
 
 
+def with_used_blocks(trace: Trace) -> Trace:
+    """Only blocks that a request has: per cent are of these."""
+    used, parents = bytearray(trace.block_count), trace.parents
+    for leaf in trace.leaves:
+        while leaf >= 0 and not used[leaf]:
+            used[leaf] = 1
+            leaf = parents[leaf]
+    return trace if all(used) else renumbered(trace)
+
+
 def with_whole_lengths(trace: Trace) -> Trace:
     """No prompt is shorter than its blocks: a source that says so would have more found than was asked for.
     RAISES BadInput (bad_trace) for one of more tokens than a length can be."""

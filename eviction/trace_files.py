@@ -22,7 +22,7 @@ from pathlib import Path
 from kvcache.errors import BadInput
 from kvcache.eviction.record_format import MAGIC, SUFFIX
 from kvcache.eviction.trace import BLOCK_TOKENS_MAX, Trace, read_trace, write_trace
-from kvcache.eviction.trace_edit import with_plain_words, with_whole_lengths
+from kvcache.eviction.trace_edit import with_plain_words, with_used_blocks, with_whole_lengths
 from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
 from kvcache.eviction.trace_qwen import qwen_lines, read_qwen
 from kvcache.eviction.trace_recorded import read_recorded
@@ -54,7 +54,9 @@ def open_trace(path: Path | str, reading: Reading | None = None, progress: Progr
         raise BadInput(
             "bad_config", f"blocks of {how.block_tokens} tokens", f"1 to {BLOCK_TOKENS_MAX} are possible"
         )
-    trace = with_plain_words(with_whole_lengths(_READERS[format_of(path)](path, how, progress)))
+    trace = _READERS[format_of(path)](path, how, progress)
+    for step in (with_used_blocks, with_whole_lengths, with_plain_words):
+        trace = step(trace)
     if not trace.request_count:
         raise bad(f"{path} has no requests", f"there is nothing else: {trace.note}", _TODO)
     return trace

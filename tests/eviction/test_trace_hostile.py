@@ -86,6 +86,19 @@ def test_a_prompt_of_more_tokens_than_a_length_can_be_is_refused(tmp_path: Path)
         open_trace(tmp_path / "t.npz")
 
 
+def test_blocks_that_no_request_has_do_not_count(tmp_path: Path) -> None:
+    """Per cent would be of more than there is."""
+    whole = made()
+    write_trace(tmp_path / "t.npz", whole.head(10))
+    read = open_trace(tmp_path / "t.npz")
+    assert read.block_count == len({block for each in whole.head(10).requests() for block in each.blocks})
+    assert [each.prompt_tokens for each in read.requests()] == [
+        each.prompt_tokens for each in whole.head(10).requests()
+    ]
+    write_trace(tmp_path / "again.npz", read)
+    assert open_trace(tmp_path / "again.npz") == read
+
+
 # --- words --------------------------------------------------------------------------------------------
 
 
