@@ -117,12 +117,12 @@ def _an_hour(advice: Advice, at: Situation) -> str:
 
 
 def _doubt(gain: float, doubt: float, rest: int) -> str:
-    span = f"{gain - doubt:+.1f} to {gain + doubt:+.1f} points"
+    low, high = f"{gain - doubt:+.1f}", f"{gain + doubt:+.1f} points"
     if abs(gain) > doubt:
-        return f"19 times of 20 between {span}, if what comes is like these {rest:,} requests."
+        return f"19 times of 20 between {low} and {high}, if what comes is like these {rest:,} requests."
     return (
-        f"large: {span}. From one stretch of requests to the next it varies by more than it buys; a longer "
-        "trace would tell."
+        f"large: {low} to {high}. From one stretch of requests to the next it varies by more than it buys; "
+        "a longer trace would tell."
     )
 
 
