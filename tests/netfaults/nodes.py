@@ -221,12 +221,12 @@ class TwoNodes:
     """Use as a context manager."""
 
     def __init__(self, hosts: TwoHosts, folder: Path) -> None:
-        self._stalls = Stalls()
-        self.a = Node(hosts.left, hosts.right, "a", A_PROMPTS, folder, self._stalls)
-        self.b = Node(hosts.right, hosts.left, "b", B_PROMPTS, folder, self._stalls)
+        self.stalls = Stalls()
+        self.a = Node(hosts.left, hosts.right, "a", A_PROMPTS, folder, self.stalls)
+        self.b = Node(hosts.right, hosts.left, "b", B_PROMPTS, folder, self.stalls)
 
     def __enter__(self) -> TwoNodes:
-        self._stalls.__enter__()
+        self.stalls.__enter__()
         try:
             self.a.start()
             self.b.start()
@@ -242,4 +242,4 @@ class TwoNodes:
         """Once."""
         self.a.close()
         self.b.close()
-        self._stalls.__exit__(None, None, None)
+        self.stalls.__exit__(None, None, None)
