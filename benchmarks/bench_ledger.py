@@ -151,7 +151,7 @@ def device(policy: str, there: list[Restored], spent: dict[str, list[float]]) ->
     assert ledger.withdraw_arena(arena, 1) == DEVICE_BLOCKS
     spent.setdefault("withdraw.300000", []).append((time.perf_counter_ns() - begun) / 1_000)
     spent.setdefault("restore.300000", []).append((restored - start) / 1_000)
-    assert ledger.policy_fault == ""
+    assert ledger.policy.last_fault == ""
 
 
 def figures(policy: str, rounds: int, there: list[Restored], machine: str) -> Iterator[Figure]:
@@ -160,7 +160,7 @@ def figures(policy: str, rounds: int, there: list[Restored], machine: str) -> It
         bench = Bench(policy, spent)
         bench.fill()
         bench.long_prompts()
-        assert bench.ledger.policy_fault == ""
+        assert bench.ledger.policy.last_fault == ""
     for _ in range(rounds):
         device(policy, there, spent)
     for name, budget_us in BUDGET_US.items():

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where th
 import harness
 from harness import Figure
 
-from kvcache.cli_simulate import MADE, read_any
+from kvcache.cli_simulate import MADE
 from kvcache.eviction.generate import generate
+from kvcache.eviction.trace_files import open_trace
 from kvcache.simulation.report import Figures, figures
 from kvcache.simulation.run import OURS, ROUTERS, Settings, simulate
 from kvcache.simulation.workload import Workload, prepare
@@ -46,7 +47,7 @@ def workloads(paths: Sequence[Path], speed: float, count: int) -> Iterator[Workl
     if not paths:
         yield prepare("generated", generate(MADE), speed, count)
     for path in paths:
-        yield prepare(path.stem, read_any(path), speed, count)
+        yield prepare(path.stem, open_trace(path), speed, count)
 
 
 def compared(workload: Workload, settings: Settings) -> list[Figure]:

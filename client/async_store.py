@@ -47,6 +47,7 @@ from kvcache.client.store import (
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
+from kvcache.request_hints import UNKNOWN, RequestHints
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -119,9 +120,10 @@ class AsyncNodeStore:
         wait_ms: int = LEASE_WAIT_MS,
         source: str = "",
         pushed: bool = False,
+        hints: RequestHints = UNKNOWN,
     ) -> Lease:
         return await self._run(
-            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, source, pushed),
+            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, source, pushed, hints),
             leasing.release,
         )
 

@@ -22,6 +22,7 @@ from kvcache.client.store import Grant, Handle, Lease
 from kvcache.client.waiting import Patience
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, Unavailable
+from kvcache.request_hints import UNKNOWN, RequestHints
 from kvcache.wire import BATCH_BLOCKS_MAX, Leased, Release, Released, TakeLease
 
 CHECKSUM_BYTES: Final = 16
@@ -35,6 +36,7 @@ class _Terms:
     duration_ms: int
     source: str
     pushed: bool
+    hints: RequestHints
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,12 @@ def lease(
     wait_ms: int,
     source: str = "",
     pushed: bool = False,
+    hints: RequestHints = UNKNOWN,
 ) -> Operation[Lease]:
     check_lease(request, duration_ms, source)
     check_wait(wait_ms)
     joined_hashes(prefix)
-    terms = _Terms(request, duration_ms, source, pushed)
+    terms = _Terms(request, duration_ms, source, pushed, hints)
     patience = Patience(context, wait_ms)
     grants: list[Grant] = []
     held = coming = 0
@@ -116,6 +119,11 @@ def _granted(
             terms.source,
             terms.pushed,
             behind.parent,
+            terms.hints.hint,
+            terms.hints.priority,
+            terms.hints.session,
+            terms.hints.gap_ms,
+            terms.hints.keep_ms,
         )
         reply = yield from ask(Leased, wanted)
         _check(reply, len(batch))

@@ -261,6 +261,7 @@ def reserve(
         hints.session,
         hints.gap_ms,
         hints.push,
+        hints.keep_ms,
     )
     reserved = yield from ask(Reserved, request)
     check_reply(reserved.start + reserved.count <= len(batch), "it reserved more blocks than were asked for")

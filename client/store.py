@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId, chain
 from kvcache.namespace import Namespace
+from kvcache.request_hints import UNKNOWN, RequestHints
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -118,15 +119,15 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class SaveHints:
-    """For the node's eviction policy (``policy.RequestContext``): why these blocks were made; and where else
-    they are wanted: ``push`` is the name of the node to which this one copies them while they are written."""
+class SaveHints(RequestHints):
+    """For the node's eviction policy: why these blocks were made; and where else they are wanted: ``push`` is
+    the name of the node to which this one copies them while they are written."""
 
-    hint: str = "unknown"
-    priority: int = 50
-    session: int = -1
-    gap_ms: int = -1
     push: str = ""
+
+    @classmethod
+    def of(cls, hints: RequestHints, push: str = "") -> SaveHints:
+        return cls(hints.hint, hints.priority, hints.session, hints.gap_ms, hints.keep_ms, push)
 
 
 NO_HINTS: Final = SaveHints()
@@ -177,12 +178,14 @@ class BlockStore(Protocol):
         wait_ms: int = LEASE_WAIT_MS,
         source: str = "",
         pushed: bool = False,
+        hints: RequestHints = UNKNOWN,
     ) -> Lease:
         """Hold the leading blocks; ``count`` may be 0, which need not be released. With ``request``, all
         who name it share the same blocks until each has released them. Blocks that the node must read
         from NVMe or fetch from a peer first are waited for, for at most ``wait_ms``; ``coming`` are those
         that were not there by then. ``source`` names the node that has these blocks or computes them;
-        with ``pushed`` it brings them to ours by itself. RAISES BadInput."""
+        with ``pushed`` it brings them to ours by itself. ``hints`` are for the node's eviction policy. RAISES
+        BadInput."""
 
     async def load(
         self,
@@ -278,6 +281,7 @@ class BlockingStore(Protocol):
         wait_ms: int = LEASE_WAIT_MS,
         source: str = "",
         pushed: bool = False,
+        hints: RequestHints = UNKNOWN,
     ) -> Lease: ...
 
     def load(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -70,9 +71,11 @@ class Workload:
             raise BadInput("bad_config", f"{name} is {value}", f"{low} to {high} is possible")
 
 
-def generate(workload: Workload) -> Trace:
-    """The trace of ``workload``. RAISES BadInput (bad_config) when it would have too many blocks."""
-    return _Generator(workload).trace()
+def generate(workload: Workload, progress: Callable[[int], None] | None = None) -> Trace:
+    """The trace of ``workload``; ``progress`` hears how many requests it has by now.
+
+    RAISES BadInput (bad_config) when it would have too many blocks."""
+    return _Generator(workload).trace(progress)
 
 
 @dataclass(slots=True)
@@ -111,9 +114,11 @@ class _Generator:
         self._session_count = 0
         self._systems = [self._new_system() for _ in range(workload.system_prompt_count)]
 
-    def trace(self) -> Trace:
+    def trace(self, progress: Callable[[int], None] | None) -> Trace:
         self._schedule(0, _ONE_SHOT)
         while len(self._leaves) < self._workload.request_count:
+            if progress is not None:
+                progress(len(self._leaves))
             event = heapq.heappop(self._events)
             if event.prompt is None:
                 self._arrive(event.at_ms)

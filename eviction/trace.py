@@ -42,6 +42,7 @@ REQUESTS_MAX = 1 << 22
 BLOCK_TOKENS_MAX = 65_535
 KINDS_MAX = 256
 TEXT_CHARS_MAX = 4_096
+AT_MS_MAX = 1 << 53
 _MEMBERS_MAX = 64
 _ITEM_BYTES_MAX = 8
 
@@ -177,23 +178,37 @@ def _check_requests(trace: Trace) -> None:
         raise _bad("a request ends in a block that is not there", f"there are {len(trace.parents)} blocks")
     if min(trace.input_tokens) < 0 or min(trace.output_tokens) < 0:
         raise _bad("a request has a negative length", "lengths are counts of tokens")
-    arrivals = trace.arrivals_ms
-    if any(later < earlier for earlier, later in pairwise(arrivals)):
-        raise _bad("requests are out of order", "arrivals never go back")
+    if max(map(abs, (min(trace.arrivals_ms), max(trace.arrivals_ms)))) > AT_MS_MAX:
+        raise _bad("t_ms is out of range", f"times are within {AT_MS_MAX} ms of 0")
+    for index, (earlier, later) in enumerate(pairwise(trace.arrivals_ms), 1):
+        if later < earlier:
+            raise _bad(
+                f"request {index} arrives at {later} ms, the one before it at {earlier} ms",
+                "t_ms never runs back",
+                "if only the order is wrong, kvcache trace convert --sort mends it",
+            )
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_trace(path: Path) -> Trace:
-    """The trace in ``path``; requests are put in order of arrival. RAISES BadInput (bad_trace)."""
+def read_trace(path: Path, *, sort: bool = False) -> Trace:
+    """The kvtrace-v1 trace in ``path``. With ``sort``, requests are put in order of arrival; without, a file
+    whose time runs back is refused. RAISES BadInput (bad_trace)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Reader(path, archive).trace()
+            return _Reader(path, archive).trace(sort)
+    except BadInput as error:
+        if str(path) in error.what:
+            raise
+        raise _bad(f"{error.what}, in {path}", error.why, error.todo) from error
     except FileNotFoundError as error:
         raise _bad(f"{path} is not there", str(error), "give the path of a kvtrace-v1 .npz file") from error
+    except zipfile.BadZipFile as error:
+        todo = "is it a kvtrace-v1 .npz file, and whole? Such a file that was cut off has lost its directory"
+        raise _bad(f"{path} cannot be read", str(error)[:200], todo) from error
     # RuntimeError and NotImplementedError: encrypted, or packed in a way zipfile does not know.
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, zlib.error, ValueError) as error:
         raise _bad(f"{path} cannot be read", str(error)[:200], "is it a kvtrace-v1 .npz file?") from error
 
 
@@ -207,18 +222,21 @@ class _Reader:
         if len(archive.infolist()) > _MEMBERS_MAX:
             raise _bad(f"{path} has {len(archive.infolist())} members", f"a trace has at most {_MEMBERS_MAX}")
 
-    def trace(self) -> Trace:
+    def trace(self, sort: bool) -> Trace:
         block = self._integers("block", "i", 1)
         notes = self._texts("note", 1)
         if not block or not notes:
             raise _bad(f"{self._path} has no block length or no note", "the array is empty")
-        leaves, arrivals_ms, input_tokens, output_tokens, sessions, kind_indexes = _by_arrival(
+        columns: Sequence[array[int]] = (
             self._integers("leaf", "i", REQUESTS_MAX),
             self._integers("t_ms", "q", REQUESTS_MAX),
             self._integers("in_len", "i", REQUESTS_MAX),
             self._integers("out_len", "i", REQUESTS_MAX),
             self._integers("session", "i", REQUESTS_MAX),
             self._integers("kind", "B", REQUESTS_MAX),
+        )
+        leaves, arrivals_ms, input_tokens, output_tokens, sessions, kind_indexes = (
+            by_arrival(columns) if sort else columns
         )
         return Trace(
             block_tokens=block[0],
@@ -293,6 +311,8 @@ class _Reader:
             raise _bad(
                 f"{self._path} has no array '{name.removesuffix('.npy')}'", "every kvtrace-v1 file has it"
             )
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _bad(f"{name} in {self._path} is packed in another way", "numpy stores or deflates")
         if info.file_size > bytes_max:
             raise _bad(f"{name} in {self._path} has {info.file_size} bytes", f"the limit is {bytes_max}")
         # The reader stops at the length in the directory, and what comes out has a checksum there.
@@ -300,7 +320,7 @@ class _Reader:
             return stream.read(bytes_max)
 
 
-def _by_arrival(*columns: array[int]) -> Sequence[array[int]]:
+def by_arrival(columns: Sequence[array[int]]) -> Sequence[array[int]]:
     """The columns (leaf, t_ms, ...) with requests in order of arrival; equal arrivals keep their order."""
     arrivals = columns[1]
     if any(len(column) != len(arrivals) for column in columns):

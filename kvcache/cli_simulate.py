@@ -1,8 +1,7 @@
 """``kvcache simulate``: replay request traces over simulated workers, and compare ways of routing.
 
     kvcache simulate                        a generated workload
-    kvcache simulate TRACE.npz ...          kvtrace-v1 files, as ``kvcache.eviction.trace`` reads them
-    kvcache simulate TRACE.jsonl ...        as Mooncake publishes them (``kvcache.simulation.mooncake``)
+    kvcache simulate TRACE ...              in any format that ``kvcache.eviction.trace_files`` knows
 
 The model and its limits: docs/routing-simulation.md. Exit status: 0 done, 1 wrong settings or trace, 2 usage.
 """
@@ -21,10 +20,9 @@ import click
 from kvcache.errors import BadInput
 from kvcache.eviction.generate import Workload as Made
 from kvcache.eviction.generate import generate
-from kvcache.eviction.trace import Trace, read_trace
+from kvcache.eviction.trace_files import open_trace
 from kvcache.routing.weights import Weights
 from kvcache.simulation.feed import Stream
-from kvcache.simulation.mooncake import read_mooncake
 from kvcache.simulation.plot import svg
 from kvcache.simulation.report import Figures, figures, table
 from kvcache.simulation.run import ROUTERS, TAIL_LRU, Run, Settings, simulate
@@ -100,8 +98,8 @@ def simulate_command(
 ) -> None:
     """Compare ways of routing on request traces.
 
-    TRACE is a kvtrace-v1 file, or a .jsonl file as Mooncake publishes them; without one, a workload is
-    generated. What is simulated, and what is not, is in docs/routing-simulation.md.
+    TRACE is in any format of docs/traces.md; without one, a workload is generated. What is simulated, and
+    what is not, is in docs/routing-simulation.md.
     """
     if not 0 <= warm_up < 1:
         raise BadInput("bad_config", f"warm-up {warm_up}", "it is a share, 0 to less than 1")
@@ -161,12 +159,7 @@ def _workloads(paths: Sequence[Path], speed: float, requests: int) -> Iterator[W
     if not paths:
         yield prepare("generated", generate(MADE), speed, requests)
     for path in paths:
-        yield prepare(path.stem, read_any(path), speed, requests)
-
-
-def read_any(path: Path) -> Trace:
-    """RAISES BadInput (bad_trace)."""
-    return read_mooncake(path) if path.suffix == ".jsonl" else read_trace(path)
+        yield prepare(path.stem, open_trace(path), speed, requests)
 
 
 def _progress(workload: Workload, name: str) -> _Shown | None:

@@ -48,6 +48,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     huge_pages: str = "auto"
     populate: bool = True
     policy: str = "leaf-lru"
+    policy_params: str = ""
     credentials: str = ""
     lease_ms_max: Milliseconds = 60_000
     quarantine_ms: Milliseconds = 600_000
@@ -66,11 +67,19 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     nvme_segment: str = "auto"
     nvme_write: Literal["through", "back", "evict"] = "through"
     nvme_back_ms: Milliseconds = 10_000
-    nvme_admission: Literal["all", "second-touch"] = "all"
+    nvme_admission: Literal["all", "second-touch", "touched>=2", "branch-reused", "hazard"] = "all"
+    nvme_write_rate: str = "0"
     nvme_writes_a_day: Annotated[float, msgspec.Meta(ge=0, le=1_000)] = 0.0
     nvme_late_ms: Milliseconds = 2_000
     nvme_direct: Literal["auto", "on", "off"] = "auto"
     nvme_scrub_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    shadow: str = "none"
+    shadow_sizes: str = "50%,100%,200%"
+    shadow_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.03
+    shadow_cpu: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.015
+    record: str = "none"
+    record_bytes: str = "256MiB"
+    record_sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
 
     @property
     def capacity_bytes(self) -> int:
@@ -120,6 +129,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def replicate_bytes_s(self) -> int:
         return parse_size(self.replicate_rate, "replicate_rate")
+
+    @property
+    def nvme_write_bytes_s(self) -> int:
+        return parse_size(self.nvme_write_rate, "nvme_write_rate")
 
     @property
     def nvme_places(self) -> list[tuple[Path, int]]:
@@ -201,7 +214,8 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
     if config.nvme_places:
         _check_nvme(config)
-    _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s
+    _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s, config.nvme_write_bytes_s
+    _ = parse_size(config.record_bytes, "record_bytes")
     for address in config.index_addresses:
         parse(address)
     if config.index_bytes_max < INDEX_BYTES_MIN:
@@ -295,7 +309,8 @@ def _described(wanted: object, choices: list[str]) -> str:
     if get_origin(wanted) is Annotated:
         kind, limits = get_args(wanted)
         number = "a whole number" if kind is int else "a number"
-        return f"{number} from {limits.ge:,} to {limits.le:,}"
+        low = f"from {limits.ge:,}" if limits.ge is not None else f"over {limits.gt:,}, up"
+        return f"{number} {low} to {limits.le:,}"
     return "true or false" if wanted is bool else "text, in a file in quotes"
 
 

@@ -55,7 +55,7 @@ BLOCK_BYTES_MIN = 4_096
 BLOCK_BYTES_MAX = 2 << 20
 GENERATED_REQUESTS = 40_000
 TICK_S = 0.1
-LOCATE_S = 3
+LOCATE_S = 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ NEW_QUESTION_TOKENS = (60, 100)
 ANSWER_TOKENS = 8
 WARMUP_TOKENS = 1_100
 ENGINE_ARGUMENTS = {"max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 128 << 20}
-CONNECTOR = {"lookup_timeout_ms": 200}
+CONNECTOR = {"lookup_timeout_ms": 5_000, "move_timeout_ms": 30_000, "load_wait_ms": 30_000}
 """More patience than an engine in service has: the demo's machine may have two cores, and both busy."""
 LOADED = "vllm:kvcache_loaded_blocks"
 COLUMNS = "  {:<16}{:>8}{:>14}{:>14}{:>14}{:>10}   {}"

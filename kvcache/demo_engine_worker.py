@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 BLOCK_TOKENS = 32
-RESET_STEPS = 2_000
+RESET_S = 60.0
 VOCABULARY = 512
 SPREAD = 0.2
 DEMO_SHAPE = {
@@ -139,11 +140,10 @@ class Engine:
 
     def reset(self) -> dict[str, Any]:
         """Pages of ended requests that are still being saved are given back by a later step: take some."""
-        steps = 0
-        while not self.llm.reset_prefix_cache() and steps < RESET_STEPS:
+        end = time.monotonic() + RESET_S
+        while not (done := self.llm.reset_prefix_cache()) and time.monotonic() < end:
             self.generate([[3, 4, 5]], tokens=1)
-            steps += 1
-        return {"done": steps < RESET_STEPS}
+        return {"done": done}
 
 
 def serve(make: Callable[..., Engine]) -> None:

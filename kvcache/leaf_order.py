@@ -25,6 +25,7 @@ from heapq import heappop, heappush
 from kvcache.policy import TreeView
 
 _SPARE_ENTRIES = 64
+NONE = -1
 
 _Heap = list[tuple[int, int]]  # stamp, block
 
@@ -52,18 +53,29 @@ class LeafOrder:
 
     def remove(self, blocks: Iterable[int]) -> None:
         """They have left the tree, leaves first. Their parents may be leaves now."""
-        parents, children, devices = self._tree.parent, self._tree.children, self._tree.device
+        parents, rise, pop = self._tree.parent, self._rise, self._stamps.pop
+        before, risen = NONE, None  # The parent of the block before, and that block's stamp.
         for block in blocks:
-            stamp = self._stamps.pop(block, None)
-            parent = parents[block]
-            own = self._stamps.get(parent)
-            if own is None:
-                continue
-            if self._rise and stamp is not None and stamp > own:
-                own = self._stamps[parent] = stamp
-            if not children[parent]:
-                heappush(self._heaps[devices[parent]], (own, parent))
+            stamp = pop(block, None)
+            if block == before:
+                if rise and stamp is not None and risen is not None and risen > stamp:
+                    stamp = risen
+            elif before != NONE:
+                self._uncover(before, risen)
+            before, risen = parents[block], stamp
+        if before != NONE:
+            self._uncover(before, risen)
         self._sweep()
+
+    def _uncover(self, block: int, stamp: int | None) -> None:
+        """A child of this block, with this stamp, has gone."""
+        own = self._stamps.get(block)
+        if own is None:
+            return
+        if self._rise and stamp is not None and stamp > own:
+            own = self._stamps[block] = stamp
+        if not self._tree.children[block]:
+            heappush(self._heaps[self._tree.device[block]], (own, block))
 
     def lowest(self, count: int) -> list[int]:
         """At most ``count`` blocks, each an evictable leaf once those before it have gone."""
@@ -76,6 +88,7 @@ class LeafOrder:
     def _choose(self, only: _Heap | None, count: int) -> list[int]:
         tree, stamps, heaps = self._tree, self._stamps, self._heaps
         parents, children, holds, devices = tree.parent, tree.children, tree.holds, tree.device
+        get = stamps.get
         chosen: dict[int, None] = {}
         gone: dict[int, int] = {}  # parent -> how many of its children are chosen
         put_back: _Heap = []
@@ -88,26 +101,32 @@ class LeafOrder:
                 break
             entry = heappop(heap)
             stamp, block = entry
-            if stamp != stamps.get(block) or block in chosen or children[block] != gone.get(block, 0):
+            if stamp != get(block) or block in chosen or children[block] != gone.get(block, 0):
                 continue
             put_back.append(entry)
             if holds[block]:
                 continue
-            chosen[block] = None
-            parent = parents[block]
-            own = stamps.get(parent)
-            if own is None:
-                continue
-            gone[parent] = gone.get(parent, 0) + 1
-            if gone[parent] != children[parent]:
-                continue
-            # It need not rise here: it is next either way, as all that is left is younger.
-            target = heaps[devices[parent]]
-            if target is heap:
-                heappush(heap, (own, parent))
-            elif only is None:
-                heappush(target, (own, parent))
-                many = True
+            while True:
+                chosen[block] = None
+                parent = parents[block]
+                own = get(parent)
+                if own is None:
+                    break
+                if children[parent] != 1:
+                    gone[parent] = gone.get(parent, 0) + 1
+                    if gone[parent] != children[parent]:
+                        break
+                elsewhere = only is not None and heaps[devices[parent]] is not only
+                if own > stamp:
+                    gone[parent] = children[parent]
+                    if not elsewhere:
+                        heappush(heaps[devices[parent]], (own, parent))
+                        many = only is None and len(heaps) > 1
+                    break
+                # It need not rise here: it is next either way, as all that is left is younger.
+                if holds[parent] or len(chosen) == count or elsewhere:
+                    break
+                block = parent
         for entry in put_back:
             heappush(heaps[devices[entry[1]]], entry)
         return list(chosen)

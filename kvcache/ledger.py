@@ -35,9 +35,10 @@ from kvcache.errors import BadInput
 from kvcache.guard import PolicyGuard
 from kvcache.holdings import Change, Holdings, State
 from kvcache.leases import NO_LEASE, Lease, LeaseBook, Owner, SharedName
-from kvcache.paths import complete, missing, parent_block
+from kvcache.paths import ancestors, complete, missing, parent_block
 from kvcache.policy import MakePolicy, RequestContext
 from kvcache.prefix import NONE
+from kvcache.recency import Recency
 from kvcache.reservations import OpenWrite, Reservation, WriteBook
 from kvcache.restored import Restored
 from kvcache.room import Room
@@ -55,8 +56,11 @@ class Ledger:
     def __init__(self, space: Space, make_policy: MakePolicy) -> None:
         self._holdings = Holdings(space, self._gone)
         self._tree = self._holdings.tree
-        self._guard = PolicyGuard(self._tree, space.capacity_bytes, make_policy, self._holdings.committed)
-        self._room = Room(self._holdings, self._guard)
+        self._recency = Recency(self._tree)
+        self.policy = PolicyGuard(
+            self._tree, space.capacity_bytes, make_policy, self._holdings.committed, self._recency
+        )
+        self._room = Room(self._holdings, self.policy)
         self._leases = LeaseBook(self._tree)
         self._writes = WriteBook()
         self._quarantine: list[tuple[int, int]] = []
@@ -70,7 +74,7 @@ class Ledger:
     def touch(self, keys: Sequence[StorageKey], context: RequestContext) -> int:
         """Tell the policy of a use without holding anything. How many leading blocks were found."""
         blocks = self._tree.match(keys)
-        self._guard.on_request(context, blocks)
+        self.policy.on_request(context, blocks)
         return len(blocks)
 
     def lease(
@@ -92,7 +96,7 @@ class Ledger:
             if shared.lease_id:
                 return shared
         blocks = self._tree.match(keys)
-        self._guard.on_request(context, blocks)
+        self.policy.on_request(context, blocks)
         if not blocks:
             return NO_LEASE
         return self._take(blocks, keys, owner, expires_ns, name)
@@ -128,8 +132,7 @@ class Ledger:
 
     def has(self, key: StorageKey) -> bool:
         """Can it be found?"""
-        block = self._tree.find(key)
-        return block != NONE and bool(self._tree.ready[block])
+        return self.slot_of(key) is not None
 
     def slot_of(self, key: StorageKey) -> Slot | None:
         """Where a block lies that can be found."""
@@ -139,14 +142,16 @@ class Ledger:
     def ancestors(self, key: StorageKey) -> Iterator[StorageKey]:
         """The block itself, then those before it, nearest first, as far as they are held, be it only
         reserved. REQUIRES: nothing is changed before the last is taken."""
+        return ancestors(self._tree, key)
+
+    def continued(self, key: StorageKey) -> int:
+        """How many blocks continue it, those that are only reserved included."""
         block = self._tree.find(key)
-        while block != NONE:
-            yield self._tree.key[block]
-            block = self._tree.parent[block]
+        return self._tree.children[block] if block != NONE else 0
 
     def coldest(self, context: RequestContext, count: int) -> list[StorageKey]:
         """At most ``count`` blocks that would go next, in this order. Changes nothing."""
-        return [self._tree.key[block] for block in self._guard.victims(context, count)]
+        return [self._tree.key[block] for block in self.policy.victims(context, count)]
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Ledger:
         twice, or when the keys skip a block that is known to come between."""
         start, before = complete(self._holdings, keys, parent_block(self._tree, parent))
         fresh, reason = missing(self._holdings, self._writes, keys, start, before, owner)
-        admitted = self._guard.admit(context, before, len(fresh)) if fresh else 0
+        admitted = self.policy.admit(context, before, fresh) if fresh else 0
         if admitted < len(fresh):
             fresh, reason = fresh[:admitted], "declined"
         slots = self._slots(context, arena, block_bytes, len(fresh), before) if fresh else []
@@ -212,7 +217,7 @@ class Ledger:
             )
         self._writes.close(reservation_id)
         self._holdings.commit(opened.blocks, checksums, sums)
-        self._guard.on_admitted(opened.context, opened.blocks)
+        self.policy.on_admitted(opened.context, opened.blocks)
         return len(opened.blocks)
 
     def abort(self, reservation_id: int, owner: Owner) -> None:
@@ -246,7 +251,7 @@ class Ledger:
         What is not taken is returned, and takes nothing: its key is known, its slot is used or is none,
         or the block before it is neither held nor taken."""
         paths, refused = self._holdings.restore(entries)
-        self._guard.on_restored(_TIMELESS, paths)
+        self.policy.on_restored(_TIMELESS, paths)
         return refused
 
     # --- time and people ------------------------------------------------------------------------
@@ -329,11 +334,6 @@ class Ledger:
         """What changed for readers since the last call, in order. REQUIRES: called after every call."""
         return self._holdings.take_changes()
 
-    @property
-    def policy_fault(self) -> str:
-        """Why the policy was replaced; empty while it was not."""
-        return self._guard.last_fault
-
     def stats(self) -> dict[str, float]:
         return {
             **self._holdings.stats(),
@@ -342,12 +342,13 @@ class Ledger:
             "limbo_blocks": float(len(self._writes.limbo())),
             "quarantined_blocks": float(len(self._quarantine)),
             "reclaimed_extents": float(self._room.reclaimed_extents),
-            "policy_faults": float(self._guard.faults),
+            "policy_faults": float(self.policy.faults),
         }
 
     def check(self) -> None:
         """Assert every invariant. Takes time in proportion to what is held."""
         self._holdings.check()
+        self.policy.check()
         self._leases.check()
         holds = self._leases.holds()
         reserved = self._writes.reserved()
@@ -396,4 +397,4 @@ class Ledger:
             self._tree.unhold(standing)
 
     def _gone(self, blocks: Sequence[int], reason: str) -> None:
-        self._guard.on_evicted(_TIMELESS, blocks, reason)
+        self.policy.on_evicted(_TIMELESS, blocks, reason)

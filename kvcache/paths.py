@@ -6,7 +6,7 @@ The sum: 0.3 us a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvcache.block import StorageKey
 from kvcache.errors import BadInput
@@ -81,3 +81,11 @@ def missing(
         return fresh, ""
     busy = holdings.state(tree.find(keys[end])) is State.RESERVED
     return fresh, "busy" if busy else "held"
+
+
+def ancestors(tree: PrefixTree, key: StorageKey) -> Iterator[StorageKey]:
+    """The keys of a block and of those before it, nearest first."""
+    block = tree.find(key)
+    while block != NONE:
+        yield tree.key[block]
+        block = tree.parent[block]

@@ -17,7 +17,7 @@ The sum: a hook costs 1 us plus what the policy does; a call with 16 blocks has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol, runtime_checkable
@@ -60,6 +60,10 @@ class TreeView(Protocol):
     @property
     def parent(self) -> Sequence[int]:
         """The block before it; -1 at the root, and where the one before it is missing."""
+
+    @property
+    def key(self) -> Sequence[Hashable]:
+        """Its name: a block that has left and comes back has another number, and the same name."""
 
     @property
     def children(self) -> Sequence[int]:
@@ -137,6 +141,17 @@ class EvictionPolicy(Protocol):
 
     def load_state(self, data: bytes) -> None:
         """REQUIRES: no block announced yet. RAISES ValueError for what ``state`` did not make."""
+
+
+@runtime_checkable
+class KeyedPolicy(Protocol):
+    """What a policy may answer besides, if it remembers blocks that are not held."""
+
+    def admit_keys(self, context: RequestContext, parent: int, keys: Sequence[Hashable]) -> int:
+        """Asked instead of ``admit``: the names of the blocks behind ``parent`` that would be stored.
+
+        It is not said afterwards which were declined; the policy knows. Those it took may yet not be
+        committed, for want of room or because their writer gave up."""
 
 
 @runtime_checkable

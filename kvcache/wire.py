@@ -48,10 +48,13 @@ from kvcache.wire_peers import Follow as Follow
 from kvcache.wire_peers import Followed as Followed
 from kvcache.wire_peers import Post as Post
 from kvcache.wire_peers import Posted as Posted
+from kvcache.wire_record import Record as Record
 from kvcache.wire_slices import PIECES_MAX as PIECES_MAX
 from kvcache.wire_slices import SUMS_BYTES_MAX as SUMS_BYTES_MAX
 from kvcache.wire_slices import ChunkSums as ChunkSums
 from kvcache.wire_slices import Sums as Sums
+from kvcache.wire_tuning import Tune as Tune
+from kvcache.wire_tuning import Tuned as Tuned
 
 BATCH_BLOCKS_MAX = 1_024
 
@@ -99,12 +102,13 @@ class Match(Message, frozen=True, tag="match"):
     prefill_tokens_s: Unsigned = 0
 
 
-class TakeLease(Message, frozen=True, tag="lease"):
+class TakeLease(Message, frozen=True, tag="lease", omit_defaults=True):
     """Hold the leading blocks of ``prefix``, after at most ``wait_ms`` for those that are read from NVMe or
     fetched from a peer first. With ``request``, the same lease for all who ask for it under this tenant,
     namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
     computing them; with ``pushed`` it brings them here by itself. ``parent`` is the block before the first of
-    ``prefix`` (empty: it is the first of the prompt, or not known)."""
+    ``prefix`` (empty: it is the first of the prompt, or not known). ``hint`` and what follows are for the
+    eviction policy (``request_hints``)."""
 
     namespace: bytes
     prefix: bytes
@@ -115,6 +119,11 @@ class TakeLease(Message, frozen=True, tag="lease"):
     source: str = ""
     pushed: bool = False
     parent: bytes = b""
+    hint: str = "unknown"
+    priority: int = 50
+    session: OrNone = -1
+    gap_ms: OrNone = -1
+    keep_ms: OrNone = -1
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -124,12 +133,11 @@ class Release(Message, frozen=True, tag="release"):
     failed: list[Unsigned] = msgspec.field(default_factory=list)
 
 
-class Reserve(Message, frozen=True, tag="reserve"):
+class Reserve(Message, frozen=True, tag="reserve", omit_defaults=True):
     """Room for the blocks of ``prefix`` that are not held yet, behind ``parent`` (empty: the root).
 
-    ``hint``, ``priority``, ``session`` and ``gap_ms`` are for the eviction policy
-    (``policy.RequestContext``). ``push`` is the node to which they are copied
-    while they are written."""
+    ``push`` is the node to which they are copied while they are written. ``hint``, ``priority``, ``session``,
+    ``gap_ms`` and ``keep_ms`` are for the eviction policy (``request_hints``)."""
 
     namespace: bytes
     parent: bytes
@@ -139,6 +147,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     session: OrNone = -1
     gap_ms: OrNone = -1
     push: str = ""
+    keep_ms: OrNone = -1
 
 
 class Commit(Message, frozen=True, tag="commit"):
@@ -303,12 +312,12 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 _Asking = Hello | Open | Match | TakeLease | Release | Read | Sums | Stats | Watch
-_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub
+_Changing = Reserve | Commit | Abort | Write | Pin | Unpin | Persist | Scrub | Record | Tune
 _Moving = Export | Post | Advance | Follow
 Request = _Asking | _Changing | _Moving
 
 _Answer = Welcome | Opened | Matched | Leased | Released | Reserved | Committed | Done | Blocks | StatsReply
-_Moved = Exported | Posted | Followed | ChunkSums
+_Moved = Exported | Posted | Followed | ChunkSums | Tuned
 Reply = _Answer | _Moved | EventBatch | Failure
 
 

@@ -53,7 +53,9 @@ class Bringing:
         if self.stack is None:
             there = self._ledger.match(keys)
         else:
-            there = self.stack.ask(keys, asked.arena, asked.spec.block_tokens, asked.prefill_tokens_s)
+            there = self.stack.ask(
+                keys, asked.arena, asked.spec.block_tokens, asked.prefill_tokens_s, asked.context
+            )
         if asked.pushed:
             return len(keys)
         if asked.source:

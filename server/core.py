@@ -1,4 +1,4 @@
-"""What a node knows and decides: namespaces, the ledger of its host tier, events and counters.
+"""What a node knows and decides: the ledger of its host tier, memory, events and counters.
 
 Everything here is called from one thread, the event loop's, and returns at once; the only waiting is
 for a thread that sums bytes (``verify``), and what it found is acted on by generation, so that nothing
@@ -8,34 +8,31 @@ is assumed to hold across the wait.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-from kvcache.block import BlockSpec, NamespaceId, Slot, StorageKey, split_hashes, storage_key
+from kvcache.block import Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
 from kvcache.events import TIER_HOST, TIER_NVME, Publisher
 from kvcache.leases import Owner
 from kvcache.ledger import Change, Lease, Ledger
-from kvcache.namespace import Namespace, spec_of_shape
 from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
 from kvcache.server.bringing import Bringing
+from kvcache.server.namespaces import Namespaces, Opened
 from kvcache.server.progress import Progress
+from kvcache.server.recording import Recording
 from kvcache.server.telling import Telling
 from kvcache.server.tickets import Tickets
+from kvcache.server.tuning import Tuning
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
 from kvcache.tiers.space import Space, make_slot
 from kvcache.tiers.stack import Stack
-from kvcache.wire import TEXT_CHARS_MAX
-
-log = logging.getLogger("kvcache.server")
 
 HELD_STATS = (
     "leases",
@@ -50,22 +47,6 @@ ARENAS_MAX = 256
 """Each costs two descriptors and a map of the capacity's length for the node's life; peers name tenants."""
 AHEAD_BLOCKS_MAX = 64
 TOLD_AT_ONCE = 4_096
-VERDICT_MATCHES = "stored blocks of this namespace are found and used"
-VERDICT_CHARS_MAX = TEXT_CHARS_MAX // 4  # Four bytes a character at most, and the limit counts bytes.
-VERDICT_FIRST = "nothing is stored for this model yet"
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A namespace some client opened here."""
-
-    namespace_id: NamespaceId
-    namespace: Namespace
-    spec: BlockSpec
-
-    @property
-    def tenant(self) -> str:
-        return self.namespace.tenant
 
 
 class Core:
@@ -91,66 +72,21 @@ class Core:
         self.tickets = Tickets(plane, clock, self.counters)
         self._space = space
         self.telling = Telling(publisher, self.load)
+        self.namespaces = Namespaces(config, self.telling.announce)
         self._telling = False
         self._untold: deque[tuple[str, Change]] = deque()
         self._newest_lease = 0
-        self._namespaces: dict[NamespaceId, Opened] = {}
         self._arenas: dict[tuple[int, str], int] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
         self.uses = Uses(self._freed)
         self.progress = Progress()
         self.bringing = Bringing(ledger, clock)
+        self.recording = Recording(clock)
+        self.tuning = Tuning(clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
 
-    # --- namespaces and arenas ------------------------------------------------------------------
-
-    def open(self, namespace: Namespace, spec: BlockSpec) -> tuple[Opened, str]:
-        """Remember a namespace; idempotent. Returns it with a verdict in plain words.
-
-        RAISES BadInput when there are too many, or when one block exceeds the tier."""
-        opened = Opened(namespace.namespace_id(), namespace, spec)
-        known = opened.namespace_id in self._namespaces
-        if not known:
-            self._check_room(spec)
-        verdict = self._verdict(opened)
-        if not known:
-            self.telling.announce(namespace)
-        self._namespaces.setdefault(opened.namespace_id, opened)
-        return self._namespaces[opened.namespace_id], verdict
-
-    def namespace(self, namespace_id: bytes, tenant: str) -> Opened:
-        """RAISES BadInput in the same words for one that is missing and one that is another's."""
-        opened = self._namespaces.get(NamespaceId(namespace_id))
-        if opened is None or opened.tenant != tenant:
-            raise BadInput(
-                "unknown_namespace",
-                f"no namespace {namespace_id.hex() or '(empty)'} was opened here",
-                "the node restarted, or it was never opened with this credential",
-                "send Open first; the clients in kvcache.client do so by themselves",
-            )
-        return opened
-
-    def remember(self, fields: Mapping[str, str | int]) -> None:
-        """A namespace of blocks that were found on NVMe. One that is none, or too many, is not entered:
-        its blocks are then not found before somebody opens it."""
-        try:
-            namespace = Namespace.from_map(fields)
-            opened = Opened(namespace.namespace_id(), namespace, spec_of_shape(namespace))
-        except BadInput as error:
-            log.warning("a namespace on NVMe cannot be used: %s", error)
-            return
-        if opened.namespace_id not in self._namespaces and len(self._namespaces) < self.config.namespaces_max:
-            self.telling.announce(namespace)
-            self._namespaces[opened.namespace_id] = opened
-
-    def spec_of(self, namespace_id: NamespaceId) -> tuple[BlockSpec, Mapping[str, str | int]] | None:
-        """What blocks of this namespace are, None for one that nobody opened."""
-        opened = self._namespaces.get(namespace_id)
-        return None if opened is None else (opened.spec, opened.namespace.to_map())
-
-    def tenant_of(self, namespace_id: bytes) -> str:
-        return self._namespaces[NamespaceId(namespace_id)].tenant
+    # --- memory and names -----------------------------------------------------------------------
 
     def arena(self, uid: int, tenant: str) -> int:
         """The memory of one trust domain, made at its first use. RAISES BadInput when there are too many, or
@@ -177,22 +113,6 @@ class Core:
             )
         return [storage_key(opened.namespace_id, block) for block in blocks]
 
-    def _check_room(self, spec: BlockSpec) -> None:
-        if len(self._namespaces) >= self.config.namespaces_max:
-            raise BadInput(
-                "too_large",
-                f"{len(self._namespaces)} namespaces are open",
-                "namespaces_max is reached",
-                "raise namespaces_max, or restart the node to forget old ones",
-            )
-        if spec.block_bytes > self.config.capacity_bytes:
-            raise BadInput(
-                "too_small",
-                f"the host tier has {self.config.capacity_bytes} bytes",
-                f"one block of this namespace has {spec.block_bytes}",
-                "start the node with a larger --capacity",
-            )
-
     def _check_arenas(self) -> None:
         if len(self._arenas) >= ARENAS_MAX:
             raise BadInput(
@@ -202,28 +122,16 @@ class Core:
                 "restart the node to forget old ones, or have fewer tenants use one node",
             )
 
-    def _verdict(self, opened: Opened) -> str:
-        if opened.namespace_id in self._namespaces:
-            return VERDICT_MATCHES
-        near: list[list[str]] = [
-            opened.namespace.differences(other.namespace)
-            for other in self._namespaces.values()
-            if other.tenant == opened.tenant and other.namespace.model == opened.namespace.model
-        ]
-        if not near:
-            return VERDICT_FIRST
-        nearest: list[str] = min(near, key=len)
-        return ("stored blocks of this model do not fit: " + "; ".join(nearest))[:VERDICT_CHARS_MAX]
-
-    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> None:
-        """Count a look-up once, however many share its lease: scheduler and workers of one request do."""
+    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
+        """Count a look-up once, however many share its lease (scheduler and workers do). Was it now?"""
         if 0 < lease_id <= self._newest_lease:
-            return
+            return False
         self.counters["lookup_tokens"] += asked * block_tokens
         self.counters["hit_tokens"] += held * block_tokens
         if lease_id:
             self._newest_lease = lease_id
             self.counters["leases_taken"] += 1
+        return True
 
     # --- changes --------------------------------------------------------------------------------
 
@@ -294,9 +202,8 @@ class Core:
     def expire(self) -> None:
         """Called by the node's timer."""
         self.ledger.expire(self.clock.now_ns())
-        self.tickets.tick()
-        self.plane.tick()
-        self.bringing.tick()
+        for each in (self.tickets, self.plane, self.bringing, self.recording, self.tuning):
+            each.tick()
         if self.stack is not None:
             self.stack.tick()
         self.settle()
@@ -348,12 +255,14 @@ class Core:
         return {
             **self.bringing.stats(),
             **self.telling.stats(),
+            **self.recording.stats(),
+            **self.tuning.stats(),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
             "used_bytes:host": self._space.capacity_bytes - held["free_bytes"],
             "capacity_bytes:host": float(self._space.capacity_bytes),
-            "namespaces": float(len(self._namespaces)),
+            "namespaces": float(len(self.namespaces)),
             "arenas": float(len(self._arenas)),
             "tickets": float(len(self.tickets)),
             "followers": float(self.progress.bell.waiting),
@@ -373,7 +282,7 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return self.bringing.troubles()
+        return [*self.bringing.troubles(), *filter(None, [self.recording.trouble]), *self.tuning.troubles()]
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
@@ -384,7 +293,9 @@ class Core:
         self.progress.check()
         self._space.check()
         self.telling.check()
+        self.tuning.shadowing.check()
 
     def close(self) -> None:
+        self.recording.close()
         self._summing.shutdown(wait=True, cancel_futures=True)
         self.host.close()

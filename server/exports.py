@@ -23,8 +23,9 @@ from kvcache.block import HASH_BYTES, BlockSpec
 from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease, Reservation
-from kvcache.server.core import Core, Opened
+from kvcache.server.core import Core
 from kvcache.server.identity import Identity
+from kvcache.server.namespaces import Opened
 from kvcache.server.tickets import Issued
 from kvcache.server.written import Written
 from kvcache.sums import SUM_BYTES
@@ -114,7 +115,7 @@ class Exports:
         core = self._core
         core.tickets.check_via(request.via)
         lease = core.ledger.leased(request.lease, self._identity.owner)
-        opened = core.namespace(lease.keys[0][:HASH_BYTES], self._identity.tenant)
+        opened = core.namespaces.of(lease.keys[0][:HASH_BYTES], self._identity.tenant)
         _check_within("bad_lease", request.start, request.count, len(lease.keys))
         part = Part.of(opened.spec, request.plane, request.planes, request.offset, request.length)
         _check_size(opened, part, request.count, SUM_BYTES)
@@ -181,7 +182,7 @@ class Exports:
         core = self._core
         core.tickets.check_via(request.via)
         reservation = core.ledger.reserved(request.reservation, self._identity.owner)
-        opened = core.namespace(reservation.keys[0][:HASH_BYTES], self._identity.tenant)
+        opened = core.namespaces.of(reservation.keys[0][:HASH_BYTES], self._identity.tenant)
         _check_within("bad_reservation", request.start, request.count, len(reservation.keys))
         part = Part.of(opened.spec, request.plane, request.planes)
         _check_size(opened, part, request.count, 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 
-from kvcache import wire
+from kvcache import wire, wire_tuning
 from kvcache.block import BlockSpec, StorageKey
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
@@ -13,11 +15,13 @@ from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
 from kvcache.server.reading import WAIT_MS_MAX, Reading
+from kvcache.server.recording import Plan, asked_plan
 from kvcache.server.session import Answer, Later
 from kvcache.server.streams import Streams
 from kvcache.server.watching import Watching
 from kvcache.server.writing import Writing
 from kvcache.server.written import Written
+from kvcache.wire_record import BEGIN, END, TELL
 
 
 class Connection:
@@ -67,6 +71,10 @@ class Connection:
                 return self._persist(request)
             case wire.Scrub():
                 return self._scrub()
+            case wire.Record():
+                return self._record(request)
+            case wire.Tune():
+                return self._tune(request)
             case wire.Stats():
                 identity.require("reader", "writer", "router", "operator")
                 return wire.StatsReply(core.stats(), core.troubles())
@@ -125,22 +133,54 @@ class Connection:
         )
         namespace.check_shape(spec)
         if request.expect:
-            self._core.namespace(request.expect, self._identity.tenant).namespace.check_same(namespace)
-        opened, verdict = self._core.open(namespace, spec)
+            self._core.namespaces.of(request.expect, self._identity.tenant).namespace.check_same(namespace)
+        opened, verdict = self._core.namespaces.open(namespace, spec)
         return wire.Opened(opened.namespace_id, spec.block_bytes, spec.chunk_bytes, verdict)
 
     # --- operators and routers ------------------------------------------------------------------
 
     def _pin(self, request: wire.Pin | wire.Unpin) -> wire.Reply:
         self._identity.require("operator")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         change = self._core.ledger.pin if isinstance(request, wire.Pin) else self._core.ledger.unpin
         return wire.Matched(change(keys))
 
+    def _tune(self, request: wire.Tune) -> wire.Reply:
+        if request.action not in (wire_tuning.TELL, wire_tuning.SET):
+            raise BadInput("bad_message", f"action {request.action!r:.40}", "it is tell or set")
+        if request.action == wire_tuning.TELL:
+            self._identity.require("router", "operator")
+        else:
+            self._identity.require("operator")
+            self._core.tuning.set(request)
+        return self._core.tuning.tell()
+
+    def _record(self, request: wire.Record) -> Answer | Later:
+        self._identity.require("operator")
+        recording = self._core.recording
+        if request.action not in (BEGIN, END, TELL):
+            raise BadInput("bad_message", f"action {request.action!r:.40}", f"it is {BEGIN}, {END} or {TELL}")
+        if request.action == END:
+            return self._end_recording()
+        if request.action == BEGIN:
+            plan = asked_plan(self._core.config, request, self._identity.peer.uid == os.getuid())
+            return self._begin_recording(plan)
+        return wire.StatsReply(recording.stats(), [recording.said()])
+
+    async def _begin_recording(self, plan: Plan) -> Answer:
+        recording = self._core.recording
+        await recording.begin_and_wait(plan, time.time_ns() // NS_PER_MS)
+        return wire.StatsReply(recording.stats(), [recording.said()])
+
+    async def _end_recording(self) -> Answer:
+        recording = self._core.recording
+        await recording.end_and_wait()
+        return wire.StatsReply(recording.stats(), [recording.said()])
+
     def _persist(self, request: wire.Persist) -> Answer | Later:
         self._identity.require("writer")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         if self._core.stack is None or not keys:
             return wire.Matched(0)

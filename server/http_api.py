@@ -14,6 +14,7 @@ import msgspec
 
 from kvcache.errors import KVCacheError
 from kvcache.wire import PREFIX_BLOCKS_MAX
+from kvcache.wire_tuning import InForce, Shadow
 
 LOCATE_TOKENS_MAX = 1 << 20
 BODY_BYTES_MAX = 16 << 20
@@ -194,6 +195,27 @@ class StatsReply(Answer, frozen=True, kw_only=True):
     age_ms: int
     values: dict[str, float]
     index: IndexState
+
+
+class TuningRequest(Strict, frozen=True, kw_only=True):
+    """This policy, with these parameters, is to decide in this tier (``kvcache policy list``, ``show``)."""
+
+    policy: Name
+    params: dict[str, float] = msgspec.field(default_factory=dict)
+    tier: Literal["host", "nvme"] = "host"
+
+
+class TuningReply(Answer, frozen=True, kw_only=True):
+    """What decides in each tier; what shadow caches found of the blocks asked for in the last ``seconds``, by
+    a ``sample`` of them, and what the node itself found (``hit_ratio``); and what that advises, in plain
+    words. Nothing is changed by itself."""
+
+    tiers: dict[str, InForce]
+    hit_ratio: float
+    sample: float
+    seconds: float
+    shadows: list[Shadow]
+    advice: list[str]
 
 
 class Health(Answer, frozen=True, kw_only=True):

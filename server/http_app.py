@@ -30,11 +30,12 @@ from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
 from kvcache.metrics import CONTENT_TYPE, HttpMetrics
 from kvcache.server import http_api as api
 from kvcache.server.fleet_index import FleetIndex
-from kvcache.server.http_fleet import Subject, place, workers
+from kvcache.server.http_fleet import Subject, place, tuning, workers
 from kvcache.server.http_locate import as_of, locate
 from kvcache.server.http_rfc1403_app import Rfc1403
 from kvcache.server.http_routes import ROUTES
 from kvcache.server.openapi import document
+from kvcache.wire_tuning import SET, TELL, Tune
 
 log = logging.getLogger("kvcache.server.http")
 
@@ -73,6 +74,8 @@ class HttpApp:
             "metrics": self._show_metrics,
             "openapi": self._openapi,
             "stats": self._stats,
+            "tuning": self._tuning,
+            "tune": self._tune,
             "locate": self._locate,
             "workers": self._workers,
             "placements": self._place,
@@ -203,6 +206,13 @@ class HttpApp:
                 index=state,
             )
         )
+
+    async def _tuning(self, request: web.Request, _: Credential) -> web.Response:
+        return _json(tuning(await self._subject.tune(Tune(TELL))))
+
+    async def _tune(self, request: web.Request, _: Credential) -> web.Response:
+        asked = await _asked(request, api.TuningRequest)
+        return _json(tuning(await self._subject.tune(Tune(SET, asked.tier, asked.policy, asked.params))))
 
     async def _locate(self, request: web.Request, credential: Credential) -> web.Response:
         asked = await _asked(request, api.LocateRequest)

@@ -7,13 +7,14 @@ from typing import Protocol
 
 from kvcache.block import HINT_BYTES, NamespaceId
 from kvcache.clock import Clock
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, NotAllowed
 from kvcache.locality import LocalityIndex
 from kvcache.metrics import HttpMetrics
 from kvcache.server import http_api as api
 from kvcache.server.fleet_index import FleetIndex
 from kvcache.server.http_locate import named
 from kvcache.server.locate_answers import states
+from kvcache.wire_tuning import Tune, Tuned
 
 
 class Subject(Protocol):
@@ -36,6 +37,9 @@ class Subject(Protocol):
 
     async def stats(self) -> tuple[dict[str, float], int]:
         """Its numbers, and how many milliseconds old they are. RAISES Unavailable."""
+
+    async def tune(self, request: Tune) -> Tuned:
+        """What evicts there, or is to. RAISES Unavailable, BadInput, NotAllowed."""
 
     def show(self) -> None:
         """Bring the metrics of the index up to date."""
@@ -69,6 +73,9 @@ class FleetSubject:
         up = sum(each.connected for each in followed)
         return {"followed": float(len(followed)), "followed:connected": float(up)}, 0
 
+    async def tune(self, request: Tune) -> Tuned:
+        raise NotAllowed("not_allowed", "an index holds no blocks", "nothing is evicted here", "ask a node")
+
     def show(self) -> None:
         followed, sources = self._fleet.followed(), self.index.sources()
         self._metrics.node_connected.set(bool(followed) and all(each.connected for each in followed))
@@ -76,6 +83,17 @@ class FleetSubject:
         self._metrics.index_entries.set(self.index.entries)
         self._metrics.index_bytes.set(self.index.bytes)
         self._metrics.count_refused(self.index.refused_blocks)
+
+
+def tuning(told: Tuned) -> api.TuningReply:
+    return api.TuningReply(
+        tiers=told.tiers,
+        hit_ratio=told.hit_ratio,
+        sample=told.sample,
+        seconds=told.seconds,
+        shadows=told.shadows,
+        advice=told.advice,
+    )
 
 
 def workers(fleet: FleetIndex, clock: Clock, tenant: str | None) -> api.WorkersReply:

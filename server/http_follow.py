@@ -11,7 +11,7 @@ from kvcache.errors import KVCacheError, Unavailable
 from kvcache.following import PAUSE_S_MAX, PAUSE_S_MIN, POLL_S, Channel, Following
 from kvcache.locality import AsOf, LocalityIndex
 from kvcache.metrics import HttpMetrics
-from kvcache.wire import Stats, StatsReply, Welcome
+from kvcache.wire import Stats, StatsReply, Tune, Tuned, Welcome
 
 __all__ = ["PAUSE_S_MAX", "PAUSE_S_MIN", "POLL_S", "Channel", "Follower"]
 
@@ -84,6 +84,15 @@ class Follower:
                 "see /readyz, and the node's log",
             )
         return self._values, (asked_ns - self._values_ns) // NS_PER_MS
+
+    async def tune(self, request: Tune) -> Tuned:
+        """RAISES Unavailable, and what the node refuses."""
+        calls = self._following.calls
+        if calls is None:
+            raise Unavailable("unavailable", "the node cannot be reached", self._following.trouble)
+        reply = await calls.call(request, self._clock.now_ns() + CALL_NS)
+        assert isinstance(reply, Tuned), reply
+        return reply
 
     def show(self) -> None:
         """Bring the metrics of the index up to date."""

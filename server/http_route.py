@@ -39,6 +39,8 @@ from kvcache.routing.waiting import Waiting
 from kvcache.server import http_route_answers as answers
 from kvcache.server.http_forward import Answer, Cut, Forwarder, Silent, passed_on
 from kvcache.server.http_tokens import Tokens
+from kvcache.server.route_hints import HEADERS as HINT_HEADERS
+from kvcache.server.route_hints import with_hints
 from kvcache.server.route_prompt import Prompt, read_prompt
 
 log = logging.getLogger("kvcache.server.route")
@@ -49,7 +51,7 @@ CLIENTS = frozenset({"reader"})
 OPERATORS = frozenset({"router", "operator"})
 NOT_SENT = (
     *("host", "content-length", "content-encoding", "authorization"),
-    *("x-kvcache-session", "expect", "cookie"),
+    *("x-kvcache-session", *HINT_HEADERS, "expect", "cookie"),
 )
 """``content-encoding``: a body that came compressed was decompressed to be read, and goes on as that."""
 
@@ -184,6 +186,7 @@ class RouteApp:
         except web.RequestPayloadError as error:
             raise BadInput("bad_message", "a body that cannot be read", "see its headers") from error
         prompt = read_prompt(raw, request.path, request.headers.get("x-kvcache-session", ""))
+        raw = with_hints(raw, request.headers, prompt.session)
         headers = self._headers(request)
         tokens = await self._tokens(prompt, credential.tenant, headers)
         return await self._attempts(request, credential.tenant, prompt, tokens, headers, raw, began)

@@ -3,6 +3,7 @@ BadInput here, with what the operator can do about it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -105,3 +106,14 @@ def _binding(address: str, setting: str, listener: socket.socket | None = None) 
         raise BadInput(
             "address_in_use", f"{address} cannot be bound", str(error), f"give another {setting}"
         ) from error
+
+
+async def receive_exactly(connection: socket.socket, count: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    while len(data) < count:
+        part = await loop.sock_recv(connection, count - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)

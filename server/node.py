@@ -28,7 +28,7 @@ from kvcache.config import NodeConfig, is_loopback, parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput, KVCacheError
 from kvcache.events import Publisher
-from kvcache.eviction.registry import policy_class
+from kvcache.eviction.choice import Choice, parse_choice
 from kvcache.ledger import Ledger
 from kvcache.peers.peer import Here
 from kvcache.peers.plane import DataPlane
@@ -37,15 +37,18 @@ from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, credential_for, peer_of
-from kvcache.server.listening import listen_tcp, listen_unix, lock, tune
+from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
+from kvcache.server.recording import Plan as RecordPlan
 from kvcache.server.session import Session, failure
+from kvcache.server.shadow_plan import EVICTED, Store
+from kvcache.server.shadow_plan import Plan as ShadowPlan
+from kvcache.server.sizing import segment_bytes, takes_huge_pages
 from kvcache.server.writers import Writers
 from kvcache.tiers.admission import hours_since
 from kvcache.tiers.demote import Rules
 from kvcache.tiers.drive import Place
-from kvcache.tiers.host import HUGE_PAGE_BYTES, HostTier, huge_pages_free_bytes, memory_available_bytes
-from kvcache.tiers.nvme_load import segment_bytes_of
+from kvcache.tiers.host import HostTier
 from kvcache.tiers.scrub import ScrubSettings
 from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack, StackRules
@@ -118,13 +121,16 @@ class Node:
             self._spawn(self._accept(listener))
         self._spawn(self._expire())
         self.core.bringing.start()
+        self.core.tuning.start()
+        if (plan := RecordPlan.of(self.config)) is not None:
+            self.core.recording.begin(plan, time.time_ns() // NS_PER_MS)
         if self._http is not None:
             self._child = HttpChild(self.address, self.config, self._inside_token)
             self.http_address = await self._child.start()
 
     async def _open_nvme(self) -> None:
         if self.core.stack is not None:
-            await self.core.stack.start(self.core.remember, NVME_WAIT_S)
+            await self.core.stack.start(self.core.namespaces.remember, NVME_WAIT_S)
 
     async def _populate(self, arena: int) -> None:
         if not self.config.populate:
@@ -144,6 +150,7 @@ class Node:
         for transport in list(self._sessions.values()):
             transport.abort()
         await asyncio.sleep(0)
+        await self.core.tuning.close()
         await self.core.bringing.close()
         await self.core.uses.close()
         await self.core.tickets.close()
@@ -217,10 +224,10 @@ class Node:
                 self._greeting.discard(connection)
 
     async def _hello(self, connection: socket.socket) -> tuple[int, wire.Hello]:
-        header = wire.decode_header(await _receive_exactly(connection, wire.HEADER.size))
+        header = wire.decode_header(await receive_exactly(connection, wire.HEADER.size))
         if header.body_bytes > wire.TEXT_CHARS_MAX or header.payload_bytes:
             raise BadInput("too_large", f"a Hello of {header.body_bytes} bytes", "it is a small message")
-        call, hello = wire.decode_request(await _receive_exactly(connection, header.body_bytes))
+        call, hello = wire.decode_request(await receive_exactly(connection, header.body_bytes))
         if not isinstance(hello, wire.Hello):
             raise BadInput("bad_message", "a request before Hello", "a connection starts with Hello")
         return call, hello
@@ -300,33 +307,32 @@ class Node:
 
 
 def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -> Core:
-    huge = _use_huge_pages(config)
-    available = huge_pages_free_bytes() if huge else memory_available_bytes()
-    if config.capacity_bytes > available:
-        raise BadInput(
-            "bad_config",
-            f"capacity is {config.capacity_bytes} bytes",
-            f"this host has {available} bytes of memory available",
-            "lower --capacity",
-        )
+    huge = takes_huge_pages(config)
     space = Space(config.capacity_bytes, config.unit_bytes)
-    ledger = Ledger(space, policy_class(config.policy))
+    choice, alone = parse_choice(config.policy, config.policy_params), not config.nvme_places
+    ledger = Ledger(space, choice.make(declines=alone))  # What memory declines never gets to NVMe.
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
+    core.tuning.add("host", ledger, choice, declines=alone)
+    if (plan := ShadowPlan.of(config)) is not None:
+        is_alone = alone and not config.peer_addresses
+        store = Store(ledger, config.capacity_bytes, is_alone, lambda: core.counters[EVICTED] > 0)
+        core.tuning.shadowing.begin(plan, store, choice, clock.now_ns())
     if config.nvme_places:
-        core.stack = core.bringing.stack = _build_stack(core, clock)
+        core.stack = core.bringing.stack = _build_stack(core, clock, choice)
+        core.tuning.add("nvme", core.stack.ledger, choice, declines=False)
     return core
 
 
-def _build_stack(core: Core, clock: Clock) -> Stack:
+def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
     config = core.config
-    segment_bytes = _segment_bytes(config)
+    segment = segment_bytes(config)
     places = [
         Place(
             path,
             size,
-            segment_bytes,
+            segment,
             config.nvme_direct,
             config.nvme_late_ms * NS_PER_MS,
             int(config.nvme_writes_a_day * size) or None,
@@ -336,41 +342,23 @@ def _build_stack(core: Core, clock: Clock) -> Stack:
     return Stack(
         StackRules(
             places,
-            Rules(config.nvme_write, config.nvme_admission, config.nvme_back_ms * NS_PER_MS),
+            Rules(
+                config.nvme_write,
+                config.nvme_admission,
+                config.nvme_back_ms * NS_PER_MS,
+                config.nvme_write_bytes_s,
+            ),
             hours_since(time.time(), clock),
             ScrubSettings(config.nvme_scrub_share),
         ),
         core.ledger,
         core.host,
-        policy_class(config.policy),
-        core.spec_of,
+        choice.make(declines=False),
+        core.namespaces.spec_of,
         clock,
         core.counters,
         core.settle,
     )
-
-
-def _segment_bytes(config: NodeConfig) -> int:
-    """Where the setting leaves it open, what is there decides: else a tier could not grow, nor get a
-    smaller device, without losing all it holds."""
-    if config.nvme_segment == "auto":
-        for path, _ in config.nvme_places:
-            if found := segment_bytes_of(path):
-                return found
-    return config.nvme_segment_bytes
-
-
-def _use_huge_pages(config: NodeConfig) -> bool:
-    # Memory goes from one arena to another in units, and less than a page cannot be given back.
-    enough = huge_pages_free_bytes() >= config.capacity_bytes and config.unit_bytes % HUGE_PAGE_BYTES == 0
-    if config.huge_pages == "on" and not enough:
-        raise BadInput(
-            "bad_config",
-            f"{huge_pages_free_bytes()} bytes of huge pages are free",
-            f"the capacity is {config.capacity_bytes} bytes, in units of {config.unit_bytes}",
-            "use whole pages as units, raise vm.nr_hugepages, or leave huge_pages at auto",
-        )
-    return enough and config.huge_pages != "off"
 
 
 def _check_version(hello: wire.Hello) -> None:
@@ -381,14 +369,3 @@ def _check_version(hello: wire.Hello) -> None:
             f"this node speaks version {wire.PROTOCOL_VERSION}",
             "run the same release of kvcache on both sides",
         )
-
-
-async def _receive_exactly(connection: socket.socket, count: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < count:
-        part = await loop.sock_recv(connection, count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)

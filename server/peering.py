@@ -27,11 +27,11 @@ def join(core: Core, here: Here) -> None:
     bringing.directory = directory
 
     def namespace(namespace_id: NamespaceId) -> Namespace | None:
-        known = core.spec_of(namespace_id)
+        known = core.namespaces.spec_of(namespace_id)
         return None if known is None else Namespace.from_map(known[1])
 
     def known(namespace_id: NamespaceId) -> tuple[Namespace, BlockSpec] | None:
-        found = core.spec_of(namespace_id)
+        found = core.namespaces.spec_of(namespace_id)
         return None if found is None else (Namespace.from_map(found[1]), found[0])
 
     fetcher = bringing.fetcher = Fetcher(
@@ -71,7 +71,7 @@ def _replicator(core: Core, directory: Directory, pusher: Pusher) -> Replicator:
         return list(core.ledger.ancestors(key))[::-1]
 
     def size_of(path: Sequence[StorageKey]) -> tuple[int, int]:
-        found = core.spec_of(NamespaceId(path[0][:HASH_BYTES]))
+        found = core.namespaces.spec_of(NamespaceId(path[0][:HASH_BYTES]))
         assert found is not None, "a block of a namespace that nobody opened"
         return core.ledger.match(path), found[0].block_bytes
 

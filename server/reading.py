@@ -16,9 +16,11 @@ from kvcache.errors import BadInput
 from kvcache.ledger import Lease
 from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
-from kvcache.server.core import Core, Opened
+from kvcache.request_hints import hints_of
+from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
+from kvcache.server.namespaces import Opened
 from kvcache.server.session import Answer, Later, Outgoing
 from kvcache.slices import ChunkRange
 from kvcache.sums import SUM_BYTES
@@ -38,7 +40,7 @@ class Reading:
 
     def match(self, request: wire.Match) -> wire.Reply:
         self._identity.require("reader", "writer", "router")
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
         count = self._ask(keys, self._asked(opened, request.prefill_tokens_s))
         self._core.counters["match_blocks"] += len(keys)
@@ -61,11 +63,13 @@ class Reading:
     def lease(self, request: wire.TakeLease) -> Answer | Later:
         self._identity.require("reader")
         core = self._core
-        opened = core.namespace(request.namespace, self._identity.tenant)
+        opened = core.namespaces.of(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        context = self._context(request, opened, core.clock.now_ns())
         if core.bringing.is_able or request.pushed or request.source:
             asked = replace(
                 self._asked(opened, request.prefill_tokens_s),
+                context=context,
                 parent=parent_key(opened, request.parent),
                 source=request.source,
                 pushed=request.pushed,
@@ -86,7 +90,7 @@ class Reading:
         core = self._core
         duration_ms = min(max(request.duration_ms, 1), core.config.lease_ms_max)
         now_ns = core.clock.now_ns()
-        context = RequestContext(now_ns=now_ns)
+        context = self._context(request, opened, now_ns)
         lease = core.ledger.lease(
             keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
         )
@@ -95,7 +99,19 @@ class Reading:
         if not coming and not (rest and core.bringing.awaits(rest[0])):  # Else it is asked again.
             core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
-                core.count_lease(lease.lease_id, len(keys), len(lease.keys), opened.spec.block_tokens)
+                tokens, shadowing = opened.spec.block_tokens, core.tuning.shadowing
+                if core.count_lease(lease.lease_id, len(keys), len(lease.keys), tokens) and shadowing.is_on:
+                    shadowing.asked(
+                        context,
+                        opened.namespace_id,
+                        request.prefix,
+                        request.parent,
+                        len(lease.keys),
+                        opened.spec.block_bytes,
+                        tokens,
+                    )
+                if core.recording.is_on:
+                    core.recording.asked(request, opened.spec.block_tokens, opened.tenant)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),
@@ -107,13 +123,18 @@ class Reading:
             coming=coming,
         )
 
+    def _context(self, request: wire.TakeLease, opened: Opened, now_ns: int) -> RequestContext:
+        """RAISES BadInput for hints that are none."""
+        asked_tokens = len(request.prefix) // HASH_BYTES * opened.spec.block_tokens
+        return hints_of(request).context(now_ns, self._identity.tenant, asked_tokens)
+
     def _held(self, lease_id: int) -> tuple[Opened, Lease]:
         lease = self._core.ledger.leased(lease_id, self._identity.owner)
         return self._of(lease.keys[0]), lease
 
     def _of(self, key: StorageKey) -> Opened:
         """The namespace of a key that this connection holds."""
-        return self._core.namespace(key[:HASH_BYTES], self._identity.tenant)
+        return self._core.namespaces.of(key[:HASH_BYTES], self._identity.tenant)
 
     def read(self, request: wire.Read) -> Answer:
         self._identity.require("reader")

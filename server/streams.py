@@ -79,7 +79,7 @@ class Streams:
                 "only who maps the node's memory is believed that they are written",
                 "map it (a unix socket), or let the planes be written first; the reservation is still open",
             )
-        opened = core.namespace(reservation.keys[0][:HASH_BYTES], self._identity.tenant)
+        opened = core.namespaces.of(reservation.keys[0][:HASH_BYTES], self._identity.tenant)
         before = next(islice(core.ledger.ancestors(reservation.keys[0]), 1, None), None)
         advanced = core.progress.begin(reservation, self._identity.owner, opened.spec, before)
         core.progress.advance(advanced, request.planes, request.sums)
@@ -94,7 +94,7 @@ class Streams:
         self._identity.require("peer")
         self._identity.require("reader")
         self._core.tickets.check_via(request.via)
-        opened = self._core.namespace(request.namespace, self._identity.tenant)
+        opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         if request.plane >= opened.spec.plane_count:
             what = f"plane {request.plane} of {opened.spec.plane_count}"

@@ -48,6 +48,6 @@ class Watching:
         if self._sees_all:
             return told.packed
         batch, tenant = told.batch, self._identity.tenant
-        mine = [event for event in batch.events if self._core.tenant_of(event.namespace) == tenant]
+        mine = [event for event in batch.events if self._core.namespaces.tenant_of(event.namespace) == tenant]
         names = [namespace for namespace in batch.namespaces if namespace["tenant"] == tenant]
         return wire.packed(msgspec.structs.replace(batch, events=mine, namespaces=names, digests={}))

@@ -13,9 +13,11 @@ from kvcache.block import HASH_BYTES
 from kvcache.errors import BadInput
 from kvcache.ledger import Reservation
 from kvcache.policy import RequestContext
-from kvcache.server.core import Core, Opened
+from kvcache.request_hints import hints_of
+from kvcache.server.core import Core
 from kvcache.server.exports import Exports
 from kvcache.server.identity import Identity
+from kvcache.server.namespaces import Opened
 from kvcache.server.reading import offsets, parent_key
 from kvcache.server.session import Answer, Later
 from kvcache.server.written import Written
@@ -34,17 +36,29 @@ class Writing:
     def reserve(self, request: wire.Reserve) -> wire.Reply:
         self._identity.require("writer")
         core = self._core
-        opened = core.namespace(request.namespace, self._identity.tenant)
+        opened = core.namespaces.of(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
+        context = self._context(request)
         reservation = core.ledger.reserve(
             self._identity.arena,
             parent_key(opened, request.parent),
             keys,
             opened.spec.block_bytes,
             self._identity.owner,
-            self._context(request),
+            context,
         )
         core.settle()
+        if core.recording.is_on and not self._identity.node:
+            core.recording.saved(request, opened.spec.block_tokens, opened.tenant)
+        if core.tuning.shadowing.is_on and not self._identity.node:
+            core.tuning.shadowing.saved(
+                context,
+                opened.namespace_id,
+                request.prefix,
+                request.parent,
+                opened.spec.block_bytes,
+                opened.spec.block_tokens,
+            )
         if reservation.reason in ("busy", "full"):
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:
@@ -74,17 +88,11 @@ class Writing:
                 core.uses.add(number, owner, push)
 
     def _context(self, request: wire.Reserve) -> RequestContext:
-        return RequestContext(
-            now_ns=self._core.clock.now_ns(),
-            session=request.session,
-            hint=request.hint,
-            priority=request.priority,
-            expected_gap_ms=request.gap_ms if request.gap_ms >= 0 else None,
-        )
+        return hints_of(request).context(self._core.clock.now_ns(), self._identity.tenant)
 
     def _reserved(self, reservation_id: int) -> tuple[Opened, Reservation]:
         reservation = self._core.ledger.reserved(reservation_id, self._identity.owner)
-        return self._core.namespace(reservation.keys[0][:HASH_BYTES], self._identity.tenant), reservation
+        return self._core.namespaces.of(reservation.keys[0][:HASH_BYTES], self._identity.tenant), reservation
 
     def destination(self, request: wire.Write, payload_bytes: int) -> list[memoryview]:
         """The reserved slots that a Write fills. RAISES KVCacheError when it may not."""

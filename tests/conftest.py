@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 EXAMPLES = 100
 GARDEN_S = 300
+ENGINE_S = 900
 
 _factor = int(os.environ.get("KVCACHE_FAULT_FACTOR", "0"))
 
@@ -28,7 +29,10 @@ settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who waits for the runs of planted bugs waits for several at once."""
+    """Who waits for the runs of planted bugs waits for several at once, and who starts real engines for what
+    these import: a quarter of a minute each, and several times that on a slow machine."""
     for item in items:
+        if item.get_closest_marker("engine") is not None:
+            item.add_marker(pytest.mark.timeout(ENGINE_S))
         if isinstance(item, pytest.Function) and "garden" in item.fixturenames:
             item.add_marker(pytest.mark.timeout(GARDEN_S))

@@ -282,19 +282,19 @@ def processes_of(home: Path) -> list[str]:
 
 
 def left_after(home: Path) -> list[str]:
-    """What still runs. The HTTP process of a node that was killed ends when it sees its pipe end, which
-    is a moment later: it has ten seconds."""
-    end_ns = SystemClock().now_ns() + 10 * NS_PER_S
+    """What still runs. A killed node's HTTP process ends when it sees its pipe end: it has thirty seconds."""
+    end_ns = SystemClock().now_ns() + 30 * NS_PER_S
     while (found := processes_of(home)) and SystemClock().now_ns() < end_ns:
         pass
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_demo_runs_through(tmp_path: Path) -> None:
-    command = demo_command("--json", "--requests", "600", "--clients", "2", "--seconds", "30")
+    command = demo_command("--json", "--requests", "600", "--clients", "2", "--seconds", "600")
     done = subprocess.run(
-        command, cwd=ROOT, env=demo_environment(tmp_path), capture_output=True, timeout=100, check=False
+        command, cwd=ROOT, env=demo_environment(tmp_path), capture_output=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr.decode()[-2_000:]
     assert done.stdout.count(b"\n") == 1, "with --json, one line and nothing else"

@@ -190,8 +190,8 @@ PLANTS = (
     Plant(
         "what came while drives were synced is called durable",
         "kvcache/tiers/stack.py",
-        "min(written, self._ledger.match(keys))",
-        "self._ledger.match(keys)",
+        "min(written, self.ledger.match(keys))",
+        "self.ledger.match(keys)",
         "tests/kvcache/tiers/test_stack_durable.py::test_what_is_written_while_drives_are_synced_is_not_durable",
     ),
     Plant(

@@ -61,7 +61,9 @@ HEAVY: dict[str, str] = {
 
 # Where a broad ``except`` that does not raise again may stand: the borders to engines' and policies'
 # code, and the top of the node's tasks.
-BORDERS = re.compile(r"client/connectors/\w+\.py|server/node\.py|kvcache/guard\.py|tests/.*|benchmarks/.*")
+BORDERS = re.compile(
+    r"client/connectors/\w+\.py|server/node\.py|kvcache/guard\.py|kvcache/cli_policy\.py|tests/.*|benchmarks/.*"
+)
 PRINTERS = re.compile(
     r"(kvcache|server|eviction|client)/(cli|demo)(_\w+)?\.py|benchmarks/.*|tests/.*|\.ci/.*"
 )

@@ -29,9 +29,11 @@ from transformers.cache_utils import DynamicLayer
 from kvcache import weights
 from kvcache.block import BlockHash, BlockSpec, extra_keys
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.store import SaveHints
 from kvcache.clock import SystemClock
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace, shape_of
+from kvcache.request_hints import UNKNOWN, RequestHints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,27 +98,35 @@ class PrefixCache:
         ``errors``; the store has its own."""
         return dict(self._counters)
 
-    def generate(self, input_ids: torch.Tensor, *, salt: bytes = b"", **arguments: Any) -> torch.Tensor:
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        salt: bytes = b"",
+        hints: RequestHints = UNKNOWN,
+        **arguments: Any,
+    ) -> torch.Tensor:
         """``model.generate``, with the prompt's leading blocks from the store and its new ones saved.
 
-        ``salt`` keeps prompts apart that must not share blocks. RAISES what ``model.generate`` raises."""
+        ``salt`` keeps prompts apart that must not share blocks; ``hints`` are for the node's eviction policy.
+        RAISES what ``model.generate`` raises."""
         prompt = [] if (reason := self._passed_by(input_ids, arguments)) else input_ids[0].tolist()
         if reason:
             self._counters[f"passed_by:{reason}"] += 1
             return self._model.generate(input_ids, **arguments)
-        cache = self.load(prompt[:-1], salt)
+        cache = self.load(prompt[:-1], salt, hints)
         loaded = cache.get_seq_length()
         self._counters["computed_tokens"] += len(prompt) - loaded
         output = self._model.generate(input_ids, past_key_values=cache, **arguments)
         sequence = output if isinstance(output, torch.Tensor) else output.sequences
-        self.save(sequence[0].tolist(), cache, salt, start=loaded // self.spec.block_tokens)
+        self.save(sequence[0].tolist(), cache, salt, start=loaded // self.spec.block_tokens, hints=hints)
         return output
 
-    def load(self, tokens: Sequence[int], salt: bytes = b"") -> DynamicCache:
+    def load(self, tokens: Sequence[int], salt: bytes = b"", hints: RequestHints = UNKNOWN) -> DynamicCache:
         """A cache with the leading whole blocks of ``tokens`` that could be had: maybe none, never wrong."""
         cache = DynamicCache(config=self._model.config)
         try:
-            blocks = self._load(tokens, salt)
+            blocks = self._load(tokens, salt, hints)
             if len(blocks):
                 self._fill(cache, blocks)
             self._counters["loaded_tokens"] += len(blocks) * self.spec.block_tokens
@@ -125,13 +135,20 @@ class PrefixCache:
             return DynamicCache(config=self._model.config)
         return cache
 
-    def save(self, tokens: Sequence[int], cache: DynamicCache, salt: bytes = b"", start: int = 0) -> int:
+    def save(
+        self,
+        tokens: Sequence[int],
+        cache: DynamicCache,
+        salt: bytes = b"",
+        start: int = 0,
+        hints: RequestHints = UNKNOWN,
+    ) -> int:
         """Save the full blocks of ``tokens`` that ``cache`` holds, from block ``start`` on.
 
         Returns how many of them the store holds afterwards. REQUIRES: the blocks before ``start`` were
         loaded or saved."""
         try:
-            return self._save(tokens, cache, salt, start)
+            return self._save(tokens, cache, salt, start, SaveHints.of(hints))
         except Exception:  # Border with the engine: what is not saved is computed again some day.
             self._fault("save")
             return 0
@@ -141,14 +158,14 @@ class PrefixCache:
     def _names(self, handle: Handle, tokens: Sequence[int], salt: bytes) -> list[BlockHash]:
         return handle.hashes(tokens, [extra_keys([("salt", salt)])] if salt else ())
 
-    def _load(self, tokens: Sequence[int], salt: bytes) -> torch.Tensor:
+    def _load(self, tokens: Sequence[int], salt: bytes, hints: RequestHints) -> torch.Tensor:
         """The blocks that could be had, up to the first that could not."""
         nothing = self._staging(0)
         handles = self._attachment.handles()
         if not handles:
             return nothing
         store = self._attachment.store
-        lease = store.lease(handles[0], self._names(handles[0], tokens, salt))
+        lease = store.lease(handles[0], self._names(handles[0], tokens, salt), hints=hints)
         if not lease.count:
             return nothing
         staging = self._staging(lease.count)
@@ -168,7 +185,9 @@ class PrefixCache:
         for index, (keys, values) in enumerate(whole.to(self._model.device)):
             cache.update(keys, values, index)
 
-    def _save(self, tokens: Sequence[int], cache: DynamicCache, salt: bytes, start: int) -> int:
+    def _save(
+        self, tokens: Sequence[int], cache: DynamicCache, salt: bytes, start: int, hints: SaveHints
+    ) -> int:
         handles = self._attachment.handles()
         count = min(len(tokens), cache.get_seq_length()) // self.spec.block_tokens
         if not handles or count <= start:
@@ -180,7 +199,8 @@ class PrefixCache:
             blocks = self._blocks(cache, at, min(at + step, count))
             parent = names[at - 1] if at else b""
             pieces = [[_bytes(block)] for block in blocks]
-            held = self._attachment.store.save(handles[0], names[at : at + len(blocks)], pieces, parent)
+            fresh = names[at : at + len(blocks)]
+            held = self._attachment.store.save(handles[0], fresh, pieces, parent, hints)
             saved += held
             if held < len(blocks):
                 break

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
+from kvcache.request_hints import UNKNOWN, RequestHints
+
 # Every counter of the connector; what stands after a colon of its name becomes the label ``reason``.
 METRICS: dict[str, str] = {
     "lookups": "Prompts asked for at the store, by outcome.",
@@ -50,7 +52,8 @@ class LoadJob:
 class SaveJob:
     """Save the pages ``block_ids`` as ``hashes``, which stand at position ``start`` behind ``parent``
     (empty: the root). Valid once the forward pass of the step that carries it has ended; with ``streams``,
-    layer by layer while it runs. ``push`` names the node to which they are to be copied."""
+    layer by layer while it runs. ``push`` names the node to which they are to be copied.
+    ``hints`` are for the eviction policy."""
 
     request: str
     parent: bytes
@@ -59,6 +62,7 @@ class SaveJob:
     block_ids: tuple[int, ...]
     streams: bool = False
     push: str = ""
+    hints: RequestHints = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

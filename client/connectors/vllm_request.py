@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from kvcache.block import BlockHash
 from kvcache.client.connectors.handoff import Handoff
 from kvcache.client.connectors.vllm_plan import EngineRequest, LoadJob
 from kvcache.clock import NS_PER_MS
+from kvcache.request_hints import RequestHints
 
 if TYPE_CHECKING:
     from kvcache.client.store import Lease
@@ -89,3 +90,11 @@ class State:
     load_failed: bool = False
     saved: int = 0
     issued: int = 0
+
+    @property
+    def hints(self) -> RequestHints:
+        """What is known of the request; that its prompt is computed for another engine, if nothing is."""
+        said = self.handoff.hints
+        if self.handoff.do == "prefill" and said.hint == "unknown":
+            return replace(said, hint="prefill_only")
+        return said

@@ -299,8 +299,18 @@ class SchedulerSide:
         leases: list[Lease] = []
         for handle in handles:
             wait_ms = max(0, end_ns - self._clock.now_ns()) // NS_PER_MS
-            source, pushed = state.handoff.source, state.handoff.pushed
-            leases.append(store.lease(handle, prefix, name, wait_ms=wait_ms, source=source, pushed=pushed))
+            asked = state.handoff
+            leases.append(
+                store.lease(
+                    handle,
+                    prefix,
+                    name,
+                    wait_ms=wait_ms,
+                    source=asked.source,
+                    pushed=asked.pushed,
+                    hints=state.hints,
+                )
+            )
             self._idle = self._idle and not leases[-1].coming
         return leases
 
@@ -362,6 +372,7 @@ class SchedulerSide:
             pages,
             streams=prefill and self._streams,
             push=state.handoff.push_to if prefill else "",
+            hints=state.hints,
         )
         state.saved = full
         state.issued += len(handles)

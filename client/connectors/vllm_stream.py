@@ -83,7 +83,11 @@ class Drafts:
             elif planes == 0 and (handles := self._attachment.handles()):
                 blocks = [self._pages.planes(block_id) for block_id in job.block_ids]
                 writing = self._attachment.store.begin_save(
-                    handles[0], split_hashes(job.hashes), blocks, job.parent, SaveHints(push=job.push)
+                    handles[0],
+                    split_hashes(job.hashes),
+                    blocks,
+                    job.parent,
+                    SaveHints.of(job.hints, job.push),
                 )
                 self._open[_key(job)] = _Draft(writing)
         except Exception:  # Border with the engine: without a draft it is saved whole.

@@ -292,7 +292,7 @@ class WorkerSide:
         parent = job.hashes[at - HASH_BYTES : at] if queued.done else job.parent
         prefix = split_hashes(job.hashes[at : at + len(pages) * HASH_BYTES])
         blocks = [self._pages.planes(block_id) for block_id in pages]
-        held = store.save(handles[0], prefix, blocks, parent, SaveHints(push=job.push))
+        held = store.save(handles[0], prefix, blocks, parent, SaveHints.of(job.hints, job.push))
         return self._count_saved(held, began_ns), "" if held == len(pages) else "not_taken"
 
     def _count_saved(self, held: int, began_ns: int) -> int:

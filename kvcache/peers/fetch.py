@@ -82,7 +82,8 @@ class Finder(Protocol):
 class Asked:
     """What somebody asks for, besides the keys. ``parent`` is the block before the first of them, None when
     it is the first of a prompt; ``source`` the name of a peer that has them, or computes them, and ``pushed``
-    that a peer brings them by itself; ``prefill_tokens_s`` how fast they would be computed anew (0: unknown).
+    that a peer brings them by itself; ``prefill_tokens_s`` how fast they would be computed anew (0: unknown);
+    ``context`` what is known of the request, for eviction policies.
     """
 
     tenant: str
@@ -94,6 +95,7 @@ class Asked:
     source: str = ""
     pushed: bool = False
     priority: Priority = Priority.DECODE
+    context: RequestContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

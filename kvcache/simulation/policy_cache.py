@@ -27,6 +27,7 @@ class Tree:
 
     def __init__(self, parent: Sequence[int], depth: Sequence[int]) -> None:
         self.parent = parent
+        self.key = range(len(parent))
         self.depth = depth
         self.block_bytes: Sequence[int] = b"\1" * len(parent)
         self.device: Sequence[int] = bytes(len(parent))

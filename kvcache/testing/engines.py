@@ -13,8 +13,8 @@ from typing import Any
 
 from kvcache.errors import Unavailable
 
-ANSWER_S = 90.0
-END_S = 20.0
+ANSWER_S = 300.0
+END_S = 60.0
 LOG_CHARS = 4_000
 
 

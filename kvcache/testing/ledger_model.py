@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from random import Random
 from typing import TypeVar
 
 from kvcache.block import Slot, StorageKey
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease, Ledger, Reservation
-from kvcache.policy import EvictionPolicy, RequestContext
+from kvcache.policy import HINTS, PRIORITY_MAX, EvictionPolicy, RequestContext
 from kvcache.testing.ledger_world import HOST, Memory, World
 from kvcache.tiers.space import slot_arena
 
@@ -71,6 +72,7 @@ class LedgerModel:
         self.ledger = Ledger(self.space, policy)
         self.memory = Memory(world)
         self.now_ns = 1
+        self._said = Random(1)
         self.found: dict[StorageKey, StorageKey | None] = {}  # what readers were told of, and its parent
         self.generation: dict[StorageKey, int] = {}
         self.content: dict[int, int] = {}  # generation of a block that came back -> its bytes
@@ -102,7 +104,17 @@ class LedgerModel:
                 self.stored(key)
 
     def context(self) -> RequestContext:
-        return RequestContext(now_ns=self.now_ns)
+        """Of somebody who says more about a request than is good for anybody."""
+        said = self._said
+        return RequestContext(
+            now_ns=self.now_ns,
+            tenant=said.choice(("", "ann", "bob")),
+            session=said.randrange(-1, 3),
+            hint=said.choice(HINTS),
+            priority=said.choice((50, 50, 0, 20, 80, 100)),
+            expected_gap_ms=said.choice((None, 0, 1)),
+            keep_ms=said.choice((None, 0, 1)),
+        )
 
     # --- writers --------------------------------------------------------------------------------
 
@@ -330,6 +342,14 @@ class LedgerModel:
         if done:
             self.quarantined.append((until_ns, lease.slots[0], lease.block_bytes))
 
+    def change_policy(self, policy: type[EvictionPolicy]) -> None:
+        """Another is to decide, once it has been told of everything (``change_step``)."""
+        self.ledger.policy.begin_change(policy, with_state=False)
+
+    def change_step(self, count: int) -> None:
+        if self.ledger.policy.change_step(count):
+            assert not self.trusted or not self.ledger.policy.change_fault, self.ledger.policy.change_fault
+
     def check(self) -> None:
         """What must hold after every deed."""
         self.live_leases_read_right()
@@ -342,7 +362,7 @@ class LedgerModel:
             before = next(islice(self.ledger.ancestors(key), 1, None), None)
             assert before == self.found[key]
             assert before is None or before in self.found
-        assert not self.trusted or self.ledger.policy_fault == ""
+        assert not self.trusted or self.ledger.policy.last_fault == "", self.ledger.policy.last_fault
 
     def end(self) -> None:
         """When all have gone and time has passed, every byte can be had again."""
@@ -355,7 +375,8 @@ class LedgerModel:
         holdings.unpin([block for block in holdings.tree.linked() if holdings.is_pinned(block)])
         for namespace, (arena, block_bytes) in self.world.sizes.items():
             keys = chain(namespace, "c" * 40)
-            made = self.ledger.reserve(arena, None, keys, block_bytes, "eve", self.context())
+            wanted = RequestContext(now_ns=self.now_ns, priority=PRIORITY_MAX)
+            made = self.ledger.reserve(arena, None, keys, block_bytes, "eve", wanted)
             assert len(made.keys) == len(self.world.space().allocate_many(arena, block_bytes, 40))
             self.ledger.abort(made.reservation_id, "eve")
             self.ledger.check()

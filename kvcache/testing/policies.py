@@ -214,6 +214,27 @@ class PolicyContract:
         fresh.store("s/a")
         assert fresh.victims(2) == ["s/a", "s"]
 
+    def test_the_tree_is_only_read(self) -> None:
+        grove = self.grove("s/a/b", "s/c", "t")
+        tree, policy = grove.tree, grove.policy
+        before = _picture(tree)
+        policy.on_request(CONTEXT, [grove.block("s"), grove.block("s/a")])
+        policy.admit(CONTEXT, grove.block("t"), 3)
+        policy.victims(CONTEXT, 4)
+        assert _picture(tree) == before
+        tree.hold([grove.block("t")])
+        before = _picture(tree)
+        policy.victims(CONTEXT, 4)
+        policy.state()
+        assert _picture(tree) == before
+        gone = grove.block("s/c")
+        tree.unlink(gone)
+        tree.recycle(gone)
+        before = _picture(tree)
+        policy.on_evicted([gone], "evicted")
+        assert _picture(tree) == before
+        tree.check()
+
     def test_settings_are_described(self) -> None:
         taken = inspect.signature(self.make.__init__).parameters
         for name, param in self.make.params().items():
@@ -241,4 +262,10 @@ class PolicyContract:
                 ledger.quarantine(lease.keys[0], lease.generations[0], now_ns + 3)
             ledger.expire(now_ns)
             ledger.check()
-        assert ledger.policy_fault == ""
+        assert ledger.policy.last_fault == ""
+
+
+def _picture(tree: PrefixTree) -> tuple[object, ...]:
+    """What a policy could have changed of the tree."""
+    numbers = (tree.parent, tree.children, tree.depth, tree.block_bytes, tree.device, tree.holds)
+    return tuple(tree.key), *map(tuple, numbers), sorted(tree.linked()), tree.evictable_count()

@@ -79,8 +79,9 @@ class NodeProcess:
         os.kill(self.pid, number)
 
     def pause(self) -> None:
-        """SIGSTOP: the node keeps its sockets and answers nothing."""
+        """SIGSTOP: the node keeps its sockets and answers nothing, from when this returns."""
         self.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def wake(self) -> None:
         self.signal(signal.SIGCONT)

@@ -19,6 +19,7 @@ from kvcache.client.store import (
     SaveHints,
 )
 from kvcache.namespace import Namespace
+from kvcache.request_hints import UNKNOWN, RequestHints
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -61,9 +62,10 @@ class Threaded:
         wait_ms: int = LEASE_WAIT_MS,
         source: str = "",
         pushed: bool = False,
+        hints: RequestHints = UNKNOWN,
     ) -> Lease:
         return await asyncio.to_thread(
-            self.store.lease, handle, prefix, request, duration_ms, wait_ms, source, pushed
+            self.store.lease, handle, prefix, request, duration_ms, wait_ms, source, pushed, hints
         )
 
     async def load(

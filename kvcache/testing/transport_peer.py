@@ -34,7 +34,8 @@ UNTIL_NS = 3_600 * NS_PER_S
 def peer_bytes(count: int, size: int) -> list[bytes]:
     """What the pieces of a peer's export hold."""
     noise = random.Random(f"{count} {size}").randbytes(min(size, 1 << 20)).replace(b"\0", b"\1")
-    return [(at.to_bytes(8, "little") + noise * (size // len(noise) + 1))[:size] for at in range(count)]
+    rest = noise * ((size - 8) // len(noise)) + noise[: (size - 8) % len(noise)] if size > 8 else b""
+    return [at.to_bytes(8, "little")[:size] + rest for at in range(count)]
 
 
 def digest(pieces: Sequence[memoryview]) -> bytes:
@@ -50,6 +51,7 @@ class Obedient:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._saying: set[asyncio.Task[None]] = set()
+        self._made: dict[tuple[int, int], list[memoryview]] = {}
 
     def accepted(self, _: Endpoint) -> None:
         """Nothing to do until it speaks."""
@@ -58,13 +60,18 @@ class Obedient:
         word, count, size = note.decode().split()
         until_ns = SystemClock().now_ns() + UNTIL_NS
         if word == "export":
-            pieces = [memoryview(data) for data in peer_bytes(int(count), int(size))]
-            self._say(endpoint, self._transport.export(pieces, until_ns))
+            self._say(endpoint, self._transport.export(self.bytes_of(int(count), int(size)), until_ns))
             return
         assert word == "post", word
         room = [memoryview(bytearray(int(size))) for _ in range(int(count))]
         ticket = self._transport.post(room, until_ns, lambda: self._say(endpoint, b"filled " + digest(room)))
         self._say(endpoint, ticket)
+
+    def bytes_of(self, count: int, size: int) -> list[memoryview]:
+        """``peer_bytes``, made once: for as long as that takes, the peer says nothing."""
+        if (count, size) not in self._made:
+            self._made[count, size] = [memoryview(data) for data in peer_bytes(count, size)]
+        return self._made[count, size]
 
     def _say(self, endpoint: Endpoint, note: bytes) -> None:
         deadline_ns = SystemClock().now_ns() + 10 * NS_PER_S

@@ -3,14 +3,15 @@
     committed, touched, cold ──► wanted (a tip: the block and all before it that NVMe does not hold)
     persist ──────────────────►    │ a drive is free: as many as make a batch
                                    ▼
-    slots reserved on NVMe, blocks held in host memory, the daily budget spent
+    slots reserved on NVMe, blocks held in host memory, the daily budget and the rate spent
                                    │ unpublish, write, fdatasync, publish (``nvme.Device``), in a thread
                                    ▼
     committed in the NVMe ledger; or aborted, and never found
 
 Write policies: *through* wants what was committed at once; *back* only after ``back_ns``, so that what
 does not live so long is never written; *evict* wants what the policy would let go next, while there is
-still room. Admission *second-touch* leaves out what nobody asked for twice. ``persist`` passes both by.
+still room. Of these, what has earned it is written (``earned``). ``persist`` passes both by. What the daily
+budget has no room for is dropped; what the rate has none for waits.
 
 A block is only written together with, or after, all before it: what NVMe holds is whole prefixes.
 
@@ -36,12 +37,13 @@ from kvcache.clock import NS_PER_S, Clock
 from kvcache.errors import BadInput
 from kvcache.ledger import Lease, Ledger, Reservation
 from kvcache.policy import RequestContext
-from kvcache.tiers.admission import Seen
+from kvcache.tiers.admission import WriteRate
 from kvcache.tiers.drive import Drive, NamespaceMap
+from kvcache.tiers.earned import Admission, Earned
 from kvcache.tiers.host import HostTier
+from kvcache.tiers.jobs import entries_of
 from kvcache.tiers.nvme import DeviceFault
-from kvcache.tiers.nvme_format import PARENT_ROOT, Entry, stride_of
-from kvcache.tiers.space import slot_offset
+from kvcache.tiers.nvme_format import Entry, stride_of
 
 log = logging.getLogger("kvcache.nvme")
 
@@ -55,17 +57,17 @@ HOLD_NS = 3_600 * NS_PER_S
 OWNER = "demote"
 
 WritePolicy = Literal["through", "back", "evict"]
-Admission = Literal["all", "second-touch"]
 SpecOf = Callable[[NamespaceId], tuple[BlockSpec, NamespaceMap] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """When blocks are written, and which."""
+    """When blocks are written, and which; and how many bytes a second (0: any number)."""
 
     write: WritePolicy
     admission: Admission
     back_ns: int
+    bytes_s: int = 0
 
 
 @dataclass(slots=True)
@@ -101,6 +103,7 @@ class Demoter:
         clock: Clock,
         counters: Counter[str],
         settle: Callable[[], None],
+        nvme_bytes: int,
     ) -> None:
         self._host = host
         self._nvme = nvme
@@ -111,7 +114,8 @@ class Demoter:
         self._counters = counters
         self._settle = settle
         self._batch_bytes = min(BATCH_BYTES_MAX, memory.capacity_bytes // BATCH_PARTS)
-        self._seen = Seen(1 << 20)
+        self._earned = Earned(rules.admission, host, nvme_bytes)
+        self._rate = WriteRate(rules.bytes_s, clock.now_ns())
         self._wanted: dict[StorageKey, _Wanted] = {}  # Those due earlier come earlier, but for the urgent.
         self._urgent: dict[StorageKey, None] = {}
         self._writing: set[StorageKey] = set()
@@ -126,12 +130,17 @@ class Demoter:
     # --- what is wanted -------------------------------------------------------------------------
 
     def committed(self, path: Sequence[StorageKey]) -> None:
-        """These were just published in the host tier: a path."""
+        """These were just computed, and published in the host tier: a path."""
+        self._earned.made(path)
         self._consider(path)
+
+    def asked(self, keys: Sequence[StorageKey]) -> None:
+        """A request asks for this path."""
+        self._earned.asked(keys)
 
     def touched(self, path: Sequence[StorageKey]) -> None:
         """A request found these in the host tier: a path."""
-        if self._rules.admission == "second-touch" and path:
+        if self._earned.is_choosy and path:
             self._consider(path)
 
     def cool(self) -> None:
@@ -139,9 +148,8 @@ class Demoter:
         if self._rules.write != "evict" or self._wanted:
             return
         context = RequestContext(now_ns=self._clock.now_ns())
-        for key in self._host.coldest(context, COLD_BLOCKS):
-            if not self._is_known(key) and self._is_admitted(key):
-                self._want(key, context.now_ns)
+        for tip in self._earned.tips(self._host.coldest(context, COLD_BLOCKS), self._is_known):
+            self._want(tip, context.now_ns)
 
     async def persist(self, tip: StorageKey) -> None:
         """Write this block and all before it, whatever admission says. Ends when that was tried.
@@ -179,18 +187,17 @@ class Demoter:
             bell.set()
 
     def _consider(self, path: Sequence[StorageKey]) -> None:
-        if self._rules.admission == "second-touch":
-            self._seen.touch(path)
+        self._earned.used(path)
         if self._rules.write == "evict":
             return
-        admitted = list(takewhile(self._is_admitted, path))
-        self._counters["nvme_skipped_blocks:admission"] += len(path) - len(admitted)
-        if admitted and not self._is_known(admitted[-1]):
+        new = path
+        if self._earned.is_choosy:
+            new = path[sum(1 for _ in takewhile(self._is_known, path)) :]
+        count = self._earned.leading(new)
+        self._counters["nvme_skipped_blocks:admission"] += len(new) - count
+        if count and not self._is_known(new[count - 1]):
             delay_ns = self._rules.back_ns if self._rules.write == "back" else 0
-            self._want(admitted[-1], self._clock.now_ns() + delay_ns)
-
-    def _is_admitted(self, key: StorageKey) -> bool:
-        return self._rules.admission == "all" or self._seen.count(key) > 1
+            self._want(new[count - 1], self._clock.now_ns() + delay_ns)
 
     def _is_known(self, key: StorageKey) -> bool:
         """On NVMe, or on the way there."""
@@ -247,7 +254,8 @@ class Demoter:
         return list(islice(chain(urgent, rest), 4 * BATCH_BLOCKS_MAX))
 
     def _gather(self, drive: Drive, wishes: Sequence[_Wish]) -> tuple[list[_Part], list[_Wish], list[_Wish]]:
-        """Reserve a batch. The wishes that it is for; those that are done with it, or cannot be done."""
+        """Reserve a batch. The wishes that it is for; those that are done with it, or cannot be done. Nothing
+        while the rate allows nothing: what is wanted stays so."""
         parts: list[_Part] = []
         tried: list[_Wish] = []
         done: list[_Wish] = []
@@ -263,7 +271,9 @@ class Demoter:
                 continue
             stride = stride_of(spec[0].block_bytes)
             room = min(
-                BATCH_BLOCKS_MAX - blocks, max(1 if not parts else 0, (self._batch_bytes - size) // stride)
+                BATCH_BLOCKS_MAX - blocks,
+                max(1 if not parts else 0, (self._batch_bytes - size) // stride),
+                self._rate.left(self._clock.now_ns(), stride),
             )
             if room <= 0:
                 break
@@ -326,6 +336,7 @@ class Demoter:
             return None
         spent = drive.budget.allow(len(lease.keys) * stride)
         assert spent, "it was affordable a moment ago"
+        self._rate.spend(len(lease.keys) * stride)
         self._writing.update(reservation.keys)
         if reservation.start:
             before = path[reservation.start - 1]
@@ -334,26 +345,9 @@ class Demoter:
     def _puts(
         self, reservation: Reservation, lease: Lease, spec: BlockSpec, before: StorageKey | None
     ) -> list[tuple[Entry, memoryview]]:
-        parents = [PARENT_ROOT if before is None else before[HASH_BYTES:]]
-        parents += [key[HASH_BYTES:] for key in reservation.keys[:-1]]
-        return [
-            (
-                Entry(
-                    offset=slot_offset(slot),
-                    key=key,
-                    parent=parent,
-                    block_bytes=spec.block_bytes,
-                    chunk_bytes=spec.chunk_bytes,
-                    generation=0,
-                    checksum=checksum,
-                    epoch=0,
-                ),
-                self._memory.view(held, spec.block_bytes),
-            )
-            for key, parent, slot, held, checksum in zip(
-                reservation.keys, parents, reservation.slots, lease.slots, lease.checksums, strict=True
-            )
-        ]
+        entries = entries_of(reservation.keys, reservation.slots, lease.checksums, spec, before)
+        views = [self._memory.view(slot, spec.block_bytes) for slot in lease.slots]
+        return list(zip(entries, views, strict=True))
 
     def _skip(self, reason: str, path: Sequence[StorageKey]) -> None:
         self._counters[f"nvme_skipped_blocks:{reason}"] += len(path)
@@ -384,6 +378,7 @@ class Demoter:
         self._nvme.commit(reservation.reservation_id, OWNER, lease.checksums, sums)
         self._counters["nvme_written_blocks"] += len(reservation.keys)
         self._counters["nvme_written_bytes"] += len(reservation.keys) * reservation.block_bytes
+        self._earned.wrote(len(reservation.keys) * reservation.block_bytes)
 
     def _tell_ended(self) -> None:
         ended, self._ended = self._ended, None

@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 
+from kvcache.block import HASH_BYTES, BlockSpec, Slot, StorageKey
 from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_files import faults
-from kvcache.tiers.nvme_format import Entry
+from kvcache.tiers.nvme_format import PARENT_ROOT, Entry
+from kvcache.tiers.space import slot_offset
 
 NamespaceMap = Mapping[str, str | int]
 UNREADABLE = "unreadable"
@@ -75,3 +77,28 @@ def write_blocks(
         for fields in namespaces:
             device.save_namespace(fields)
         return device.write(puts, deletes, durable=durable)
+
+
+def entries_of(
+    keys: Sequence[StorageKey],
+    slots: Sequence[Slot],
+    checksums: Sequence[bytes],
+    spec: BlockSpec,
+    before: StorageKey | None,
+) -> list[Entry]:
+    """What is to be written of a path behind ``before``; the device gives generation and epoch."""
+    parents = [PARENT_ROOT if before is None else before[HASH_BYTES:]]
+    parents += [key[HASH_BYTES:] for key in keys[:-1]]
+    return [
+        Entry(
+            offset=slot_offset(slot),
+            key=key,
+            parent=parent,
+            block_bytes=spec.block_bytes,
+            chunk_bytes=spec.chunk_bytes,
+            generation=0,
+            checksum=checksum,
+            epoch=0,
+        )
+        for key, parent, slot, checksum in zip(keys, parents, slots, checksums, strict=True)
+    ]

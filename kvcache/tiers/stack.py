@@ -85,23 +85,24 @@ class Stack:
             rules.places[0].segment_bytes,
             NVME_LAYOUT,
         )
-        self._ledger = Ledger(self._space, make_policy)
+        self.ledger = Ledger(self._space, make_policy)
         self.drives = [
             Drive(self._space.add_arena(place.capacity_bytes), place, clock, rules.wall_hour, self._lost)
             for place in rules.places
         ]
-        self._promoter = Promoter(host, self._ledger, memory, self.drives, clock, counters, settle)
+        self._promoter = Promoter(host, self.ledger, memory, self.drives, clock, counters, settle)
         self._demoter = Demoter(
             host,
-            self._ledger,
+            self.ledger,
             memory,
             spec_of,
             rules.demote,
             clock,
             counters,
             settle,
+            self._space.capacity_bytes,
         )
-        shelves = Shelves(self._ledger, self.drives, clock, counters, settle, self._is_busy)
+        shelves = Shelves(self.ledger, self.drives, clock, counters, settle, self._is_busy)
         self._scrubber = Scrubber(shelves.target(), clock, asyncio.sleep, rules.scrub)
         self._tasks: set[asyncio.Task[None]] = set()
         self._spec_of = spec_of
@@ -146,11 +147,20 @@ class Stack:
 
     # --- requests -------------------------------------------------------------------------------
 
-    def ask(self, keys: Sequence[StorageKey], arena: int, block_tokens: int, prefill_tokens_s: int) -> int:
-        """How many leading blocks can be had: from host memory now, or from NVMe soon (they start coming)."""
+    def ask(
+        self,
+        keys: Sequence[StorageKey],
+        arena: int,
+        block_tokens: int,
+        prefill_tokens_s: int,
+        context: RequestContext | None = None,
+    ) -> int:
+        """How many leading blocks can be had: from host memory now, or from NVMe soon (they start coming).
+        ``context``: what is known of the request."""
+        self._demoter.asked(keys)
         count = self._promoter.ask(keys, arena, block_tokens, prefill_tokens_s)
         if count:
-            self._ledger.touch(keys[:count], RequestContext(now_ns=self._clock.now_ns()))
+            self.ledger.touch(keys[:count], context or RequestContext(now_ns=self._clock.now_ns()))
         return count
 
     def coming(self, keys: Sequence[StorageKey]) -> int:
@@ -174,11 +184,11 @@ class Stack:
         try:
             async with asyncio.timeout(wait_ns / NS_PER_S):
                 await self._persist(keys)
-                written = self._ledger.match(keys)  # What comes while drives are synced is not.
+                written = self.ledger.match(keys)  # What comes while drives are synced is not.
                 for drive in self.drives:
                     if drive.readable:
                         await drive.sync()
-                return min(written, self._ledger.match(keys))
+                return min(written, self.ledger.match(keys))
         except (TimeoutError, DeviceFault):
             return 0
 
@@ -192,7 +202,7 @@ class Stack:
 
     async def _persist(self, keys: Sequence[StorageKey]) -> None:
         held = self._host.match(keys)
-        if held > self._ledger.match(keys) and any(drive.writable for drive in self.drives):
+        if held > self.ledger.match(keys) and any(drive.writable for drive in self.drives):
             await self._demoter.persist(keys[held - 1])
         while self._demoter.is_writing(keys):
             await self._demoter.batch_ended()
@@ -201,21 +211,21 @@ class Stack:
 
     def take_changes(self) -> list[Change]:
         """What can and cannot be found on NVMe since the last call."""
-        return self._ledger.take_changes()
+        return self.ledger.take_changes()
 
     def troubles(self) -> list[str]:
         """In plain words, what does not work as it should."""
         found = [drive.trouble for drive in self.drives if drive.trouble]
         found += [
             f"the daily write budget of {drive.place.path} is used up: new blocks stay in memory only; "
-            "raise nvme_writes_a_day, or set nvme_admission to second-touch"
+            "raise nvme_writes_a_day, or choose more with nvme_admission"
             for drive in self.drives
             if drive.budget.left() < max(drive.short_bytes, stride_of(1))
         ]
         return found
 
     def stats(self) -> dict[str, float]:
-        held = self._ledger.stats()
+        held = self.ledger.stats()
         states = Counter(drive.state for drive in self.drives)
         rates = [drive.rate.value() or 0.0 for drive in self.drives]
         return {
@@ -233,7 +243,7 @@ class Stack:
 
     def check(self) -> None:
         """Assert every invariant."""
-        self._ledger.check()
+        self.ledger.check()
 
     # --- drives ---------------------------------------------------------------------------------
 
@@ -241,7 +251,7 @@ class Stack:
         """Called by the node's timer."""
         for drive in self.drives:
             drive.tick()
-        self._ledger.expire(self._clock.now_ns())
+        self.ledger.expire(self._clock.now_ns())
         if any(drive.writable for drive in self.drives):
             self._demoter.cool()
             self._demoter.wake()
@@ -272,7 +282,7 @@ class Stack:
             lost = len(entries) - len(usable)
             self._counters["nvme_unknown_blocks"] += lost
             log.error("%s: %d blocks are of namespaces that are not known any more", drive.place.path, lost)
-        self._ledger.expire(self._clock.now_ns())
+        self.ledger.expire(self._clock.now_ns())
         step = RESTORED_AT_ONCE if self._serving else max(1, len(usable))
         for at in range(0, len(usable), step):
             self._take_back(_restored(drive.number, usable[at : at + step]))
@@ -292,7 +302,7 @@ class Stack:
         """Find them again, as far as what they continue is found; else they are kept apart."""
         if not blocks:
             return
-        refused = self._ledger.restore(blocks)
+        refused = self.ledger.restore(blocks)
         self._counters["nvme_restored_blocks"] += len(blocks) - len(refused)
         for slot in (each.slot for each in refused):
             self._apart[slot] = self.drives[slot_arena(slot)].entries[slot_offset(slot)]
@@ -315,7 +325,7 @@ class Stack:
     async def _withdraw(self, drive: Drive) -> None:
         """Its blocks leave the ledger, a part a turn: there may be a million. Those that are still in it are
         not read, as their drive is not."""
-        while self._ledger.withdraw_arena(drive.number, self._clock.now_ns(), WITHDRAWN_AT_ONCE):
+        while self.ledger.withdraw_arena(drive.number, self._clock.now_ns(), WITHDRAWN_AT_ONCE):
             self._settle()
             await asyncio.sleep(0)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,19 @@ TROUBLE = ("missed_calls:away", "ended:", "refused_connects")
 
 
 class MovableClock:
-    """The system's clock, moved ahead."""
+    """The system's clock, moved ahead; once it is stopped, by the test alone."""
 
     def __init__(self) -> None:
         self.ahead_ns = 0
+        self._stopped_ns = 0
 
     def now_ns(self) -> int:
-        return SystemClock().now_ns() + self.ahead_ns
+        return (self._stopped_ns or SystemClock().now_ns()) + self.ahead_ns
+
+    def stop(self) -> None:
+        """However long the machine takes for the rest, to the store it is one moment. What gets no answer
+        waits for ever."""
+        self._stopped_ns = SystemClock().now_ns()
 
     def advance_ms(self, milliseconds: int) -> None:
         self.ahead_ns += milliseconds * NS_PER_MS
@@ -71,11 +78,20 @@ class Rig:
         eventually(lambda: not self.stats()["reservations"])
 
 
-TIMEOUT_MS = 2_000
+TIMEOUT_MS = 20_000
 
 
 def options(address: str, mapped: bool, timeout_ms: int = TIMEOUT_MS) -> Options:
     return Options(address, timeout_ms=timeout_ms, mapped=mapped)
+
+
+@contextmanager
+def impatient(store: BlockingNodeStore, timeout_ms: int) -> Iterator[None]:
+    """For calls that get no answer: all others have their time also where the machine looks away."""
+    patient = store._options
+    store._options = replace(patient, timeout_ms=timeout_ms)
+    yield
+    store._options = patient
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from kvcache.errors import BadInput, NotAllowed, Unavailable
 from kvcache.sums import copy_and_sum
 from kvcache.testing.stores import EXAMPLE, SPEC, content, prompt, room, whole
 from kvcache.wire import Matched, Reply
-from tests.client.conftest import Rig, eventually, options
+from tests.client.conftest import PATIENCE_S, MovableClock, Rig, eventually, impatient, options
 from tests.client.proxy import Proxy
 from tests.server.conftest import EmbeddedNode
 
@@ -230,25 +230,33 @@ def test_the_map_outlives_the_connection_for_a_running_copy(rig: Rig, held_copy:
 
 
 def test_threads_that_wait_for_their_turn_give_up_by_their_deadline(proxy: Proxy) -> None:
-    store = BlockingNodeStore(options(proxy.address, mapped=True, timeout_ms=150), SystemClock())
+    store = BlockingNodeStore(options(proxy.address, mapped=True), SystemClock())
     handle = store.open(EXAMPLE, SPEC)
     proxy.tamper = lambda call, reply, frame: b"" if isinstance(reply, Matched) else frame
     counts: list[int] = []
     prefix = prompt(handle, 1)
-    threads = [threading.Thread(target=lambda: counts.append(store.match(handle, prefix))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
+    together = threading.Barrier(8)
+
+    def ask() -> None:
+        together.wait(PATIENCE_S)
+        counts.append(store.match(handle, prefix))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    with impatient(store, 150):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
     assert counts == [0] * 8
-    assert store.counters["ended:deadline"] == 1
+    # Who came late may have found the store connected again, and met a deadline of his own.
+    assert 1 <= store.counters["ended:deadline"] <= store.counters["connects"]
     store.close()
 
 
 def test_an_interrupt_gives_up_the_connection_and_what_it_held(
     node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=20_000)
     handle = store.open(EXAMPLE, SPEC)
     prefix = prompt(handle, 2)
 
@@ -268,7 +276,7 @@ def test_an_interrupt_gives_up_the_connection_and_what_it_held(
 def test_a_forked_child_is_told_to_connect_for_itself(
     node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=20_000)
     handle = store.open(EXAMPLE, SPEC)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 1)
@@ -279,7 +287,9 @@ def test_a_forked_child_is_told_to_connect_for_itself(
 
 
 def test_no_node_no_name(tmp_path: object) -> None:
-    store = connect_blocking(f"unix://{tmp_path}/nobody.sock")
+    clock = MovableClock()
+    clock.stop()
+    store = BlockingNodeStore(options(f"unix://{tmp_path}/nobody.sock", mapped=True), clock)
     with pytest.raises(Unavailable):
         store.open(EXAMPLE, SPEC)
     with pytest.raises(Unavailable):
@@ -289,7 +299,7 @@ def test_no_node_no_name(tmp_path: object) -> None:
 
 
 def test_a_token_that_is_none_is_refused_by_name(node: EmbeddedNode) -> None:
-    store = connect_blocking(node.node.address, "wrong")
+    store = connect_blocking(node.node.address, "wrong", timeout_ms=20_000)
     with pytest.raises(NotAllowed):
         store.open(EXAMPLE, SPEC)
     store.close()

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from kvcache.wire import (
     Welcome,
     encode,
 )
-from tests.client.conftest import MovableClock, Rig, eventually, options
+from tests.client.conftest import TIMEOUT_MS, MovableClock, Rig, eventually, impatient, options
 from tests.client.proxy import Proxy, changed, instead
 from tests.server.conftest import EmbeddedNode
 
@@ -61,7 +62,7 @@ def scribble(rig: Rig, change: Callable[[mmap.mmap, tuple[int, ...]], None], pre
     """Another client of this user maps the slab and writes where it may not."""
     scribbler = BlockingNodeStore(options(rig.node.node.address, mapped=True), SystemClock())
     lease = scribbler.lease(scribbler.open(EXAMPLE, SPEC), prefix)
-    deadline_ns = SystemClock().now_ns() + 5_000 * NS_PER_MS
+    deadline_ns = SystemClock().now_ns() + 20_000 * NS_PER_MS
     hello = Hello(PROTOCOL_VERSION, map=True)
     channel = BlockingChannel.connect(rig.node.node.address, hello, deadline_ns)
     assert channel.slab_fd is not None
@@ -134,6 +135,7 @@ def test_bytes_that_change_on_the_wire_are_found(rig: Rig) -> None:
 
 def test_after_its_end_a_lease_gives_nothing(rig: Rig) -> None:
     prefix = saved(rig)
+    rig.clock.stop()
     lease = rig.store.lease(rig.handle, prefix, duration_ms=20_000)
     rig.clock.advance_ms(19_000)
     assert load_all(rig, lease) == frozenset()
@@ -163,22 +165,24 @@ def test_garbage_is_a_miss_and_then_the_store_recovers(
     node: EmbeddedNode, proxy: Proxy, kind: type[Reply], garbage: str
 ) -> None:
     clock = MovableClock()
-    timeout_ms = 200 if garbage == "nothing, for ever" else 5_000
-    store = BlockingNodeStore(options(proxy.address, kind is not Blocks, timeout_ms), clock)
+    store = BlockingNodeStore(options(proxy.address, kind is not Blocks), clock)
     rig = Rig(node, proxy, clock, store, store.open(EXAMPLE, SPEC))
     prefix = prompt(rig.handle, 3)
     blocks = whole(content(rig.handle, prefix))
     held = store.save(rig.handle, prefix[:2], blocks[:2])
     rig.proxy.tamper = instead(kind, GARBAGE[garbage])
-    if store.match(rig.handle, prefix):
-        lease = store.lease(rig.handle, prefix)
-        load_all(rig, lease)
-        store.release(lease)
-        assert store.save(rig.handle, prefix[2:], blocks[2:], parent=prefix[1]) == 0 or kind not in (
-            Reserved,
-            Committed,
-        )
-    assert sum(count for name, count in store.counters.items() if name.startswith("ended:")) == 1
+    silent = garbage == "nothing, for ever"
+    with impatient(store, 200 if silent else TIMEOUT_MS):
+        if store.match(rig.handle, prefix):
+            lease = store.lease(rig.handle, prefix)
+            load_all(rig, lease)
+            store.release(lease)
+            assert store.save(rig.handle, prefix[2:], blocks[2:], parent=prefix[1]) == 0 or kind not in (
+                Reserved,
+                Committed,
+            )
+    ends = Counter({name: count for name, count in store.counters.items() if name.startswith("ended:")})
+    assert set(ends) == {"ended:deadline"} if silent else ends.total() == 1
     rig.proxy.tamper = lambda call, reply, frame: frame
     rig.recover()
     assert held == 2
@@ -284,6 +288,7 @@ def test_a_lease_ends_with_its_connection(rig: Rig) -> None:
 def test_while_the_node_is_gone_calls_do_not_even_try(rig: Rig) -> None:
     prefix = saved(rig)
     rig.proxy.tamper = instead(Matched, lambda call: b"")
+    rig.clock.stop()
     rig.proxy.cut()
     assert rig.store.match(rig.handle, prefix) == 0
     connections = rig.proxy.connections
@@ -298,8 +303,15 @@ def test_while_the_node_is_gone_calls_do_not_even_try(rig: Rig) -> None:
 
 def test_the_back_off_grows_while_the_node_accepts_and_says_nothing(node: EmbeddedNode, proxy: Proxy) -> None:
     clock = MovableClock()
+    clock.stop()
     store = BlockingNodeStore(options(proxy.address, mapped=True, timeout_ms=30), clock)
-    proxy.tamper = instead(Welcome, lambda call: b"")
+
+    def silence(call: int) -> bytes:
+        """While which the time of the try goes by, and no more."""
+        clock.advance_ms(31)
+        return b""
+
+    proxy.tamper = instead(Welcome, silence)
     with pytest.raises(Unavailable):
         store.open(EXAMPLE, SPEC)
 
@@ -308,12 +320,11 @@ def test_the_back_off_grows_while_the_node_accepts_and_says_nothing(node: Embedd
 
     eventually(partial(refused, 1))
     for attempt in range(1, 4):
-        half_ms = BACKOFF_NS_MIN // NS_PER_MS * 2 ** (attempt - 1) // 2
-        clock.advance_ms(half_ms // 2)
+        clock.advance_ms(BACKOFF_NS_MIN // NS_PER_MS * 2 ** (attempt - 1) - 1)
         with pytest.raises(Unavailable):
             store.open(EXAMPLE, SPEC)
         assert store.counters["refused_connects"] == attempt, "too early to try"
-        clock.advance_ms(2 * half_ms)
+        clock.advance_ms(1)
         with pytest.raises(Unavailable):
             store.open(EXAMPLE, SPEC)
         eventually(partial(refused, attempt + 1))

@@ -50,7 +50,7 @@ def test_the_parent_of_a_batch_is_the_last_block_of_the_one_before() -> None:
     prefix = hashes(2 * BATCH_BLOCKS_MAX + 1)
     shared = bytes(SIZE)
     script = Script(roomy)
-    hints = SaveHints("assistant", 70, 5, 100)
+    hints = SaveHints("tool_call", 70, 5, 100, 9_000)
     held = script.drive(operations.save(context, handle, prefix, [[shared]] * len(prefix), b"p" * 16, hints))
     assert held == len(prefix)
     reserves = [request for request in script.asked if isinstance(request, Reserve)]
@@ -60,7 +60,8 @@ def test_the_parent_of_a_batch_is_the_last_block_of_the_one_before() -> None:
         prefix[2 * BATCH_BLOCKS_MAX - 1],
     ]
     assert b"".join(request.prefix for request in reserves) == b"".join(prefix)
-    assert {(r.hint, r.priority, r.session, r.gap_ms) for r in reserves} == {("assistant", 70, 5, 100)}
+    told = {(r.hint, r.priority, r.session, r.gap_ms, r.keep_ms) for r in reserves}
+    assert told == {("tool_call", 70, 5, 100, 9_000)}
 
 
 @pytest.mark.parametrize("room", [0, 1, BATCH_BLOCKS_MAX - 1])

@@ -9,28 +9,31 @@ from pathlib import Path
 import pytest
 
 from kvcache.channel import AsyncChannel, BlockingChannel
-from kvcache.client import connect, connect_blocking
+from kvcache.client.async_store import AsyncNodeStore
+from kvcache.client.blocking_store import BlockingNodeStore
 from kvcache.client.store import BlockStore, Handle
 from kvcache.client.waiting import ALONE_MS
-from kvcache.clock import NS_PER_MS, SystemClock
+from kvcache.clock import NS_PER_MS, Clock, SystemClock
 from kvcache.config import NodeConfig
 from kvcache.testing.stores import EXAMPLE, SPEC, content, prompt, room, whole
 from kvcache.testing.threaded import Threaded
 from kvcache.wire import Leased, Message, Persist, Reply, Request, TakeLease
+from tests.client.conftest import TIMEOUT_MS, MovableClock, options
 from tests.client.proxy import Proxy, changed
 from tests.server.conftest import EmbeddedNode
 
-TIMEOUT_MS = 20_000
 Scenario = Callable[[BlockStore, Handle], Awaitable[None]]
 
 
-def play(driver: str, address: str, scenario: Scenario) -> None:
+def play(driver: str, address: str, scenario: Scenario, clock: Clock | None = None) -> None:
+    chosen, told = options(address, mapped=True), clock or SystemClock()
+
     async def main() -> None:
         store: BlockStore
         if driver == "async":
-            store = connect(address, timeout_ms=TIMEOUT_MS)
+            store = AsyncNodeStore(chosen, told)
         else:
-            store = Threaded(connect_blocking(address, timeout_ms=TIMEOUT_MS))
+            store = Threaded(BlockingNodeStore(chosen, told))
         await scenario(store, await store.open(EXAMPLE, SPEC))
         await store.close()
 
@@ -64,7 +67,7 @@ def test_a_lease_is_taken_again_until_nothing_is_coming(
         prefix = prompt(handle, 4)
         await store.save(handle, prefix[:3], whole(content(handle, prefix[:3])))
         proxy.tamper = changed(Leased, coming(2))
-        lease = await store.lease(handle, prefix, "request")
+        lease = await store.lease(handle, prefix, "request", wait_ms=60_000)
         assert (lease.count, lease.coming) == (3, 0)
         assert store.counters["lease_waits"] == 2
         assert leases(node) == 1
@@ -131,10 +134,12 @@ def test_a_call_may_take_as_long_as_the_node_was_asked_to_wait(
     driver: str, node: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_ms: dict[type[Message], list[float]] = {TakeLease: [], Persist: []}
+    clock = MovableClock()
+    clock.stop()
 
     def note(request: Request, deadline_ns: int) -> None:
         if type(request) in given_ms:
-            given_ms[type(request)].append((deadline_ns - SystemClock().now_ns()) / NS_PER_MS)
+            given_ms[type(request)].append((deadline_ns - clock.now_ns()) / NS_PER_MS)
 
     call, async_call = BlockingChannel.call, AsyncChannel.call
 
@@ -157,12 +162,10 @@ def test_a_call_may_take_as_long_as_the_node_was_asked_to_wait(
         await store.lease(handle, prefix, wait_ms=60_000)
         await store.persist(handle, prefix, wait_ms=60_000)
 
-    play(driver, node.node.address, scenario)
-    assert TIMEOUT_MS / 2 < given_ms[TakeLease][0] <= TIMEOUT_MS
-    assert TIMEOUT_MS + ALONE_MS / 2 < given_ms[TakeLease][1] <= TIMEOUT_MS + ALONE_MS
+    play(driver, node.node.address, scenario, clock)
+    assert given_ms[TakeLease] == [TIMEOUT_MS, TIMEOUT_MS + ALONE_MS]
     # Behind a wait, which the node may be in, the time counts from that wait's end.
-    (given,) = given_ms[Persist]
-    assert TIMEOUT_MS + ALONE_MS / 2 < given <= TIMEOUT_MS + 2 * ALONE_MS
+    assert given_ms[Persist] == [TIMEOUT_MS + 2 * ALONE_MS]
 
 
 @pytest.mark.slow
@@ -180,7 +183,7 @@ def test_what_was_persisted_is_had_from_the_next_node_by_one_lease(
     async def fill(store: BlockStore, handle: Handle) -> None:
         prefix = prompt(handle, blocks)
         assert await store.save(handle, prefix, whole(content(handle, prefix))) == blocks
-        assert await store.persist(handle, prefix) == blocks
+        assert await store.persist(handle, prefix, wait_ms=60_000) == blocks
         assert store.counters["persisted_blocks"] == blocks
 
     async def drain(store: BlockStore, handle: Handle) -> None:

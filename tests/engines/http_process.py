@@ -17,8 +17,8 @@ from typing import Any
 from tests.engines.engine import ROOT
 from tests.engines.vllm_process import SETTINGS, engine_arguments
 
-READY_S = 180.0
-END_S = 30.0
+READY_S = 600.0
+END_S = 60.0
 PAUSE_S = 0.25
 FLAGS = (
     "skip_tokenizer_init",

@@ -9,7 +9,7 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S
 from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Stats, StatsReply, TakeLease
 
-TIMEOUT_NS = 10 * NS_PER_S
+TIMEOUT_NS = 30 * NS_PER_S
 
 
 def flip_byte(address: str, namespace: bytes, prefix: list[bytes], position: int, at: int) -> None:

@@ -13,7 +13,7 @@ from tests.engines.engine import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("vllm")
-RUN_S = 115.0
+RUN_S = 600.0
 
 
 def test_the_second_engine_loads_what_the_first_computed() -> None:

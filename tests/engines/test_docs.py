@@ -17,10 +17,11 @@ from kvcache.testing.processes import NodeProcess
 from tests.engines.engine import ROOT
 from tests.engines.scribble import node_stats
 from tests.engines.tiny_model import build
-from tests.engines.vllm_process import SETTINGS, engine_arguments
+from tests.engines.vllm_process import PATIENT, SETTINGS, engine_arguments
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-RUN_S = 100.0
+RUN_S = 600.0
+PATIENT_MS = 30_000
 
 
 def examples(page: str, language: str) -> list[str]:
@@ -56,15 +57,21 @@ def run(script: str, node: NodeProcess) -> str:
 def test_the_transformers_example(model: Path, node: NodeProcess) -> None:
     pytest.importorskip("transformers")
     (script,) = examples("transformers.md", "python")
-    printed = run(script.replace("MODEL", str(model)), node)
+    patient = script.replace("connect_blocking()", f"connect_blocking(timeout_ms={PATIENT_MS})")
+    assert patient != script
+    printed = run(patient.replace("MODEL", str(model)), node)
     assert "'loaded_tokens': 288" in printed
     assert node_stats(node.socket)["blocks:host"] == 9
 
 
 def test_the_vllm_example(model: Path, node: NodeProcess) -> None:
-    """With the small engine's arguments, and token ids where the page has text: the model has no words."""
+    """With the small engine's arguments and patience, and token ids where the page has text: the model has
+    no words."""
     pytest.importorskip("vllm")
     (script,) = examples("vllm.md", "python")
+    role = '"kv_role": "kv_both",'
+    assert role in script
+    script = script.replace(role, f'{role} "kv_connector_extra_config": {PATIENT!r},')
     small = {key: value for key, value in engine_arguments("", None).items() if key != "model"}
     script = script.replace('"MODEL"', f"{str(model)!r}, **{small!r}")
     script = script.replace('"Once upon a time"', '[{"prompt_token_ids": list(range(5, 300))}]')

@@ -32,7 +32,7 @@ PROMPTS = [prompt(length, seed=length) for length in LENGTHS]
 STORED_BLOCKS = [(length - 1) // BLOCK_TOKENS for length in LENGTHS]
 EXTERNAL = "vllm:prompt_tokens_by_source{external_kv_transfer}"
 COMPUTED = "vllm:prompt_tokens_by_source{local_compute}"
-RETURN_S = 30.0
+RETURN_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_stopped_node_costs_its_deadline_and_nothing_else(warm: Warm, node: No
     finally:
         node.wake()
     assert EXTERNAL not in news
-    assert news[COMPUTED] >= sum(LENGTHS)  # vLLM counts some token twice when a step took long.
+    assert news[COMPUTED] >= sum(LENGTHS)  # More by what ``reset`` computes until saves have ended.
     assert news["vllm:kvcache_lookup_store{ended:deadline}"] >= 1
     assert news["vllm:kvcache_lookups{unavailable}"] == len(PROMPTS)
     assert warm_again(warm) == warm.expected
@@ -151,7 +151,7 @@ def test_a_killed_node_is_a_miss_and_the_next_node_is_used(warm: Warm, node: Nod
     assert warm.run() == warm.expected
     news = warm.news()
     assert EXTERNAL not in news
-    assert news[COMPUTED] >= sum(LENGTHS)  # vLLM counts some token twice when a step took long.
+    assert news[COMPUTED] >= sum(LENGTHS)  # More by what ``reset`` computes until saves have ended.
     assert news["vllm:kvcache_lookups{unavailable}"] == len(PROMPTS)
     node.start()
     assert warm_again(warm) == warm.expected

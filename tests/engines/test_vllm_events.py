@@ -38,7 +38,7 @@ SOURCE = "engine:w"
 SPACE = public_namespace("tiny", BLOCK_TOKENS).namespace_id()
 POOL_BYTES = 5 << 20
 """80 blocks: six prompts of those below do not fit at once."""
-SETTLE_S = 15.0
+SETTLE_S = 60.0
 TOKENS = 40
 
 

@@ -1,6 +1,7 @@
 """One transformers model in this process, driven by JSON lines like ``vllm_process``.
 
-    {"generate": {"prompts": [[1, 2, ...]]}}  ->  {"tokens", "counters", "store", "embedded"}: by it
+    {"generate": {"prompts": [[1, 2, ...]], "hints": {"hint": "final"}}}
+                                              ->  {"tokens", "counters", "store", "embedded"}: by it
     {"plain": {"prompts": [...]}}             ->  {"tokens"}, by the model alone
     {"names": {"prompt": [...]}}              ->  {"namespace", "hashes"}
 
@@ -13,10 +14,12 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 NEW_TOKENS = 8
-TIMEOUT_MS = 200
+TIMEOUT_MS = 5_000
+"""Of each call: a node that is stopped costs it once, a machine that looks away for less costs nothing."""
 
 
 class Engine:
@@ -37,10 +40,13 @@ class Engine:
     def _embed(self, module: object, inputs: Any, output: object) -> None:
         self.embedded += inputs[0].numel()
 
-    def generate(self, prompts: list[list[int]]) -> dict[str, Any]:
+    def generate(self, prompts: list[list[int]], hints: dict[str, Any] | None = None) -> dict[str, Any]:
+        from kvcache.request_hints import RequestHints
+
         counters, store = Counter(self.cache.counters), Counter(self.store.counters)
         self.embedded = 0
-        tokens = [self._answer(self.cache.generate, prompt) for prompt in prompts]
+        generate = partial(self.cache.generate, hints=RequestHints(**(hints or {})))
+        tokens = [self._answer(generate, prompt) for prompt in prompts]
         return {
             "tokens": tokens,
             "counters": Counter(self.cache.counters) - counters,

@@ -19,7 +19,7 @@ from kvcache.demo_engine_worker import BLOCK_TOKENS, SETTINGS, engine_arguments,
 __all__ = ["BLOCK_TOKENS", "PATIENT", "SETTINGS", "engine_arguments"]
 
 
-PATIENT = {"lookup_timeout_ms": 3_000, "move_timeout_ms": 30_000, "load_wait_ms": 30_000}
+PATIENT = {"lookup_timeout_ms": 5_000, "move_timeout_ms": 30_000, "load_wait_ms": 30_000}
 """Whatever else runs on the machine: tests count what is loaded, not how soon."""
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import pytest
 
 from kvcache.errors import BadInput
+from kvcache.eviction.choice import Choice
 from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.leaf_lru import LeafLru
-from kvcache.eviction.registry import POLICIES, policy_class, policy_names
-from kvcache.policy import RequestContext
+from kvcache.eviction.registry import POLICIES, policy_class, policy_names, willing
+from kvcache.eviction.wrapper import Wrapper
+from kvcache.policy import Param, RequestContext
+from kvcache.prefix import PrefixTree
 from kvcache.testing.policies import CONTEXT, PolicyContract
 
 
@@ -69,7 +75,7 @@ class TestFifo(PolicyContract):
 
 def test_a_policy_is_found_by_name() -> None:
     assert policy_class("leaf-lru") is LeafLru
-    assert policy_class("fifo") is Fifo
+    assert policy_class("leaf-fifo") is Fifo
     assert set(policy_names()) >= set(POLICIES)
 
 
@@ -99,8 +105,61 @@ def test_others_policies_come_by_entry_point(monkeypatch: pytest.MonkeyPatch) ->
         policy_class("theirs")
 
 
+class Vague(Fifo):
+    """What it takes is no mapping of parameters."""
+
+    @classmethod
+    def params(cls) -> Mapping[str, Param]:
+        return {"samples": 3}  # type: ignore[dict-item]
+
+
+class Clashing(Fifo):
+    @classmethod
+    def params(cls) -> Mapping[str, Param]:
+        return {"retain_ms": Param(0, 0, 1, "it has another meaning here")}
+
+
+def leave() -> type[Fifo]:
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "load", "why"),
+    [
+        ("theirs", leave, "SystemExit"),
+        ("theirs", lambda: Vague, "AttributeError"),
+        ("theirs+keep", lambda: Vague, "AttributeError"),
+        ("theirs+keep", lambda: Clashing, "'retain_ms' of its own"),
+        ("theirs", lambda: print, "AttributeError"),
+        ("theirs+cost", lambda: print, "AttributeError"),
+    ],
+)
+def test_others_policies_are_refused_whatever_they_do(
+    name: str, load: Callable[[], type[Fifo]], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entry:
+        name, value = "theirs", "their.package:Policy"
+
+        def load(self) -> type[Fifo]:
+            return load()
+
+    monkeypatch.setattr("kvcache.eviction.registry.entry_points", lambda **_: [Entry()])
+    with pytest.raises(BadInput, match=why) as refused:
+        Choice(name)
+    assert refused.value.code == "bad_config"
+
+
 def test_a_context_is_checked() -> None:
     with pytest.raises(BadInput, match="hints are unknown, tool_call"):
         RequestContext(now_ns=1, hint="soon")
     with pytest.raises(BadInput, match="priority 101"):
         RequestContext(now_ns=1, priority=101)
+
+
+def test_above_another_tier_nothing_is_declined() -> None:
+    tree = PrefixTree()
+    made = willing(policy_class("leaf-hazard+keep"))(tree, 64)
+    assert isinstance(made, Wrapper)
+    assert isinstance(made.base, LeafHazard)
+    assert made.base._decline == 0
+    assert isinstance(willing(LeafLru)(tree, 64), LeafLru)

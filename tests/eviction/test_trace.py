@@ -128,9 +128,11 @@ def test_the_same_trace_is_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-def test_requests_are_put_in_order_of_arrival(tmp_path: Path) -> None:
+def test_requests_are_put_in_order_of_arrival_if_asked(tmp_path: Path) -> None:
     path = rewritten(tmp_path / "t.npz", "t_ms", ints("q", 9, 5, 5))
-    trace = read_trace(path)
+    with pytest.raises(BadInput, match="request 1 arrives at 5 ms, the one before it at 9 ms"):
+        read_trace(path)
+    trace = read_trace(path, sort=True)
     assert list(trace.arrivals_ms) == [5, 5, 9]
     assert list(trace.leaves) == [2, 3, 1]
     assert list(trace.input_tokens) == [11, 5, 8]

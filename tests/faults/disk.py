@@ -25,22 +25,25 @@ RUN_S = 30.0
 
 
 class Disk:
-    """Mounted at ``path``: the first of two images. A copy goes to the second."""
+    """Mounted at ``path``. Each copy is an image of its own: who has mounts of his own, as a host of
+    ``kvcache.testing.netns`` has, may keep mounted what is unmounted here, and go on writing to it."""
 
     def __init__(self, folder: Path, image_bytes: int) -> None:
         self.path = folder / "mnt"
-        self._images = [folder / "disk-0.img", folder / "disk-1.img"]
+        self._folder = folder
+        self._image = self._kept = folder / "disk-0.img"
+        self._copies = 0
         self._contents = [bytearray(image_bytes), bytearray(image_bytes)]
         self._device = ""
 
     def make(self) -> None:
         """Empty. RAISES AssertionError with what the system says."""
         self.path.mkdir()
-        with self._images[0].open("wb") as file:
+        with self._image.open("wb") as file:
             file.truncate(len(self._contents[0]))
         # All of its tables at once: a file system that is still being made would be busy by itself.
         options = ("-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
-        command("mkfs.ext4", "-q", "-F", "-b", "4096", *options, str(self._images[0]))
+        command("mkfs.ext4", "-q", "-F", "-b", "4096", *options, str(self._image))
         self._mount()
 
     def copy(self) -> None:
@@ -51,14 +54,15 @@ class Disk:
         self._read(content)
         while self._read(again) != content:
             content, again = again, content
-        self._images[1].touch()
-        with self._images[1].open("r+b") as file:
-            file.write(content)
+        self._copies += 1
+        self._kept = self._folder / f"disk-{self._copies}.img"
+        self._kept.write_bytes(content)
 
     def lose_power(self) -> None:
-        """Be what the copy is. REQUIRES: nobody has a file of the disk open."""
+        """Be what the copy is. REQUIRES: there is one, and nobody has a file of the disk open."""
         self.remove()
-        self._images.reverse()
+        self._image.unlink()
+        self._image = self._kept
         self._mount()
 
     def remove(self) -> None:
@@ -68,12 +72,12 @@ class Disk:
             self._detach()
 
     def _read(self, content: bytearray) -> bytearray:
-        with self._images[0].open("rb", buffering=0) as file:
+        with self._image.open("rb", buffering=0) as file:
             assert file.readinto(content) == len(content)
         return content
 
     def _mount(self) -> None:
-        self._device = command("losetup", "--find", "--show", "--direct-io=off", str(self._images[0]))
+        self._device = command("losetup", "--find", "--show", "--direct-io=off", str(self._image))
         try:
             command("mount", "-t", "ext4", self._device, str(self.path))
         except BaseException:

@@ -3,8 +3,8 @@
 A killed process leaves the page cache as it is, so all that was stored has to be there, durable or not,
 and no entry may name a slot that does not hold its block. What a power cut loses is tried elsewhere.
 
-The sum: a round is a start of the device's two processes, a look at some 300 blocks and up to 60 ms of
-work: a third of a second.
+The sum: a round is a start of the device's two processes, a look at some 200 blocks and up to WORK_LINES of
+work, 60 ms: a third of a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from tests.faults.nursery import Child, Nursery
 from tests.faults.work import Job, Record
 
 ROUNDS = {"a-few": 40, "many": 200}
-WORK_S = 0.06
+WORK_LINES = 80
+"""It tells so many of its work, however slow the machine, and MOMENT_S more at most."""
+MOMENT_S = 0.005
 OPENING_S = 0.15
 STEP_S = 0.002
 READY_S = 30.0
@@ -35,15 +37,16 @@ def look(nursery: Nursery, tier: Path, record: Record) -> None:
     assert record.looks == looks + 1
 
 
-def wait_for_work(child: Child, record: Path, after_bytes: int) -> bool:
-    """Until it has looked at what is there. False: it ended before."""
+def wait_for_work(child: Child, record: Path, after_bytes: int, lines: int = 0) -> bool:
+    """Until it has looked at what is there, and told so many lines of its work. False: it ended before."""
     for _ in range(int(READY_S / STEP_S)):
         if child.ends_within(STEP_S):
             return False
         with record.open("rb") as file:
             file.seek(after_bytes)
-            if any(line.startswith(b"c") for line in file.read().splitlines()):
-                return True
+            _, looked, work = (b"\n" + file.read()).partition(b"\nc")
+        if looked and work.count(b"\n") > lines:
+            return True
     raise AssertionError("it never came to work")
 
 
@@ -56,10 +59,10 @@ def one_round(nursery: Nursery, job: Job, way: random.Random) -> None:
     if way.random() < 0.3:
         ended = child.ends_within(way.uniform(0, OPENING_S))
     else:
-        ended = not wait_for_work(child, record, told_bytes)
+        ended = not wait_for_work(child, record, told_bytes, way.randint(0, WORK_LINES))
         if not ended and way.random() < 0.2:
             child.kill_index()
-        ended = ended or child.ends_within(way.uniform(0, WORK_S))
+        ended = ended or child.ends_within(way.uniform(0, MOMENT_S))
     assert not ended, f"it ended with {child.end()}: {child.said()}"
     if way.random() < 0.2:
         child.kill_all()

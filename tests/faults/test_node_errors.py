@@ -22,12 +22,13 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.testing.processes import NodeProcess
 from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply
-from tests.faults.clients import PROMPT_BLOCKS, PROMPTS, SPECS, Book, Client, client, load_on
+from tests.faults.clients import LATE_MS, PROMPT_BLOCKS, PROMPTS, SPECS, Book, Client, client, load_on
 from tests.faults.nursery import children_of
 from tests.faults.tracer import attached
 
 PATIENCE_S = 40.0
 PAUSE_S = 0.05
+SLOW_LATE_MS = "1000"
 LAST = (1, PROMPTS)
 """A prompt that nobody else saves."""
 
@@ -41,7 +42,7 @@ CASES = {
     "a sync fails": ("fdatasync", "error=EIO", "fenced"),
     "the index fails": ("pwrite64", "error=EIO", "fenced"),
     "a read fails": ("preadv2", "error=EIO", "fenced"),
-    "a read is slow": ("preadv2", "delay_enter=400000", "fenced"),
+    "a read is slow": ("preadv2", "delay_enter=2500000", "fenced"),
 }
 
 
@@ -91,7 +92,7 @@ def test_a_node_whose_disks_fail(scratch: Path, case: str) -> None:
         "capacity": "3MiB",
         "nvme": f"{scratch / 'one'}:16MiB,{scratch / 'two'}:16MiB",
         "nvme_segment": "1MiB",
-        "nvme_late_ms": "100",
+        "nvme_late_ms": SLOW_LATE_MS if what.startswith("delay") else LATE_MS,
     }
     with NodeProcess(settings, log) as node:
         with client(node.socket, book) as made:

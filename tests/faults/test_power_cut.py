@@ -26,12 +26,13 @@ from kvcache.testing.processes import NodeProcess
 from tests.faults.clients import LATE_MS, Book, client, load_on, until_persisted
 from tests.faults.disk import Disk, mounted
 from tests.faults.nursery import Child, Nursery, children_of, wait_until_stopped
-from tests.faults.test_kill import look, wait_for_work
+from tests.faults.test_kill import MOMENT_S, look, wait_for_work
 from tests.faults.work import Job, Record
 
 CUTS = 50
 CUTS_OF_A_TRIAL = 10
-WORK_S = (0.02, 0.15)
+WORK_LINES = (25, 200)
+"""It tells so many of its work, 20 to 150 ms, however slow the machine."""
 NODE_CUTS = 12
 PERSISTED = 10
 """Blocks a cut, on the average."""
@@ -73,8 +74,8 @@ def cuts(nursery: Nursery, folder: Path, count: int, direct: str, *, unsynced: b
             told_bytes = record.path.stat().st_size
             job = Job(str(tier), str(record.path), seed, direct=direct, lazy=True, unsynced=unsynced)
             child = nursery.start(job)
-            ended = not wait_for_work(child, record.path, told_bytes)
-            assert not ended and not child.ends_within(way.uniform(*WORK_S)), child.said()
+            ended = not wait_for_work(child, record.path, told_bytes, way.randint(*WORK_LINES))
+            assert not ended and not child.ends_within(way.uniform(0, MOMENT_S)), child.said()
             cut(disk, child)
             record.read()
             if record.problems and not unsynced:

@@ -25,11 +25,12 @@ from kvcache.wire import (
 )
 
 CLOCK = SystemClock()
+PATIENCE_MS = 20_000
 HELLO = Hello(PROTOCOL_VERSION)
 WELCOME = Welcome(PROTOCOL_VERSION, "node", 7, "default", ["reader"], b"k" * 32, 0)
 
 
-def soon(ms: int = 5_000) -> int:
+def soon(ms: int = PATIENCE_MS) -> int:
     return CLOCK.now_ns() + ms * NS_PER_MS
 
 
@@ -120,7 +121,7 @@ class Bench:
         thread.start()
         self._threads.append(thread)
 
-    def connect(self, script: Script, hello: Hello = HELLO, ms: int = 5_000) -> Any:  # A Channel.
+    def connect(self, script: Script, hello: Hello = HELLO, ms: int = PATIENCE_MS) -> Any:  # A Channel.
         self.play(script)
         if self.kind == "blocking":
             channel: Channel | Waited = BlockingChannel.connect(self.address, hello, soon(ms))
@@ -158,7 +159,7 @@ def run_async(
 
     async def main(channel: AsyncChannel) -> None:
         async with channel:
-            await asyncio.wait_for(work(channel), 10)
+            await asyncio.wait_for(work(channel), 2 * PATIENCE_MS / 1_000)
 
     waited = bench.connect(script)
     bench.runner.run(main(waited.channel))

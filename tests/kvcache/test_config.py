@@ -24,7 +24,7 @@ def test_defaults_serve_on_loopback() -> None:
 
 def test_a_flag_beats_the_environment_that_beats_the_file(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
-    file.write_text('capacity = "1MiB"\npolicy = "fifo"\nname = "from-file"\n')
+    file.write_text('capacity = "1MiB"\npolicy = "leaf-fifo"\nname = "from-file"\n')
     environment = {"KVCACHE_CAPACITY": "2MiB", "KVCACHE_POLICY": "leaf-lru", "PATH": "/bin"}
     config = load({"config": str(file), "capacity": "3MiB"}, environment)
     assert (config.capacity, config.policy, config.name) == ("3MiB", "leaf-lru", "from-file")

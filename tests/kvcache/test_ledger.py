@@ -227,7 +227,7 @@ def test_what_was_being_continued_can_go_once_that_was_given_up() -> None:
     assert desk.reserve("x").reason == "full"
     desk.ledger.abort(made.reservation_id, ANN)
     assert len(desk.reserve("xy").keys) == 2
-    assert desk.ledger.policy_fault == ""
+    assert desk.ledger.policy.last_fault == ""
 
 
 def test_less_is_reserved_when_there_is_no_more_room() -> None:

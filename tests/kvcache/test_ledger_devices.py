@@ -245,7 +245,7 @@ def test_a_policy_that_fails_over_it_is_replaced() -> None:
     desk = Devices(1)
     desk.ledger = Ledger(desk.space, Deaf)
     assert desk.restore(*entries("a", "ab", "x", "y")) == ""
-    assert "deaf" in desk.ledger.policy_fault
+    assert "deaf" in desk.ledger.policy.last_fault
     assert len(desk.save("pqrs").keys) == 4
 
 

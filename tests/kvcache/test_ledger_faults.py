@@ -297,8 +297,8 @@ def test_a_policy_that_breaks_the_contract_is_replaced_and_nothing_is_lost(
     held = lease(ledger, "abc")
     save(ledger, "q")
     assert ledger.stats()["policy_faults"] == 1
-    assert BAD[policy] in ledger.policy_fault
-    assert policy.__name__ in ledger.policy_fault
+    assert BAD[policy] in ledger.policy.last_fault
+    assert policy.__name__ in ledger.policy.last_fault
     assert ledger.release(held.lease_id, "ann", 2) is True
     assert (ledger.match(keys("abc")), ledger.match(keys("xyzuv")), ledger.match(keys("q"))) == (3, 4, 1)
     assert len(save(ledger, "12345678").keys) == 8
@@ -308,4 +308,4 @@ def test_a_policy_may_decline() -> None:
     ledger = new_ledger(1, AdmitsNothing)
     made = reserve(ledger, "ab")
     assert (made.reservation_id, made.reason) == (0, "declined")
-    assert ledger.policy_fault == ""
+    assert ledger.policy.last_fault == ""

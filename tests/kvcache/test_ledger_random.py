@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.leaf_lru import LeafLru
+from kvcache.eviction.registry import policy_class
+from kvcache.eviction.score import BlockMeta, scored
 from kvcache.policy import EvictionPolicy, RequestContext, TreeView
 from kvcache.testing.device_model import DeviceModel
 from kvcache.testing.ledger_model import OWNERS, LedgerModel, pick
@@ -46,7 +48,33 @@ class Erratic(LeafLru):
         return right
 
 
-POLICIES: tuple[type[EvictionPolicy], ...] = (LeafLru, Fifo, Erratic)
+class Deepest:
+    """The short form, and as unhelpful as one can be: parents would go first, if they could."""
+
+    def score(self, block: int, meta: BlockMeta, now: float) -> float:
+        return meta.depth
+
+
+def strict() -> type[EvictionPolicy]:
+    """Every wrapper, with quotas and retention that matter in a small cache."""
+    everything = policy_class("leaf-hazard+keep+cost")
+
+    class Strict(everything):  # type: ignore[misc, valid-type]  # It is made when it is asked for.
+        def __init__(self, tree: TreeView, capacity_bytes: int) -> None:
+            super().__init__(tree, capacity_bytes, tenant_share=0.3, retain_ms=1, cost_weight=0.5, samples=1)
+
+    return Strict
+
+
+POLICIES: tuple[type[EvictionPolicy], ...] = (
+    LeafLru,
+    Fifo,
+    Erratic,
+    scored(Deepest),
+    *map(policy_class, ("leaf-hazard", "leaf-arc", "leaf-arc+cost+keep")),
+    strict(),
+)
+SOUND = tuple(policy for policy in POLICIES if policy is not Erratic)
 OWNER = st.sampled_from(OWNERS)
 NAMESPACE = st.sampled_from(NAMESPACES)
 STEPS = st.lists(st.sampled_from("ab"), min_size=1, max_size=6).map("".join)
@@ -135,6 +163,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def quarantine(self, which: int, length_ns: int, stale: bool) -> None:
         self.model.quarantine(which, length_ns, stale)
 
+    @rule(which=WHICH)
+    def change_policy(self, which: int) -> None:
+        self.model.change_policy(pick(SOUND, which))
+
+    @rule(count=st.integers(1, 40))
+    def change_step(self, count: int) -> None:
+        self.model.change_step(count)
+
     @invariant()
     def check(self) -> None:
         if hasattr(self, "model"):
@@ -205,6 +241,8 @@ def test_a_long_day(policy: type[EvictionPolicy], seed: int, model_of: type[Ledg
         (3, lambda: model.unpin(*path())),
         (3, lambda: model.shorten(which(), random.randrange(4)) if model.writers else None),
         (8, lambda: model.borrow(owner(), which(), random.randint(1, 4), random.randint(1, 40))),
+        (1, lambda: model.change_policy(random.choice(SOUND))),
+        (6, lambda: model.change_step(random.randint(1, 8))),
         (2, lambda: model.quarantine(which(), 9, random.random() < 0.3) if model.found else None),
     ]
     if isinstance(model, DeviceModel):

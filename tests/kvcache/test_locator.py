@@ -115,10 +115,11 @@ def test_a_connection_closed_meanwhile_is_made_anew_within_the_call(tmp_path: Pa
 def test_no_answer_in_time_is_none(tmp_path: Path, locate: Locators) -> None:
     answers = Answers()
     frames = LocateFrames(answers, Credentials.default())
-    locator = locate(frames.listen(parse(str(tmp_path / "index.sock"))), timeout_ms=20)
-    assert locator.match(HINTS) is not None, locator.trouble
+    address = frames.listen(parse(str(tmp_path / "index.sock")))
+    patient, hasty = locate(address), locate(address, timeout_ms=20)
+    assert patient.match(HINTS) is not None, patient.trouble
     answers.hold.clear()
-    assert locator.match(HINTS) is None and "in time" in locator.trouble
+    assert hasty.match(HINTS) is None and "in time" in hasty.trouble
     answers.hold.set()
     frames.close()
 

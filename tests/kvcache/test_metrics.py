@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcache import metrics
-from kvcache.metrics import STATS, HttpMetrics, Stat, document, unknown_names
+from kvcache import metrics_stats
+from kvcache.metrics import HttpMetrics, document, unknown_names
+from kvcache.metrics_stats import STATS, Stat
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,14 +34,25 @@ def test_names_follow_the_conventions(stat: Stat) -> None:
     assert stat.kind in ("counter", "gauge")
     assert stat.metric.endswith("_total") == (stat.kind == "counter")
     assert not re.search(r"_(ms|ns|us|kib|mib|kb|mb)(_total)?$", stat.metric), "base units only"
-    assert stat.help.endswith(".") and bool(stat.label) == bool(stat.values)
+    assert stat.help.endswith(".") and (bool(stat.label) == bool(stat.values) or stat.is_open)
     assert len(stat.values) <= 32, "every label value is a series on every node"
 
 
 def test_no_label_can_hold_what_a_client_chose() -> None:
     allowed = {"request", "code", "path", "reason", "state", "tier", "answer"}
-    assert {stat.label for stat in STATS if stat.label} <= allowed
+    assert {stat.label for stat in STATS if stat.label and not stat.is_open} <= allowed
+    assert {stat.label for stat in STATS if stat.is_open} == {"cache"}, "the operator's settings name these"
     assert len({stat.name for stat in STATS}) == len(STATS)
+
+
+def test_what_the_settings_name_is_shown_as_it_is_named() -> None:
+    page = HttpMetrics()
+    sent = {"shadow_hit_ratio:leaf-lru@50%": 0.25, "shadow_hit_ratio:mine+keep@100%": 0.5}
+    page.node.update(sent)
+    samples = shown(page)
+    assert samples["kvcache_shadow_hit_ratio", "leaf-lru@50%"] == 0.25
+    assert samples["kvcache_shadow_hit_ratio", "mine+keep@100%"] == 0.5
+    assert unknown_names([*sent, "shadow_hit_ratios:x"]) == ["shadow_hit_ratios:x"]
 
 
 def test_each_stat_is_shown_with_its_label() -> None:
@@ -83,7 +95,7 @@ def test_two_pages_do_not_share_numbers() -> None:
 
 
 def test_every_request_of_the_protocol_is_counted() -> None:
-    assert {"hello", "open", "match", "lease", "watch"} <= set(metrics.REQUESTS)
+    assert {"hello", "open", "match", "lease", "watch"} <= set(metrics_stats.REQUESTS)
 
 
 def test_alerts_are_about_metrics_that_there_are() -> None:

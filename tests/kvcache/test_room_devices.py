@@ -120,5 +120,5 @@ def test_a_policy_that_answers_wrongly_is_replaced(policy: type[LeafLru]) -> Non
     desk.save("abcd", 0)
     desk.save("wxyz", 1)
     assert len(desk.save("mn", 0).keys) == 2
-    assert "victims_on" in desk.ledger.policy_fault
+    assert "victims_on" in desk.ledger.policy.last_fault
     assert (desk.match("abcd"), desk.match("wxyz")) == (2, 4)

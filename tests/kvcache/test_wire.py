@@ -3,98 +3,31 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
-from typing import Annotated, TypeAlias, get_args, get_origin, get_type_hints
 
 import msgpack
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import wire
 from kvcache.errors import CODES, BadInput
-
-REQUESTS: tuple[type[wire.Message], ...] = get_args(wire.Request)
-REPLIES: tuple[type[wire.Message], ...] = get_args(wire.Reply)
-MESSAGES = REQUESTS + REPLIES
-HEADER_BYTES = wire.HEADER.size
-NUMBER_MAX = (1 << 64) - 1
-
-Plain: TypeAlias = "dict[str, object]"
-Decode = Callable[[bytes | memoryview], tuple[int, wire.Message]]
-printable = st.text(max_size=12)
-anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 63), NUMBER_MAX)
-    | st.floats()
-    | printable
-    | st.binary(max_size=12),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(printable | st.binary(max_size=4), inner, max_size=4)
-    ),
-    max_leaves=12,
+from kvcache.wire_tuning import InForce
+from tests.kvcache.wire_messages import (
+    MESSAGES,
+    NUMBER_MAX,
+    REPLIES,
+    REQUESTS,
+    Decode,
+    Plain,
+    anything,
+    body_of,
+    decoder,
+    example,
+    messages_of,
+    plain_of,
 )
 
-
-def values_of(hint: object) -> st.SearchStrategy[object]:
-    """What a field of this type may hold."""
-    if hint not in (wire.Unsigned, wire.OrNone) and get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if hint == wire.Unsigned:
-        return st.integers(0, NUMBER_MAX)
-    if hint == wire.OrNone:
-        return st.integers(-1, NUMBER_MAX)
-    if get_origin(hint) is list:
-        return st.lists(values_of(get_args(hint)[0]), max_size=3)
-    if get_origin(hint) is dict:
-        return st.dictionaries(printable, values_of(get_args(hint)[1]), max_size=3)
-    if get_args(hint):
-        return st.one_of([values_of(arm) for arm in get_args(hint)])
-    if isinstance(hint, type) and issubclass(hint, wire.Message):
-        return messages_of(hint)
-    plain: dict[object, st.SearchStrategy[object]] = {
-        bool: st.booleans(),
-        bytes: st.binary(max_size=48),
-        float: st.floats(allow_nan=False),
-        int: st.integers(-(1 << 63), NUMBER_MAX),
-        str: printable,
-    }
-    return plain[hint]
-
-
-def messages_of(kind: type[wire.Message]) -> st.SearchStrategy[wire.Message]:
-    hints = get_type_hints(kind, include_extras=True)
-    fields = {name: values_of(hints[name]) for name in kind.__struct_fields__}
-    return st.builds(kind, **fields)
-
-
-def decoder(kind: type[wire.Message]) -> Decode:
-    return wire.decode_request if kind in REQUESTS else wire.decode_reply
-
-
-def body_of(call: int, message: wire.Message) -> bytes:
-    return wire.encode(call, message)[HEADER_BYTES:]
-
-
-def example(kind: type[wire.Message]) -> wire.Message:
-    """The plainest message of its kind, the same each time."""
-    empty: dict[object, object] = {bool: True, bytes: b"b", float: 1.5, int: 1, str: "s"}
-    values = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        if name in kind.__struct_fields__:
-            if get_origin(hint) is Annotated and get_args(hint)[0] is not int:
-                hint = get_args(hint)[0]
-            container = get_origin(hint) if get_origin(hint) in (list, dict) else None
-            values[name] = container() if container else empty.get(hint, 1)
-    return kind(**values)
-
-
-def plain_of(kind: type[wire.Message]) -> Plain:
-    plain = msgspec.to_builtins(example(kind), builtin_types=(bytes,))
-    assert isinstance(plain, dict)
-    return plain
+HEADER_BYTES = wire.HEADER.size
 
 
 def refused(decode: Decode, body: bytes) -> str:
@@ -263,7 +196,8 @@ class TestBadBodies:
     @pytest.mark.parametrize("kind", MESSAGES)
     def test_a_wrong_type_in_every_field(self, kind: type[wire.Message]) -> None:
         for name in ("type", *kind.__struct_fields__):
-            for wrong in (None, 1.5, {"a": None}):
+            is_fraction = isinstance(getattr(example(kind), name, ""), float)
+            for wrong in (None, "1.5" if is_fraction else 1.5, {"a": None}):
                 assert name in refused(decoder(kind), packed(7, {**plain_of(kind), name: wrong}))
             refused(decoder(kind), packed(7, {**plain_of(kind), name: [None]}))
 
@@ -279,6 +213,15 @@ class TestBadBodies:
             (wire.Open, "namespace", {b"epoch": 1}),
         ):
             refused(wire.decode_request, packed(7, {**plain_of(kind), name: wrong}))
+
+    @pytest.mark.parametrize("field", [*InForce.__struct_fields__, "surprise"])
+    def test_a_wrong_type_and_an_unknown_field_within_a_message(self, field: str) -> None:
+        def told(inside: Plain) -> bytes:
+            return packed(7, {**plain_of(wire.Tuned), "tiers": {"host": inside}})
+
+        right: Plain = {"policy": "leaf-lru", "params": {}, "blocks": 1}
+        assert wire.decode_reply(told(right))
+        assert "tiers" in refused(wire.decode_reply, told({**right, field: 1.5}))
 
     @pytest.mark.parametrize(
         ("kind", "name"),

@@ -22,6 +22,7 @@ from kvcache.clock import NS_PER_MS, NS_PER_S, SystemClock
 from kvcache.sums import sum_chunks
 from kvcache.testing.netns import Host, TwoHosts
 from kvcache.testing.processes import NodeProcess
+from kvcache.testing.stalls import Stalls
 from tests.faults.nursery import wait_until_stopped
 from tests.server.talk import example
 
@@ -61,7 +62,7 @@ def content(block: bytes) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """How many leading blocks of a prompt were there, and how long the node took to say so beyond the time
-    that it was given."""
+    that it was given, less what the machine stood still meanwhile."""
 
     count: int
     over_ns: int
@@ -70,7 +71,8 @@ class Loaded:
 class Client:
     """A connection of its own. ``wrong`` are the blocks that were not what they should be."""
 
-    def __init__(self, socket: str, node: str = "") -> None:
+    def __init__(self, socket: str, stalls: Stalls, node: str = "") -> None:
+        self._stalls = stalls
         hello = wire.Hello(wire.PROTOCOL_VERSION, token=TOKEN, node=node)
         self._channel = BlockingChannel.connect(socket, hello, CLOCK.now_ns() + ANSWER_NS)
         shape = (SPEC.plane_count, SPEC.head_count, SPEC.head_bytes)
@@ -96,10 +98,11 @@ class Client:
 
     def load(self, blocks: Sequence[bytes], wait_ms: int) -> Loaded:
         """Lease, read, and compare what was read."""
-        began_ns = CLOCK.now_ns()
+        until_ns = CLOCK.now_ns() + wait_ms * NS_PER_MS
         request = wire.TakeLease(self._namespace, b"".join(blocks), wait_ms=wait_ms)
         leased = self._channel.call(request, self._deadline())
-        over_ns = CLOCK.now_ns() - began_ns - wait_ms * NS_PER_MS
+        ended_ns = CLOCK.now_ns()
+        over_ns = ended_ns - until_ns - self._stalls.stood_ns(until_ns, ended_ns)
         assert isinstance(leased, wire.Leased)
         if leased.count:
             into = self._room[: leased.count]
@@ -121,10 +124,10 @@ class Client:
 
     def until(self, condition: Callable[[dict[str, float]], bool], what: str, within_ns: int) -> int:
         """How long until the node's figures say so. Each question takes its time."""
-        began_ns = CLOCK.now_ns()
+        began_ns = self._stalls.awake_ns()
         while not condition(found := self.stats()):
-            assert CLOCK.now_ns() - began_ns < within_ns, f"never: {what}: {found}"
-        return CLOCK.now_ns() - began_ns
+            assert self._stalls.awake_ns() - began_ns < within_ns, f"never: {what}: {found}"
+        return self._stalls.awake_ns() - began_ns
 
     def until_quiet(self, within_ns: int) -> int:
         """Nothing is held, reserved, lent or on its way."""
@@ -141,13 +144,14 @@ class Client:
 class Node:
     """One of the two."""
 
-    def __init__(self, host: Host, peer: Host, name: str, prompts: int, folder: Path) -> None:
+    def __init__(self, host: Host, peer: Host, name: str, prompts: int, folder: Path, stalls: Stalls) -> None:
         credentials, token = folder / f"{name}.toml", folder / f"{name}.token"
         credentials.write_text(CREDENTIALS)
         token.write_text(TOKEN)
         for file in (credentials, token):
             file.chmod(0o600)
         self._host = host
+        self._stalls = stalls
         self._process = NodeProcess(
             {
                 "name": name,
@@ -175,7 +179,7 @@ class Node:
         self.client, self.looker = self.new_client(), self.new_client(LOOKER)
 
     def new_client(self, node: str = "") -> Client:
-        client = Client(self._process.socket, node)
+        client = Client(self._process.socket, self._stalls, node)
         self._clients.append(client)
         return client
 
@@ -217,10 +221,12 @@ class TwoNodes:
     """Use as a context manager."""
 
     def __init__(self, hosts: TwoHosts, folder: Path) -> None:
-        self.a = Node(hosts.left, hosts.right, "a", A_PROMPTS, folder)
-        self.b = Node(hosts.right, hosts.left, "b", B_PROMPTS, folder)
+        self.stalls = Stalls()
+        self.a = Node(hosts.left, hosts.right, "a", A_PROMPTS, folder, self.stalls)
+        self.b = Node(hosts.right, hosts.left, "b", B_PROMPTS, folder, self.stalls)
 
     def __enter__(self) -> TwoNodes:
+        self.stalls.__enter__()
         try:
             self.a.start()
             self.b.start()
@@ -233,5 +239,7 @@ class TwoNodes:
         self.close()
 
     def close(self) -> None:
+        """Once."""
         self.a.close()
         self.b.close()
+        self.stalls.__exit__(None, None, None)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvcache.clock import NS_PER_S, SystemClock
-from kvcache.testing.transport_peer import Obedient, digest, peer_bytes
+from kvcache.testing.transport_peer import Obedient, digest
 from kvcache.transport.base import (
     Endpoint,
     Limits,
@@ -75,8 +75,7 @@ class Willing(Obedient):
                 await endpoint.read(token, room, until_ns)
                 answer = b"has " + digest(room)
             else:
-                pieces = [memoryview(data) for data in peer_bytes(int(count), int(size))]
-                await endpoint.write(token, pieces, until_ns)
+                await endpoint.write(token, self.bytes_of(int(count), int(size)), until_ns)
                 answer = b"wrote"
         except (PeerLost, TransferLate, TransferRefused) as error:
             answer = f"failed {error!r}".encode()

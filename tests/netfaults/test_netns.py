@@ -15,11 +15,14 @@ from kvcache.testing.netns import Host, TwoHosts
 pytestmark = pytest.mark.timed
 
 PACKETS = 400
+PATIENCE_NS = 20 * NS_PER_S
+TRIES = 5
+"""Of what is measured: in one of them the machine does nothing else."""
 CLOCK = SystemClock()
 
 
-def arrived(source: Host, target: Host) -> int:
-    """How many of ``PACKETS`` packets come."""
+def arrived(source: Host, target: Host, least: int) -> int:
+    """How many of ``PACKETS`` packets come; ``least`` are waited for."""
 
     def listen() -> socket.socket:
         heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -35,19 +38,22 @@ def arrived(source: Host, target: Host) -> int:
 
     with target.run(listen) as heard:
         address = heard.getsockname()
-        source.run(send)  # The other end of a veth has a packet before the sender goes on.
-        count = 0
+        # The other end of a veth has a packet before the sender goes on, unless the system puts it off.
+        source.run(send)
+        count, until_ns = 0, CLOCK.now_ns() + PATIENCE_NS
         while True:
             try:
                 heard.recv(10)
             except BlockingIOError:
-                return count
+                if count >= least or CLOCK.now_ns() > until_ns:
+                    return count
+                continue
             count += 1
 
 
-def both_ways(hosts: TwoHosts) -> tuple[int, int]:
-    """Of PACKETS each: what came from left to right, and from right to left."""
-    return arrived(hosts.left, hosts.right), arrived(hosts.right, hosts.left)
+def both_ways(hosts: TwoHosts, right: int = PACKETS, left: int = PACKETS) -> tuple[int, int]:
+    """Of PACKETS each: what came from left to right, and from right to left. So many are waited for."""
+    return arrived(hosts.left, hosts.right, right), arrived(hosts.right, hosts.left, left)
 
 
 def test_a_sound_wire_carries_everything(hosts: TwoHosts) -> None:
@@ -66,7 +72,7 @@ def test_a_sound_wire_carries_everything(hosts: TwoHosts) -> None:
 def test_a_cut(hosts: TwoHosts, fault: Callable[[TwoHosts], None], expected: tuple[int, int]) -> None:
     assert both_ways(hosts) == (PACKETS, PACKETS)  # They know each other's hardware address now.
     fault(hosts)
-    assert both_ways(hosts) == expected
+    assert both_ways(hosts, *expected) == expected
     hosts.heal()
     assert both_ways(hosts) == (PACKETS, PACKETS)
 
@@ -74,8 +80,9 @@ def test_a_cut(hosts: TwoHosts, fault: Callable[[TwoHosts], None], expected: tup
 def test_loss(hosts: TwoHosts) -> None:
     assert both_ways(hosts) == (PACKETS, PACKETS)
     hosts.lose(20)
-    for count in both_ways(hosts):
-        assert 0.7 * PACKETS < count < 0.9 * PACKETS  # Five standard deviations.
+    least, most = 7 * PACKETS // 10, 9 * PACKETS // 10  # Five standard deviations.
+    for count in both_ways(hosts, least, least):
+        assert least <= count <= most
 
 
 @pytest.mark.slow
@@ -99,11 +106,11 @@ def test_a_slow_wire(hosts: TwoHosts) -> None:
                 count += len(heard.recv(1 << 20))
         return count * NS_PER_S / (CLOCK.now_ns() - began_ns)
 
-    assert through(20 << 20) > 20e6
+    assert any(through(20 << 20) > 20e6 for _ in range(TRIES))
     hosts.slow(2_000_000)
-    assert 1e6 < through(1 << 20) < 3e6
+    assert any(1e6 < through(1 << 20) < 3e6 for _ in range(TRIES))
     hosts.heal()
-    assert through(20 << 20) > 20e6
+    assert any(through(20 << 20) > 20e6 for _ in range(TRIES))
 
 
 def test_nobody_is_without_root(monkeypatch: pytest.MonkeyPatch) -> None:

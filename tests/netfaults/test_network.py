@@ -15,6 +15,7 @@ import pytest
 
 from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.testing.netns import TwoHosts
+from kvcache.testing.stalls import Stalls
 from kvcache.testing.transport_pair import CLOCK, LATE_NS
 from kvcache.transport.base import Limits, Transport
 from kvcache.transport.table import open_transport
@@ -30,7 +31,7 @@ COUNTS = (1, 3, 8)
 LINES = 3
 SLOW_BYTES_PER_S = 4_000_000
 BLINKS = 6
-PLAY_S = 60
+PLAY_S = 110
 
 Fault = Callable[[TwoHosts], None]
 Played = Callable[[Traffic, Transport], Awaitable[None]]
@@ -58,9 +59,9 @@ class NetworkFaults:
     def play(self, hosts: TwoHosts, peer: Peer, scenario: Played) -> None:
         """With traffic that has begun; what it did is checked at the end."""
 
-        async def main() -> None:
+        async def main(stalls: Stalls) -> None:
             transport = open_transport(self.scheme, self.limits())
-            traffic = Traffic(transport, peer.address, 1, lines=LINES, patience_ns=PATIENCE_NS)
+            traffic = Traffic(transport, peer.address, 1, stalls, lines=LINES, patience_ns=PATIENCE_NS)
             try:
                 traffic.start(SIZES, COUNTS)
                 await traffic.progress(10 * NS_PER_S)
@@ -71,7 +72,8 @@ class NetworkFaults:
             finally:
                 await transport.close()
 
-        hosts.right.run(lambda: asyncio.run(asyncio.wait_for(main(), PLAY_S)))
+        with Stalls() as stalls:
+            hosts.right.run(lambda: asyncio.run(asyncio.wait_for(main(stalls), PLAY_S)))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", CUTS)
@@ -80,9 +82,10 @@ class NetworkFaults:
             await asyncio.to_thread(CUTS[way], hosts)
             cut_ns = CLOCK.now_ns()
             silence_ns = self.limits().silence_ns
-            await pause(2 * silence_ns + LATE_NS)  # Who is not heard may be told so, a silence later.
+            # Who is not heard may be told so, a silence later.
+            await pause(traffic, 2 * silence_ns + LATE_NS)
             assert not any(line.is_up for line in traffic.lines)
-            await pause(PATIENCE_NS)
+            await pause(traffic, PATIENCE_NS)
             since = [call for call in traffic.calls.all if call.began_ns > cut_ns]
             assert since
             assert not any(call.is_done for call in since if call.what != "notify")
@@ -97,7 +100,7 @@ class NetworkFaults:
         async def scenario(traffic: Traffic, transport: Transport) -> None:
             for _ in range(BLINKS):
                 await asyncio.to_thread(hosts.cut)
-                await pause(self.limits().silence_ns // 3)
+                await pause(traffic, self.limits().silence_ns // 3)
                 await asyncio.to_thread(hosts.heal)
                 await traffic.progress(HEALED_NS)
             await heals(hosts, traffic, transport, peer)
@@ -109,7 +112,7 @@ class NetworkFaults:
         async def scenario(traffic: Traffic, transport: Transport) -> None:
             await asyncio.to_thread(hosts.lose, 20)
             lossy_ns = CLOCK.now_ns()
-            await pause(4 * NS_PER_S)
+            await pause(traffic, 4 * NS_PER_S)
             outcomes = traffic.calls.outcomes(since_ns=lossy_ns)
             assert outcomes["done"]
             assert outcomes["TransferLate"]
@@ -122,7 +125,7 @@ class NetworkFaults:
         async def scenario(traffic: Traffic, transport: Transport) -> None:
             await asyncio.to_thread(hosts.slow, SLOW_BYTES_PER_S)
             slow_ns = CLOCK.now_ns()
-            await pause(3 * NS_PER_S)
+            await pause(traffic, 3 * NS_PER_S)
             outcomes = traffic.calls.outcomes(since_ns=slow_ns)
             assert outcomes["done"]
             assert outcomes["TransferLate"]
@@ -132,17 +135,21 @@ class NetworkFaults:
         self.play(hosts, peer, scenario)
 
 
-async def pause(time_ns: int) -> None:
+async def pause(traffic: Traffic, time_ns: int) -> None:
     """Time under a fault is what is tried."""
-    await asyncio.sleep(time_ns / NS_PER_S)
+    clock = traffic.calls.stalls
+    until_ns = clock.awake_ns() + time_ns
+    while (left_ns := until_ns - clock.awake_ns()) > 0:
+        await asyncio.sleep(left_ns / NS_PER_S)
 
 
 async def heals(hosts: TwoHosts, traffic: Traffic, transport: Transport, peer: Peer) -> None:
     """Within 3 s a new connection works, and every old line."""
     await asyncio.to_thread(hosts.heal)
-    healed_ns = CLOCK.now_ns()
+    clock = traffic.calls.stalls
+    healed_ns = clock.awake_ns()
     await Line(transport, peer.address, traffic.calls).read(4, 65_536, HEALED_NS)
-    took_ns = await traffic.progress(HEALED_NS - (CLOCK.now_ns() - healed_ns))
+    took_ns = await traffic.progress(HEALED_NS - (clock.awake_ns() - healed_ns))
     latest_ms = traffic.calls.latest_ns() / NS_PER_MS
     print(f"healed in {took_ns / NS_PER_S:.2f} s, latest call {latest_ms:.1f} ms past its deadline")
     print(dict(traffic.calls.outcomes()))

@@ -28,7 +28,7 @@ from kvcache.errors import Unavailable
 from kvcache.peers import peer
 from kvcache.testing.netns import TwoHosts
 from kvcache.testing.transport_pair import LATE_NS
-from tests.netfaults.nodes import CLOCK, LOOKER, PROMPT_BLOCKS, PROMPTS, Loaded, Node, TwoNodes, prompt
+from tests.netfaults.nodes import LOOKER, PROMPT_BLOCKS, PROMPTS, Loaded, Node, TwoNodes, prompt
 from tests.netfaults.test_network import CUTS, HEALED_NS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timed]
@@ -47,7 +47,7 @@ class Scene:
     """Two nodes, and what was seen of them."""
 
     def __init__(self, nodes: TwoNodes) -> None:
-        self.a, self.b = nodes.a, nodes.b
+        self.a, self.b, self.stalls = nodes.a, nodes.b, nodes.stalls
         self.way = random.Random(1)
         self.loads: list[Loaded] = []
         self.healed_ns: list[int] = []
@@ -85,11 +85,11 @@ class Scene:
 
     def heals(self) -> None:
         """From now on it takes 3 s at most until a prompt comes whole."""
-        began_ns = CLOCK.now_ns()
+        began_ns = self.stalls.awake_ns()
         while self.load().count < PROMPT_BLOCKS:
-            assert CLOCK.now_ns() - began_ns < HEALED_NS, f"it does not heal: {self.b.client.stats()}"
+            assert self.stalls.awake_ns() - began_ns < HEALED_NS, f"it does not heal: {self.b.client.stats()}"
             Event().wait(AGAIN_S)
-        self.healed_ns.append(CLOCK.now_ns() - began_ns)
+        self.healed_ns.append(self.stalls.awake_ns() - began_ns)
 
     def check(self) -> None:
         for node in (self.a, self.b):

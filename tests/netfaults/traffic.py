@@ -4,7 +4,8 @@
         ▲                      └── PeerLost ──┐
         └─────────────────────────────────────┘
 
-Every call has a deadline, and how far past it it ended is kept. What a read brought is compared. As soon as
+Every call has a deadline, and how far past it it ended is kept, less what the machine stood still meanwhile.
+What a read brought is compared. As soon as
 a call has failed, its memory is another's: it is filled anew, and looked at again at the end, when whatever
 the network still held has come. What a write sent is summed by who was written to: he never has anything
 that nobody sent.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvcache.clock import NS_PER_MS, NS_PER_S
+from kvcache.testing.stalls import Stalls
 from kvcache.testing.transport_pair import CLOCK, LATE_NS
 from kvcache.testing.transport_peer import digest, peer_bytes
 from kvcache.transport.base import (
@@ -45,12 +47,13 @@ FENCE_NS = 20 * NS_PER_S
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """``began_ns`` on the clock; ``outcome`` is "done" or the name of what was raised."""
+    """``began_ns`` on the clock; ``over_ns`` after its deadline it ended; ``outcome`` is "done" or what was
+    raised."""
 
     what: str
     began_ns: int
     ended_ns: int
-    deadline_ns: int
+    over_ns: int
     outcome: str
 
     @property
@@ -61,7 +64,8 @@ class Call:
 class Calls:
     """Every call that was made, and the memory of those that failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, stalls: Stalls) -> None:
+        self.stalls = stalls
         self.all: list[Call] = []
         self.wrong: list[str] = []
         self._running: dict[int, tuple[str, int]] = {}
@@ -80,10 +84,12 @@ class Calls:
             raise
         finally:
             del self._running[number]
-            self.all.append(Call(what, began_ns, CLOCK.now_ns(), deadline_ns, outcome))
+            ended_ns = CLOCK.now_ns()
+            self.all.append(Call(what, began_ns, ended_ns, self._over_ns(deadline_ns, ended_ns), outcome))
 
     def expected(self, count: int, size: int) -> tuple[list[bytes], bytes]:
-        """What the peer has, and its digest. Made once: the loop that times calls must not stand for it."""
+        """What the peer has, and its digest. Made once, and before: the loop that times calls must not stand
+        for it."""
         if (count, size) not in self._expected:
             pieces = peer_bytes(count, size)
             self._expected[count, size] = pieces, digest(list(map(memoryview, pieces)))
@@ -98,7 +104,11 @@ class Calls:
     def overdue(self) -> list[str]:
         """What should have ended by now, and has not."""
         now_ns = CLOCK.now_ns()
-        return [what for what, deadline_ns in self._running.values() if now_ns - deadline_ns > LATE_NS]
+        return [
+            what
+            for what, deadline_ns in self._running.values()
+            if self._over_ns(deadline_ns, now_ns) > LATE_NS
+        ]
 
     def outcomes(self, since_ns: int = 0, until_ns: int = NEVER_NS**2) -> Counter[str]:
         """Of the calls that began since then and ended by then."""
@@ -108,16 +118,19 @@ class Calls:
 
     def latest_ns(self) -> int:
         """How far past its deadline a call ended."""
-        return max(call.ended_ns - call.deadline_ns for call in self.all)
+        return max(call.over_ns for call in self.all)
 
     def check(self) -> None:
         """No call was late, and nobody touched memory that had another owner by then."""
-        late = [call for call in self.all if call.ended_ns - call.deadline_ns > LATE_NS]
+        late = [call for call in self.all if call.over_ns > LATE_NS]
         assert not late, late[:5]
         assert not self.wrong
         for piece in self._left_behind:
             assert piece == bytes([FOREIGN]) * len(piece), "memory was written after its call had returned"
         self._left_behind.clear()
+
+    def _over_ns(self, deadline_ns: int, now_ns: int) -> int:
+        return now_ns - deadline_ns - self.stalls.stood_ns(deadline_ns, now_ns)
 
 
 class Line:
@@ -188,7 +201,9 @@ class Line:
             self._calls.leave_behind(into)
             raise
         for piece, expected in zip(into, self._calls.expected(count, size)[0], strict=True):
-            assert piece == expected, "wrong bytes"
+            assert bytes(piece) == expected, (
+                "wrong bytes"
+            )  # A view is compared byte by byte, 30 times as long.
 
     async def write(self, count: int, size: int, patience_ns: int) -> None:
         """RAISES what a transport raises."""
@@ -211,9 +226,16 @@ class Traffic:
     """Several lines in use, each by one caller after another, until ``stop``."""
 
     def __init__(
-        self, transport: Transport, address: str, seed: int, *, lines: int, patience_ns: int
+        self,
+        transport: Transport,
+        address: str,
+        seed: int,
+        stalls: Stalls,
+        *,
+        lines: int,
+        patience_ns: int,
     ) -> None:
-        self.calls = Calls()
+        self.calls = Calls(stalls)
         self.lines = [Line(transport, address, self.calls) for _ in range(lines)]
         self._patience_ns = patience_ns
         self._ways = [random.Random(seed + at) for at in range(lines)]
@@ -222,22 +244,27 @@ class Traffic:
         self._done = [0] * lines
 
     def start(self, sizes: tuple[int, ...], counts: tuple[int, ...]) -> None:
+        for count, size in itertools.product(counts, sizes):
+            self.calls.expected(count, size)
         for at in range(len(self.lines)):
             self._tasks.append(asyncio.ensure_future(self._use(at, sizes, counts)))
 
     async def progress(self, within_ns: int) -> int:
         """How long until every line has done one more transfer; it must be within ``within_ns``."""
-        began_ns, before = CLOCK.now_ns(), list(self._done)
+        began_ns, before = self._now_ns(), list(self._done)
         while any(now <= then for now, then in zip(self._done, before, strict=True)):
             assert not self.calls.overdue(), "a call does not end"
-            assert CLOCK.now_ns() - began_ns < within_ns, "the traffic does not go on"
+            assert self._now_ns() - began_ns < within_ns, "the traffic does not go on"
             self._look()
             await asyncio.sleep(AGAIN_S)
-        return CLOCK.now_ns() - began_ns
+        return self._now_ns() - began_ns
 
     async def stop(self) -> None:
         self._is_over = True
         await asyncio.gather(*self._tasks)
+
+    def _now_ns(self) -> int:
+        return self.calls.stalls.awake_ns()
 
     def _look(self) -> None:
         for task in self._tasks:
@@ -273,5 +300,5 @@ async def fence(line: Line) -> None:
         try:
             await line.read(1, wary().total_bytes_max + 1, FENCE_NS)
             return
-        except FAILURES:  # To make so many bytes takes longer than a silence, where it is short.
+        except FAILURES:  # To make so many bytes, once, takes longer than a silence, where it is short.
             assert CLOCK.now_ns() < until_ns, "what bounds bytes in flight does not come back"

@@ -24,9 +24,10 @@ from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.ledger import Ledger
 from kvcache.namespace import shape_of
 from kvcache.peers.plane import DataPlane
-from kvcache.server.core import Core, Opened
+from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, Peer
+from kvcache.server.namespaces import Opened
 from kvcache.server.session import Answer
 from kvcache.sums import sum_chunks
 from kvcache.testing.clock import FakeClock
@@ -110,7 +111,7 @@ class World:
         self.transport = HeldTransport()
         self.core = self._core()
         namespace = example(shape=shape_of(SPEC), tenant="default")
-        self.opened: Opened = self.core.open(namespace, SPEC)[0]
+        self.opened: Opened = self.core.namespaces.open(namespace, SPEC)[0]
         self.arena = self.core.arena(1, "default")
         self._owners = 0
         self.refused: Counter[str] = Counter()

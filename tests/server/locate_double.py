@@ -23,7 +23,7 @@ class Locators:
         self._made: list[Locator] = []
 
     def __call__(
-        self, address: str, token: str = "", timeout_ms: int = 5_000, clock: Clock | None = None
+        self, address: str, token: str = "", timeout_ms: int = 20_000, clock: Clock | None = None
     ) -> Locator:
         self._made.append(Locator(address, token, timeout_ms, clock))
         return self._made[-1]
@@ -45,7 +45,7 @@ class Answers:
         self.hold.set()
 
     def query(self, tenant: str, asked: wire.Asked, selector: bytes, hints: memoryview) -> Sequence[bytes]:
-        self.hold.wait(10)
+        self.hold.wait(60)
         chosen = wire.read_selector(selector)
         self.asked.append((tenant, asked, chosen, len(hints)))
         if chosen.model == "strange":

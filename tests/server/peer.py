@@ -23,6 +23,7 @@ from tests.server.talk import SPEC, content, deadline, example
 
 WIDE = BlockSpec(block_tokens=16, plane_count=3, head_count=2, head_bytes=65_536)
 """A plane has two chunks."""
+PATIENCE_S = 20
 Work = Callable[["Peer"], Awaitable[None]]
 
 
@@ -120,7 +121,7 @@ async def peer_of(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop turn until it holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -140,7 +141,7 @@ def as_peer(node: EmbeddedNode, *works: Work) -> None:
 
 async def settle(peer: Peer, **expected: float) -> None:
     """Wait until the node's stats are so."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not expected.items() <= (await peer.stats()).items():
             await asyncio.sleep(0.001)
 

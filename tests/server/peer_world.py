@@ -17,6 +17,10 @@ from tests.server.conftest import EmbeddedNode
 from tests.server.talk import SIZE, connected, content, deadline, opened, save, stats
 
 PATIENCE_S = 20
+WAIT_MS = 20_000
+"""Nothing is given up for being late, however busy the machine is."""
+NEVER_LATE = {"peer_wait_ms": WAIT_MS, "nvme_late_ms": WAIT_MS}
+"""Settings of nodes that are not tried for what is late."""
 QUIET = ("reservations", "leases", "limbo_blocks", "tickets", "peer_coming_bytes")
 """What must come back to nothing when nobody asks for anything."""
 
@@ -39,6 +43,7 @@ class Here:
             "http": "none",
             "capacity": "8MiB",
             "unit": "256KiB",
+            **NEVER_LATE,
         }
         self.embedded = EmbeddedNode(NodeConfig(**{**plain, **settings}))  # type: ignore[arg-type]
         self.node = self.embedded.node
@@ -73,7 +78,7 @@ class Here:
     def lease(
         self,
         blocks: list[bytes],
-        wait_ms: int = 5_000,
+        wait_ms: int = WAIT_MS,
         channel: BlockingChannel | None = None,
         **more: object,
     ) -> wire.Leased:
@@ -85,7 +90,7 @@ class Here:
     def load(
         self,
         blocks: list[bytes],
-        wait_ms: int = 5_000,
+        wait_ms: int = WAIT_MS,
         channel: BlockingChannel | None = None,
         **more: object,
     ) -> int:

@@ -26,6 +26,8 @@ from tests.kvcache.routing.fleet_double import Told
 
 Act = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PATIENCE_S = 20.0
+SHORT_S = (0.05, 0.5, 5.0)
+"""Too short for who hangs. For who does not, the machine may have to be fast: then the next is tried."""
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 

@@ -19,6 +19,7 @@ from kvcache.peers import cut
 from kvcache.testing.sharded import ShardedModel
 from kvcache.testing.slices import prefix_of
 from tests.server.conftest import EmbeddedNode
+from tests.server.peer_world import NEVER_LATE, WAIT_MS
 
 COUNT = 6
 PATIENCE_S = 20
@@ -41,12 +42,13 @@ class Place:
             capacity="16MiB",
             unit="256KiB",
             peers=peers,
+            **NEVER_LATE,  # type: ignore[arg-type]
             **settings,  # type: ignore[arg-type]
         )
         self.embedded = EmbeddedNode(config)
         self._closing = stack.enter_context(ExitStack())
         self._closing.callback(self.embedded.close)
-        self.store: BlockingStore = connect_blocking(self.embedded.node.address, timeout_ms=20_000)
+        self.store: BlockingStore = connect_blocking(self.embedded.node.address, timeout_ms=2 * WAIT_MS)
         self._closing.callback(self.store.close)
 
     def close(self) -> None:
@@ -68,7 +70,7 @@ class Place:
     def load(self, model: ShardedModel, tp_size: int, tp_rank: int, **fields: str) -> int:
         """How many blocks this rank had; each is what it would have saved itself."""
         handle = self.open(model, tp_size, tp_rank, **fields)
-        lease = self.store.lease(handle, prefix_of(handle, COUNT), wait_ms=5_000)
+        lease = self.store.lease(handle, prefix_of(handle, COUNT), wait_ms=WAIT_MS)
         into = [bytearray(handle.spec.block_bytes) for _ in range(lease.count)]
         assert self.store.load(lease, [[block] for block in into]) == frozenset()
         self.store.release(lease)
@@ -247,7 +249,7 @@ def test_a_source_that_has_it_for_another_degree_is_cut(start: Start) -> None:
     b.until_known(COUNT)
     for rank in range(2):
         handle = b.open(model, 2, rank)
-        lease = b.store.lease(handle, prefix_of(handle, COUNT), wait_ms=5_000, source="a")
+        lease = b.store.lease(handle, prefix_of(handle, COUNT), wait_ms=WAIT_MS, source="a")
         assert lease.count == COUNT
         b.store.release(lease)
         assert b.load(model, 2, rank) == COUNT

@@ -86,7 +86,7 @@ def process_descriptors() -> int:
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    end_ns = SystemClock().now_ns() + 10 * NS_PER_S
+    end_ns = SystemClock().now_ns() + 20 * NS_PER_S
     while not holds():
         assert SystemClock().now_ns() < end_ns, what
 
@@ -153,7 +153,7 @@ class TestWhoMaps:
 class TestConnecting:
     def silent(self, node: EmbeddedNode) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(5)
+        connection.settimeout(20)
         connection.connect(node.node.socket_path)
         return connection
 
@@ -166,7 +166,7 @@ class TestConnecting:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with ExitStack() as stack:
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-            waiting.settimeout(5)
+            waiting.settimeout(20)
             resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
             stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             taken = ExitStack()
@@ -274,7 +274,7 @@ class TestStarting:
         assert steps == [4096]
 
     def test_huge_pages_need_units_of_whole_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvcache.server.node.huge_pages_free_bytes", lambda: 1 << 30)
+        monkeypatch.setattr("kvcache.server.sizing.huge_pages_free_bytes", lambda: 1 << 30)
         with pytest.raises(BadInput, match="whole pages"):
             Node(NodeConfig(capacity="64MiB", unit="256KiB", huge_pages="on", http="none"))
         assert not Node(NodeConfig(capacity="64MiB", unit="256KiB", http="none")).core.host.huge_pages

@@ -15,7 +15,7 @@ import pytest
 
 from kvcache.block import chain
 from kvcache.credentials import Credentials
-from kvcache.metrics import STATS
+from kvcache.metrics_stats import STATS
 from kvcache.testing.processes import NodeProcess
 from tests.server.talk import connected, example, opened, save
 
@@ -91,7 +91,8 @@ def test_what_is_saved_is_located_and_counted(node: NodeProcess) -> None:
     status, page = ask(node, "/metrics")
     lines = page.decode().splitlines()
     assert "kvcache_saved_tokens_total 64.0" in lines and "kvcache_index_entries 4.0" in lines
-    assert all(any(line.startswith(stat.metric) for line in lines) for stat in STATS)
+    shown = [stat for stat in STATS if not stat.is_open]  # The others, once somebody names their values.
+    assert all(any(line.startswith(stat.metric) for line in lines) for stat in shown)
 
 
 def test_it_ends_with_its_node_even_when_that_is_killed(node: NodeProcess) -> None:

@@ -39,7 +39,7 @@ async def serving(connections_max: int = 8) -> AsyncIterator[Callable[[], Awaita
         opened.append(writer)
         return reader, writer
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         yield line
     for writer in opened:
         writer.close()
@@ -47,6 +47,14 @@ async def serving(connections_max: int = 8) -> AsyncIterator[Callable[[], Awaita
             await writer.wait_closed()
     await site.close()
     await site.close()
+
+
+async def closed(line: Line) -> bool:
+    """It may be before all was taken that was written."""
+    try:
+        return await line[0].read() == b""
+    except OSError:
+        return True
 
 
 async def answered(line: Line) -> bool:
@@ -75,7 +83,7 @@ async def test_who_never_sends_a_whole_header_is_closed() -> None:
         async with serving() as line:
             silent, slow = await line(), await line()
             slow[1].write(GET[:20])
-            assert await silent[0].read() == b"" and await slow[0].read() == b""
+            assert await closed(silent) and await closed(slow)
 
 
 @in_loop

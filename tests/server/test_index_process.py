@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 READY_S = 60.0
 ASKS_MAX = 200_000
-LATE_S = 15.0
+LATE_S = 60.0
 """Far more than the three beats after which a node is dropped: the machine may be busy."""
 KEY = Credentials.default().tenant_key("default")
 PREFIXES = [
@@ -114,7 +114,7 @@ def test_nodes_are_followed_through_kill_and_restart(tmp_path: Path) -> None:
         arguments = ["--follow", follow, "--listen", f"{listen},tcp://127.0.0.1:0", "--http", "127.0.0.1:0"]
         index = IndexProcess(arguments, tmp_path / "index.log")
         stack.callback(index.process.kill)
-        locator = stack.enter_context(Locator(listen, timeout_ms=5_000))
+        locator = stack.enter_context(Locator(listen, timeout_ms=20_000))
         until(lambda: [each.state for each in states(locator).values()] == ["synced"] * 2)
         fill(a.socket, 0)
         fill(b.socket, 10)
@@ -124,18 +124,19 @@ def test_nodes_are_followed_through_kill_and_restart(tmp_path: Path) -> None:
             assert 0 < sum(held_there.values()) <= 32, "some were evicted"
             until(lambda: known(locator, name) == held_there)  # noqa: B023
         [tcp] = [place for place in index.ready["places"] if place.startswith("tcp://")]
-        with Locator(tcp, timeout_ms=5_000) as over_tcp:
+        with Locator(tcp, timeout_ms=20_000) as over_tcp:
             assert known(over_tcp, "node-b") == truth(b.socket)
 
         before = known(locator, "node-a")
         a.kill()
-        until(lambda: states(locator)["node-a"].state == "suspect")
+        until(lambda: states(locator)["node-a"].state != "synced")
         answer = locator.match(hints(PREFIXES[next(iter(before))]))
         assert answer is not None
         suspect = {answer.source(row): answer.suspect[row] for row in range(answer.rows)}
-        assert suspect["node-a"] == 1 and suspect.get("node-b", 0) == 0
+        assert suspect.get("node-a", 1) == 1 and suspect.get("node-b", 0) == 0, "or it is dropped already"
         until(lambda: states(locator)["node-a"].state == "unknown")
-        assert known(locator, "node-a") == {} and states(locator)["node-b"].state == "synced"
+        assert known(locator, "node-a") == {}
+        until(lambda: states(locator)["node-b"].state == "synced")
 
         a.start()
         fill(a.socket, 20)
@@ -155,12 +156,19 @@ def test_a_node_that_stands_still_is_suspect_by_its_beats(tmp_path: Path) -> Non
         listen = f"unix://{tmp_path}/index.sock"
         index = IndexProcess(["--follow", a.socket, "--listen", listen, "--http", "none"], tmp_path / "i.log")
         stack.callback(index.process.kill)
-        locator = stack.enter_context(Locator(listen, timeout_ms=5_000))
+        locator = stack.enter_context(Locator(listen, timeout_ms=20_000))
         until(lambda: "node-a" in states(locator) and states(locator)["node-a"].state == "synced")
-        a.pause()
-        until(lambda: states(locator)["node-a"].state == "suspect")
-        a.wake()
-        until(lambda: states(locator)["node-a"].state == "synced")
+
+        def is_suspect() -> bool:
+            """Else this process stood still itself, until it was dropped."""
+            a.pause()
+            until(lambda: states(locator)["node-a"].state != "synced")
+            state = states(locator)["node-a"].state
+            a.wake()
+            until(lambda: states(locator)["node-a"].state == "synced")
+            return state == "suspect"
+
+        until(is_suspect)
         assert index.close() == 0
 
 
@@ -168,7 +176,7 @@ def test_a_nodes_own_process_answers_frames_too(tmp_path: Path) -> None:
     settings = {"socket": str(tmp_path / "node.sock"), "http": "127.0.0.1:0", "capacity": "1MiB", "name": "n"}
     with NodeProcess(settings, tmp_path / "node.log") as process:
         fill(process.socket, 0)
-        with Locator(f"unix://{tmp_path}/node.index.sock", timeout_ms=5_000) as locator:
+        with Locator(f"unix://{tmp_path}/node.index.sock", timeout_ms=20_000) as locator:
             held_there = truth(process.socket)
             until(lambda: known(locator, "n") == held_there)
 

@@ -14,7 +14,8 @@ import pytest
 from kvcache import wire
 from kvcache.channel import BlockingChannel
 from kvcache.errors import BadInput, KVCacheError, NotAllowed, Unavailable
-from kvcache.metrics import STATS, unknown_names
+from kvcache.metrics import unknown_names
+from kvcache.metrics_stats import STATS
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import (
     HASHES,

@@ -19,6 +19,7 @@ from kvcache.tiers.nvme import BlockFault, Device, DeviceFault
 from kvcache.tiers.nvme_format import SLOT_HEADER_BYTES, _json_guard
 from kvcache.tiers.nvme_slots import Held
 from tests.server.conftest import EmbeddedNode, Serve
+from tests.server.peer_world import NEVER_LATE, WAIT_MS
 from tests.server.talk import HASHES, SIZE, connected, content, deadline, held, lease, opened, save, stats
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ class Here:
     def start(self, **settings: object) -> None:
         """A node of this directory; the second time a new one, after the first was closed."""
         self.settings |= settings
-        plain: dict[str, object] = {
+        plain: dict[str, object] = NEVER_LATE | {
             "capacity": "1MiB",
             "nvme": f"{self.tier}:16MiB",
             "nvme_segment": "1MiB",
@@ -60,13 +61,12 @@ class Here:
         self.node.run(self.node.node.close())
         self.start(**settings)
 
-    def persist(self, blocks: list[bytes], wait_ms: int = 5_000) -> int:
-        request = wire.Persist(self.namespace, b"".join(blocks), wait_ms)
-        reply = self.channel.call(request, deadline())
+    def persist(self, blocks: list[bytes], wait_ms: int = WAIT_MS) -> int:
+        reply = self.channel.call(wire.Persist(self.namespace, b"".join(blocks), wait_ms), deadline())
         assert isinstance(reply, wire.Matched)
         return reply.count
 
-    def lease(self, blocks: list[bytes], wait_ms: int = 5_000, prefill_tokens_s: int = 0) -> wire.Leased:
+    def lease(self, blocks: list[bytes], wait_ms: int = WAIT_MS, prefill_tokens_s: int = 0) -> wire.Leased:
         request = wire.TakeLease(
             self.namespace, b"".join(blocks), wait_ms=wait_ms, prefill_tokens_s=prefill_tokens_s
         )
@@ -74,7 +74,7 @@ class Here:
         assert isinstance(reply, wire.Leased)
         return reply
 
-    def load(self, blocks: list[bytes], wait_ms: int = 5_000) -> int:
+    def load(self, blocks: list[bytes], wait_ms: int = WAIT_MS) -> int:
         """Lease, read, compare, release: how many were there."""
         leased = self.lease(blocks, wait_ms)
         if leased.count:
@@ -95,7 +95,7 @@ class Here:
     def forget_in_memory(self) -> None:
         """Fill the host tier with other blocks, so that what was there before is only on NVMe."""
         self._turn += 1
-        others = [bytes([0xE0 + self._turn, number]) * 8 for number in range(HOST_BLOCKS)]
+        others = [bytes([0xE0 + self._turn, at]) * 8 for at in range(HOST_BLOCKS)]
         assert save(self.channel, self.namespace, others) == HOST_BLOCKS
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
@@ -220,7 +220,7 @@ class TestComingBackFromDisk:
 
 class TestWhatIsWritten:
     def test_only_what_was_wanted_twice(self, here: Here) -> None:
-        here.start(nvme_admission="second-touch")
+        here.start(nvme_admission="touched>=2", nvme_write_rate="500MB")
         save(here.channel, here.namespace, HASHES[:8])
         assert here.stats()["nvme_skipped_blocks:admission"] == 8
         assert lease(here.channel, here.namespace, HASHES[:4]).count == 4

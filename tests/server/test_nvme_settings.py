@@ -9,6 +9,7 @@ import pytest
 from kvcache import wire
 from kvcache.server.cli import _nvme_words
 from tests.server.conftest import Serve
+from tests.server.peer_world import NEVER_LATE, WAIT_MS
 from tests.server.talk import HASHES, connected, deadline, opened, save, stats
 
 pytestmark = pytest.mark.slow
@@ -16,12 +17,12 @@ pytestmark = pytest.mark.slow
 
 def restored(serve: Serve, nvme: str, segment: str) -> int:
     """Start a node, make eight blocks durable, end it. How many it had found."""
-    node = serve(capacity="1MiB", nvme=nvme, nvme_segment=segment, nvme_scrub_share=0.0)
+    node = serve(capacity="1MiB", nvme=nvme, nvme_segment=segment, nvme_scrub_share=0.0, **NEVER_LATE)
     with connected(node.node.address) as channel:
         found = int(stats(channel).get("nvme_restored_blocks", 0))
         namespace = opened(channel)
         save(channel, namespace, HASHES[:8])
-        reply = channel.call(wire.Persist(namespace, b"".join(HASHES[:8]), 5_000), deadline())
+        reply = channel.call(wire.Persist(namespace, b"".join(HASHES[:8]), WAIT_MS), deadline())
         assert reply == wire.Matched(8)
         told = channel.call(wire.Stats(), deadline())
         assert isinstance(told, wire.StatsReply)

@@ -15,7 +15,7 @@ from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
 from kvcache.peers import fetch, lines
 from kvcache.wire import BATCH_BLOCKS_MAX
-from tests.server.peer_world import Here, Start
+from tests.server.peer_world import WAIT_MS, Here, Start
 from tests.server.talk import HASHES, SIZE, SPEC, deadline, held, refused
 
 CREDENTIALS = """
@@ -161,7 +161,7 @@ def on_disk(start: Start, tmp_path: Path) -> Here:
     """A node that holds eight blocks of one prompt on its disk only."""
     a = start("a", capacity="1MiB", nvme=f"{tmp_path / 'tier'}:16MiB", nvme_segment="1MiB")
     a.save(HASHES[:8])
-    request = wire.Persist(a.namespace, b"".join(HASHES[:8]), 5_000)
+    request = wire.Persist(a.namespace, b"".join(HASHES[:8]), WAIT_MS)
     assert a.channel.call(request, deadline()) == wire.Matched(8)
     a.save([bytes([0xE0, at]) * 8 for at in range(32)])
     a.until(lambda: a.stat("nvme_written_blocks") == 40, "nothing is being written any more")
@@ -231,8 +231,8 @@ def test_two_nodes_that_name_each_other_do_not_ask_for_ever(start: Start, tmp_pa
     for here, other in ((a, b), (b, a)):
         here.until(lambda here=here: here.stat("peers:ok") == 1, "it follows")  # type: ignore[misc]
         assert here.load(HASHES[:4], wait_ms=50, source=other.node.name) == 0
+        other.until(lambda other=other: other.stat("requests:follow") >= 1, "it is asked")  # type: ignore[misc]
     assert (a.stat("requests:lease"), b.stat("requests:lease")) == (1, 1)
-    assert min(a.stat("requests:follow"), b.stat("requests:follow")) >= 1
     a.save(HASHES[:4])
     b.until_known(4)
     b.until(lambda: b.load(HASHES[:4]) == 4, "what was not there a moment ago is had")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvcache import wire
-from kvcache.clock import NS_PER_S, SystemClock
+from kvcache.clock import NS_PER_MS, SystemClock
 from kvcache.testing.processes import NodeProcess
-from tests.server.peer_world import Here
-from tests.server.talk import HASHES, connected, opened, save
+from tests.server.peer_world import WAIT_MS, Here
+from tests.server.talk import HASHES, connected, deadline, opened, save
 
 pytestmark = pytest.mark.slow
 
@@ -50,20 +50,19 @@ def fill(process: NodeProcess) -> None:
 def test_a_peer_that_was_stopped_is_a_miss_in_time_and_is_asked_again_when_it_wakes(
     peer: NodeProcess, here: Here
 ) -> None:
-    assert here.load(HASHES[:2]) == 2
+    here.until(lambda: here.load(HASHES[:2]) == 2, "they come, at once unless the machine stands still")
+    late = here.stat("peer_failed_fetches:late")
     peer.pause()
     began_ns = CLOCK.now_ns()
     assert here.load(HASHES[:8]) == 2
-    assert CLOCK.now_ns() - began_ns < 3 * NS_PER_S
-    assert here.stat("peer_failed_fetches:late") == 1
+    assert CLOCK.now_ns() - began_ns < WAIT_MS * NS_PER_MS // 2
+    assert here.stat("peer_failed_fetches:late") == late + 1
     here.until_quiet()
     here.until(lambda: here.stat("peers:lost") == 1, "it is noticed that the peer says nothing")
     assert here.load(HASHES[:8]) == 2
-    assert here.stat("peer_failed_fetches:late") == 1, "who is known to be lost is not waited for"
+    assert here.stat("peer_failed_fetches:late") == late + 1, "who is known to be lost is not waited for"
     peer.wake()
-    woken_ns = CLOCK.now_ns()
     here.until(lambda: here.load(HASHES[:8]) == 8, "all is well again")
-    assert CLOCK.now_ns() - woken_ns < 10 * NS_PER_S
     here.until_quiet()
 
 
@@ -72,7 +71,7 @@ def test_a_peer_that_is_killed_and_started_again_is_followed_and_asked_again(
 ) -> None:
     leased = here.lease(HASHES[:8], wait_ms=0)
     peer.kill()
-    here.channel.call(wire.Release(leased.lease), CLOCK.now_ns() + NS_PER_S) if leased.lease else None
+    here.channel.call(wire.Release(leased.lease), deadline()) if leased.lease else None
     assert here.load(HASHES[:8]) in (0, 8), "whole, or not at all"
     here.until(lambda: here.stat("peers:lost") == 1, "it is noticed")
     here.until_quiet()

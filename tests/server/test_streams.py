@@ -60,7 +60,7 @@ class TestFollow:
         async def work(writer: Writer, follower: Peer) -> None:
             if begun:
                 await writer.reserve(HASHES[:2])
-            following = asyncio.create_task(follow(follower, HASHES[:2], wait_ms=5_000))
+            following = asyncio.create_task(follow(follower, HASHES[:2], wait_ms=20_000))
             await waiting(node)
             assert not following.done()
             if not begun:
@@ -76,15 +76,15 @@ class TestFollow:
             await writer.reserve(HASHES[:2])
             await writer.advance()
             await follow(follower, HASHES[:2])
-            following = asyncio.create_task(follow(follower, HASHES[:2], 1, 5_000))
+            following = asyncio.create_task(follow(follower, HASHES[:2], 1, 20_000))
             await waiting(node)
             await writer.advance()
             assert (await following).planes == 1
-            following = asyncio.create_task(follow(follower, HASHES[:2], 2, 5_000))
+            following = asyncio.create_task(follow(follower, HASHES[:2], 2, 20_000))
             await waiting(node)
             await writer.commit()
             assert (await following).planes == 2
-            following = asyncio.create_task(follow(follower, HASHES[4:5], wait_ms=5_000))
+            following = asyncio.create_task(follow(follower, HASHES[4:5], wait_ms=20_000))
             await waiting(node)
             await writer.reserve(HASHES[4:6])
             await writer.commit()

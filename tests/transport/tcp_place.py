@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from kvcache.clock import NS_PER_MS
-from kvcache.testing.transport_pair import CALM, Notes, noise, soon
+from kvcache.testing.stalls import Stalls
+from kvcache.testing.transport_pair import CALM, LATE_NS, Notes, noise, soon
 from kvcache.transport.base import Endpoint, Limits
 from kvcache.transport.keys import CONNECTS, LISTENS, NONCE_BYTES, PROOF_BYTES, is_proof, proof, shown
 from kvcache.transport.tcp import DEFAULT_ADDRESS, TcpTransport
@@ -16,6 +17,7 @@ from kvcache.transport.tcp_frames import CHALLENGE, Hello
 from kvcache.transport.tcp_listener import TcpListener
 
 WARY = Limits(heartbeat_ns=50 * NS_PER_MS, silence_ns=300 * NS_PER_MS)
+PATIENCE_S = 20
 HELLO_ALONE = Hello(bytes(16), 0, 1, bytes(NONCE_BYTES))
 
 Visitor = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -70,6 +72,16 @@ class Place:
             assert into[0] == source[0]
         finally:
             await other.close()
+
+
+@contextlib.asynccontextmanager
+async def soon_over(time_ns: int) -> AsyncIterator[None]:
+    """What is done within takes this time at most, but for what the machine stands still."""
+    with Stalls() as stalls:
+        began_ns = stalls.awake_ns()
+        async with asyncio.timeout(PATIENCE_S):
+            yield
+        assert stalls.awake_ns() - began_ns <= time_ns + LATE_NS
 
 
 def visit(scenario: Callable[[Place], Awaitable[None]], limits: Limits = CALM, key: bytes = b"") -> None:

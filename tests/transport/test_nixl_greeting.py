@@ -21,6 +21,7 @@ from kvcache.transport.nixl_wire import (
     Proof,
 )
 
+PATIENCE_S = 20
 KEY = bytes(range(32))
 OTHER = bytes(range(1, 33))
 
@@ -33,7 +34,7 @@ def meet(connects: Side, listens: Side) -> tuple[Outcome, Outcome]:
 
     async def run(side: Side, control: Control) -> Outcome:
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await side(control)
         except PeerLost as error:
             control.cut()

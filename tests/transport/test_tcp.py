@@ -13,13 +13,19 @@ from kvcache.transport.tcp import DEFAULT_ADDRESS, TcpTransport
 class TestTcp(TransportContract):
     address = DEFAULT_ADDRESS
 
+    def setup_method(self) -> None:
+        self.taken = socket.socket()
+
+    def teardown_method(self) -> None:
+        self.taken.close()
+
     def make(self, limits: Limits) -> TcpTransport:
         return TcpTransport(limits)
 
     def nobody(self, pair: Pair) -> str:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-        return f"tcp://127.0.0.1:{port}"
+        """Nor can anybody meanwhile."""
+        self.taken.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{self.taken.getsockname()[1]}"
 
 
 class TestTcpOfThreeStreams(TestTcp):

@@ -9,14 +9,14 @@ import logging
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.testing.transport_pair import CALM, Notes, soon, turns
+from kvcache.testing.transport_pair import CALM, Notes, soon
 from kvcache.transport import tcp_listener
 from kvcache.transport.base import Limits, PeerLost
 from kvcache.transport.doorstep import WAITING_OF_A_HOST_MAX
 from kvcache.transport.keys import CONNECTS, LISTENS, NONCE_BYTES, PROOF_BYTES, proof, shown, with_key
 from kvcache.transport.tcp import DEFAULT_ADDRESS, TcpTransport
 from kvcache.transport.tcp_frames import HELLO, Hello, Kind, frame, pack_challenge
-from tests.transport.tcp_place import HELLO_ALONE, WARY, Place, visit
+from tests.transport.tcp_place import HELLO_ALONE, PATIENCE_S, WARY, Place, soon_over, visit
 from tests.transport.test_tcp import TestTcp as Contract
 
 KEY = bytes(range(32))
@@ -30,14 +30,14 @@ class TestTcpWithAKey(Contract):
 
 async def is_sent_away(reader: asyncio.StreamReader) -> bool:
     """And nothing more is said to him."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         with contextlib.suppress(ConnectionResetError):
             return await reader.read() == b""
     return True
 
 
 async def refusals(found: Place, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while found.listener.refused_count < count:
             await asyncio.sleep(0)
 
@@ -109,7 +109,7 @@ def test_who_does_not_answer_the_challenge_is_sent_away_in_time() -> None:
     async def scenario(found: Place) -> None:
         (reader, writer), said = await found.challenged()
         writer.write(proof(KEY, CONNECTS, said)[:-1])
-        async with asyncio.timeout(0.3 + 0.25):
+        async with soon_over(WARY.silence_ns):
             assert await is_sent_away(reader)
 
     visit(scenario, WARY, KEY)
@@ -194,8 +194,9 @@ def test_a_crowd_of_one_host_keeps_no_peer_out() -> None:
         for at, (reader, _) in enumerate(crowd[: 4 * WAITING_OF_A_HOST_MAX]):
             assert await is_sent_away(reader), at
         await found.proven(key=KEY)  # From another host, and, in ``visit``, from a transport.
-        await turns(20)
-        assert len(found.accepted) == 1
+        async with asyncio.timeout(PATIENCE_S):
+            while not found.accepted:
+                await asyncio.sleep(0)
         for reader, _ in crowd[4 * WAITING_OF_A_HOST_MAX :]:
             assert not reader.at_eof(), "who has come last still waits"
 
@@ -220,12 +221,12 @@ def test_seats_are_bounded_and_free_again(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(PeerLost, match="no room"):
             await peer.connect(found.listener.address, soon(), Notes().hear)
         await ends[0].close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not any(end.is_lost for end in found.accepted):
                 await asyncio.sleep(0)
         await peer.connect(found.listener.address, soon(), Notes().hear)
         await peer.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not all(end.is_lost for end in found.accepted):
                 await asyncio.sleep(0)
 

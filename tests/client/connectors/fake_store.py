@@ -12,6 +12,7 @@ from kvcache.block import BlockHash, BlockSpec
 from kvcache.client.store import NO_HINTS, Grant, Handle, Lease, SaveHints
 from kvcache.errors import Unavailable
 from kvcache.namespace import Namespace, shape_of
+from kvcache.request_hints import UNKNOWN, RequestHints
 
 BLOCK_TOKENS = 4
 SPEC = BlockSpec(BLOCK_TOKENS, plane_count=2, head_count=2, head_bytes=16)
@@ -52,6 +53,8 @@ class FakeStore:
         self.node = "node-a"
         self.sources: list[tuple[str, bool]] = []
         self.pushes: list[str] = []
+        self.hints: list[RequestHints] = []  # Of leases.
+        self.save_hints: list[SaveHints] = []
         self.drafts: list[FakeWriting] = []
 
     @property
@@ -77,7 +80,9 @@ class FakeStore:
         wait_ms: int = 2_000,
         source: str = "",
         pushed: bool = False,
+        hints: RequestHints = UNKNOWN,
     ) -> Lease:
+        self.hints.append(hints)
         self.waits.append(wait_ms)
         self.sources.append((source, pushed))
         found = self.match(handle, prefix)
@@ -126,6 +131,7 @@ class FakeStore:
     ) -> int:
         self.saves.append((parent, len(prefix)))
         self.pushes.append(hints.push)
+        self.save_hints.append(hints)
         if self.away or (parent and (handle.namespace_id, parent) not in self.blocks):
             return 0
         for index, (name, pieces) in enumerate(zip(prefix, blocks, strict=True)):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvcache.client.connectors.handoff import Handoff, answer, read
+from kvcache.request_hints import RequestHints, session_number
 
 PREFILL = {"v": 1, "do": "prefill", "push_to": "node-b"}
 DECODE = {"v": 1, "do": "decode", "source": "node-a", "blocks": 40, "tokens": 1280, "pushed": True}
@@ -26,6 +27,16 @@ def test_a_router_that_sends_both_at_once_need_not_know_how_much() -> None:
     asked = read({"kvcache": {"v": 1, "do": "decode", "source": "node-a", "wait_ms": 20_000}})
     assert asked == Handoff("decode", source="node-a", wait_ms=20_000)
     assert asked.promised > 1_000_000
+
+
+def test_what_is_known_of_the_request_comes_with_it_or_alone() -> None:
+    said = {"hint": "tool_call", "session": 7, "priority": 60, "gap_ms": 5_000, "keep_ms": 90_000}
+    hints = RequestHints("tool_call", 60, 7, 5_000, 90_000)
+    assert read({"kvcache": {"v": 1, **said}}) == Handoff(hints=hints)
+    assert read({"kvcache": {**PREFILL, **said}}) == Handoff("prefill", push_to="node-b", hints=hints)
+    assert read({"kvcache": {**DECODE, **said}}).hints == hints
+    named = read({"kvcache": {"v": 1, "session": "chat-17"}})
+    assert named.hints == RequestHints(session=session_number("chat-17"))
 
 
 def test_what_a_prefill_answers_is_what_a_decode_understands() -> None:
@@ -91,6 +102,13 @@ def test_a_node_pushes_nothing_to_itself() -> None:
         ({**DECODE, "blocks": 1 << 80}, "garbage"),
         ({**DECODE, "pushed": "yes"}, "garbage"),
         ({**DECODE, "wait_ms": 600_001}, "garbage"),
+        ({**PREFILL, "hint": "soon"}, "garbage"),
+        ({"v": 1, "priority": 101}, "garbage"),
+        ({"v": 1, "priority": "high"}, "garbage"),
+        ({"v": 1, "session": "n" * 256}, "garbage"),
+        ({"v": 1, "gap_ms": -5}, "garbage"),
+        ({"v": 1, "keep_ms": 1 << 70}, "garbage"),
+        ({"v": 2, "hint": "tool_call"}, "version"),
         ("prefill", "garbage"),
         ([1], "garbage"),
         (0, "garbage"),
@@ -113,7 +131,7 @@ def test_params_that_are_no_map(params: object) -> None:
 def test_no_params_whatever_raise() -> None:
     draw = random.Random(0)
     values: list[Any] = [None, True, -1, 0, 1, 1.5, "", "prefill", "decode", "node", [], {}, float("nan")]
-    names = ["v", "do", "push_to", "source", "blocks", "pushed", "wait_ms"]
+    names = ["v", "do", "push_to", "source", "blocks", "pushed", "wait_ms", "hint", "session", "priority"]
     for _ in range(2_000):
         ours = {name: draw.choice(values) for name in draw.sample(names, draw.randrange(len(names) + 1))}
         params = {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvcache.clock import NS_PER_MS
+from kvcache.request_hints import RequestHints
 from tests.client.connectors.fake_store import BLOCK_TOKENS, FakeRequest
 from tests.client.connectors.scheduler_rig import Rig, tokens
 
@@ -131,6 +132,25 @@ class TestPrefill:
             (job,), params = self.finished(rig, request)
             assert (job.streams, params) == (False, None)
         assert rig.tally.take() == {"handoffs:ignored_version": 1, "handoffs:ignored_garbage": 1}
+
+
+class TestHints:
+    def test_they_go_with_the_look_up_and_with_what_is_saved(self) -> None:
+        rig = Rig()
+        request = asking(hint="tool_call", session=7, gap_ms=4_000)
+        rig.side.lookup(request, 0)
+        (job,) = rig.step({request.request_id: request.num_tokens}).saves
+        said = RequestHints("tool_call", session=7, gap_ms=4_000)
+        assert rig.store.hints == [said]
+        assert (job.hints, job.streams) == (said, False)
+
+    def test_a_prompt_that_another_engine_decodes_is_marked(self) -> None:
+        for said, marked in (({}, "prefill_only"), ({"hint": "turn_end"}, "turn_end")):
+            rig = Rig()
+            request = asking(do="prefill", **said)
+            rig.side.lookup(request, 0)
+            (job,) = rig.step({request.request_id: request.num_tokens}).saves
+            assert [*rig.store.hints, job.hints] == [RequestHints(marked)] * 2
 
 
 class TestDecode:

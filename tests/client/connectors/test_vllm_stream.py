@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from threading import Event, Thread
 
 import pytest
@@ -13,7 +14,9 @@ from kvcache.client.connectors.attach import Attachment
 from kvcache.client.connectors.vllm_plan import SaveJob, StepPlan, Tally
 from kvcache.client.connectors.vllm_stream import StepStream
 from kvcache.client.connectors.vllm_worker import WorkerSide
+from kvcache.client.store import SaveHints
 from kvcache.clock import SystemClock
+from kvcache.request_hints import RequestHints
 from tests.client.connectors.fake_store import SPEC, FakePages, FakeStore, FakeWriting, namespace
 
 WAIT_S = 10.0
@@ -93,7 +96,8 @@ def rig() -> Iterator[Rig]:
 
 
 def test_planes_are_taken_while_the_others_are_computed(rig: Rig) -> None:
-    job = rig.job("a", 0, [0, 1, 2], push="node-b")
+    hints = RequestHints("prefill_only")
+    job = replace(rig.job("a", 0, [0, 1, 2], push="node-b"), hints=hints)
     plan = StepPlan(saves=(job,))
     assert rig.side.start_stream(plan)
     assert rig.store.begun.wait(WAIT_S)
@@ -110,6 +114,7 @@ def test_planes_are_taken_while_the_others_are_computed(rig: Rig) -> None:
     assert draft.end == "finished"
     assert rig.stored() == [b"\x01", b"\x02", b"\x03"]
     assert rig.store.pushes == ["node-b"]
+    assert rig.store.save_hints == [SaveHints("prefill_only", push="node-b")]
     assert rig.side.take_saved() == {"a": 1}
     assert rig.tally.take()["saved_blocks"] == 3
 
@@ -216,7 +221,9 @@ def test_pages_that_are_taken_are_not_read_any_more(rig: Rig) -> None:
     released = Event()
     taker = Thread(target=lambda: (rig.side.release_pages(["a"]), released.set()))
     taker.start()
-    assert not released.wait(0.05)  # Its planes are being copied.
+    while not (rig.side._taken or released.is_set()):
+        pass  # Until it waits for the planes that are being copied.
+    assert not released.wait(0.05)
     rig.store.gate.set()
     taker.join(WAIT_S)
     assert released.is_set()

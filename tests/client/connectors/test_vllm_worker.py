@@ -188,7 +188,9 @@ def test_pages_taken_from_a_request_are_not_read_any_more(rig: Rig) -> None:
     taken = Event()
     taker = Thread(target=lambda: (rig.side.release_pages(["a"]), taken.set()))
     taker.start()
-    assert not taken.wait(0.05)  # The first copy still runs.
+    while not (rig.side._taken or taken.is_set()):
+        pass  # Until it waits for the first copy, which still runs.
+    assert not taken.wait(0.05)
     rig.store.open_gate.set()
     taker.join(WAIT_S)
     assert taken.is_set()

@@ -44,7 +44,7 @@ class Publisher:
     ) -> None:
         self.close()
 
-    def subscribed(self, deadline_ms: int = 5_000) -> None:
+    def subscribed(self, deadline_ms: int = 30_000) -> None:
         """Somebody subscribed: what is sent from now on arrives there."""
         assert self._live.poll(deadline_ms), "nobody subscribes"
         assert self._live.recv()[:1] == b"\x01"

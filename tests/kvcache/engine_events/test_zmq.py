@@ -19,7 +19,7 @@ from kvcache.locality import LocalityIndex
 from tests.kvcache.engine_events.model_engine import MODEL, ModelEngine, Shelf
 from tests.kvcache.engine_events.publisher import Publisher
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 SOURCE = "engine:w"
 
 

@@ -14,7 +14,7 @@ from kvcache.clock import NS_PER_MS
 from kvcache.peers.receive import Patience, Receiver
 from tests.server.follower import say_stopped
 from tests.server.peer import different
-from tests.server.peer_world import Here
+from tests.server.peer_world import WAIT_MS, Here
 from tests.server.talk import SIZE, SPEC, deadline
 from tests.server.writer import Writer
 
@@ -92,7 +92,7 @@ class World:
         receiver._patience = replace(Patience(), **{name: each * NS_PER_MS for name, each in ms.items()})
 
     def want(
-        self, blocks: Sequence[bytes], wait_ms: int = 4_000, at: Here | None = None, **more: object
+        self, blocks: Sequence[bytes], wait_ms: int = WAIT_MS, at: Here | None = None, **more: object
     ) -> Future[int]:
         """An engine at ``b`` (or there) asks for these, which ``a`` computes: how many it is given, at once,
         compared byte by byte."""

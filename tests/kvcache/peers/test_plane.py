@@ -30,7 +30,7 @@ def on_a_loop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[...,
     return run
 
 
-def later(seconds: float = 5) -> int:
+def later(seconds: float = 20) -> int:
     return SystemClock().now_ns() + int(seconds * NS_PER_S)
 
 
@@ -256,7 +256,7 @@ class TestEndpoints:
             loop.set_default_executor(ThreadPoolExecutor(1))
             looking = loop.run_in_executor(None, over.wait)
             try:
-                assert await reader.endpoint(owner.addresses[0], later(1))
+                assert await reader.endpoint(owner.addresses[0], later())
             finally:
                 over.set()
                 await looking

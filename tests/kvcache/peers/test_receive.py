@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.metrics import STREAM_FAILURES
+from kvcache.clock import NS_PER_S
+from kvcache.metrics_stats import STREAM_FAILURES
+from kvcache.peers import receive
 from kvcache.peers.stream import FAILURES
 from tests.kvcache.peers.stream_world import PLANES, World, worlds
 from tests.server.peer_world import Flipper
@@ -56,7 +58,7 @@ class TestItComes:
         two.until_quiet()
 
     def test_who_asks_before_anybody_has_opened_its_model_there(self, two: World) -> None:
-        two.a.embedded.call(two.a.node.core._namespaces.clear)
+        two.a.embedded.call(two.a.node.core.namespaces._known.clear)
         wanted = two.want(FOUR)
         two.until_follows()
         engine = two.engine()
@@ -315,7 +317,10 @@ class TestItFails:
         there.abort()
         assert two.want(FOUR).result() == 4
 
-    def test_what_did_not_come_is_not_waited_for_again_at_once(self, two: World) -> None:
+    def test_what_did_not_come_is_not_waited_for_again_at_once(
+        self, two: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(receive, "REST_NS", 3_600 * NS_PER_S)
         two.patience(begin_ns=50)
         assert two.want(FOUR).result() == 0
         asked = two.a.stat("requests:follow")

@@ -101,7 +101,7 @@ def test_the_same_seed_prints_the_same(trace: Path) -> None:
         ("none.npz", None, "is not there"),
         ("bad.npz", b"PK no archive", "bad.npz"),
         ("bad.jsonl", b'{"timestamp": 1}\n', "no hash_ids"),
-        ("empty.jsonl", b"", "no requests"),
+        ("empty.jsonl", b"", "it is empty"),
     ],
 )
 def test_what_is_no_trace_is_said(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:

@@ -37,7 +37,7 @@ def test_every_request_is_served_once_and_no_hit_is_for_free(router: str) -> Non
     served_once(small, simulate(small, router, TIGHT, check=True))
 
 
-@pytest.mark.parametrize("policy", ["leaf-lru", "fifo"])
+@pytest.mark.parametrize("policy", ["leaf-lru", "leaf-fifo"])
 def test_a_policy_of_the_registry_keeps_the_same_rules(policy: str) -> None:
     small = made(120)
     run = simulate(small, "exact", replace(TIGHT, policy=policy), check=True)

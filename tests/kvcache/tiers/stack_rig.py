@@ -141,7 +141,7 @@ class Rig:
         self.space.check()
         self.stack.check()
         self.publisher.check()
-        nvme = self.stack._ledger
+        nvme = self.stack.ledger
         told = self.told()
         entries = [entry for drive in self.stack.drives for entry in drive.entries.values()]
         kept = {entry.key[HASH_BYTES:][:HINT_BYTES]: entry.key for entry in entries}

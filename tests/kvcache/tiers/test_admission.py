@@ -18,6 +18,7 @@ from kvcache.tiers.admission import (
     WINDOW_HOURS,
     Seen,
     WriteBudget,
+    WriteRate,
     hours_since,
 )
 
@@ -251,3 +252,26 @@ def test_hours_go_on_from_the_wall_clock_by_a_clock_that_nobody_sets() -> None:
     assert wall_hour() == HOUR
     clock.advance_ms(2_000)
     assert wall_hour() == HOUR + 1
+
+
+class TestWriteRate:
+    def test_it_fills_evenly_and_overflows(self) -> None:
+        rate = WriteRate(2.0, 0)
+        assert rate.left(0) == 120
+        rate.spend(130)
+        assert rate.left(0) == 0  # In debt by 10.
+        assert rate.left(8 * NS_PER_S) == 6
+        assert rate.left(8 * NS_PER_S, unit=4) == 1
+        assert rate.left(10**15) == 120
+
+    def test_without_one_any_amount_may_be_written(self) -> None:
+        rate = WriteRate(0, 0)
+        rate.spend(10**15)
+        assert rate.left(0, unit=10**6) > 10**9
+
+    def test_what_is_larger_than_a_minute_waits_for_a_whole_one(self) -> None:
+        rate = WriteRate(2.0, 0)
+        assert rate.left(0, unit=300) == 1
+        rate.spend(300)
+        assert rate.left(149 * NS_PER_S, unit=300) == 0
+        assert rate.left(150 * NS_PER_S, unit=300) == 1

@@ -12,6 +12,8 @@ import pytest
 
 from kvcache import leases
 from kvcache.tiers import demote
+from kvcache.tiers.admission import WriteRate
+from kvcache.tiers.demote import Rules
 from kvcache.tiers.drive import RATE_NS_MAX, READERS
 from kvcache.tiers.nvme import Device, DeviceFault
 from kvcache.tiers.nvme_format import stride_of
@@ -258,6 +260,37 @@ class TestLimits:
             assert await rig.persist(TURNS) == 0
             (trouble,) = rig.stack.troubles()
             assert "daily write budget" in trouble
+
+        played(rig, play)
+
+    def test_a_conversation_that_came_back_is_written_whole(self, rig: Rig) -> None:
+        rig.rules = Rules("through", "branch-reused", 0)
+
+        async def play() -> None:
+            rig.save(TURNS[:8])
+            assert rig.counters["nvme_skipped_blocks:admission"] == 8
+            assert await rig.load(TURNS[:8]) == 8
+            rig.save(TURNS[:12])
+            await rig.until(lambda: rig.counters["nvme_written_blocks"] == 12)
+
+        played(rig, play)
+
+    def test_what_the_rate_has_no_room_for_waits_and_is_written(self, rig: Rig) -> None:
+        """A minute's worth is saved up, and is less than a block: one may be written, and no other."""
+        rig.paths = rig.paths[:1]
+        rig.rules = Rules("through", "all", 0, bytes_s=1)
+
+        async def play() -> None:
+            rig.save(TURNS)
+            await rig.until(lambda: rig.counters["nvme_written_blocks"] == 1)
+            rig.stack.tick()
+            await asyncio.sleep(0)
+            assert rig.counters["nvme_written_blocks"] == 1
+            assert rig.stack.stats()["nvme_wanted_blocks"] == 1
+            assert not rig.stack.troubles()
+            rig.stack._demoter._rate = WriteRate(0, 0)
+            rig.stack.tick()
+            await rig.until(lambda: rig.counters["nvme_written_blocks"] == len(TURNS))
 
         played(rig, play)
 

@@ -25,7 +25,7 @@ def test_what_is_written_while_drives_are_synced_is_not_durable(
     async def saved_meanwhile() -> None:
         rig.save(KEYS)
         async with asyncio.timeout(PATIENCE_S):
-            while rig.stack._ledger.match(KEYS) < len(KEYS):
+            while rig.stack.ledger.match(KEYS) < len(KEYS):
                 await asyncio.sleep(0)
 
     async def play() -> None:

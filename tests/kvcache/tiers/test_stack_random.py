@@ -145,7 +145,14 @@ class Caller:
         await self.rig.close()
 
 
-POLICIES = (Rules("through", "all", 0), Rules("back", "second-touch", 2_000_000), Rules("evict", "all", 0))
+POLICIES = (
+    Rules("through", "all", 0),
+    Rules("back", "second-touch", 2_000_000),
+    Rules("evict", "all", 0),
+    Rules("through", "branch-reused", 0),
+    Rules("back", "hazard", 2_000_000),
+    Rules("evict", "hazard", 0, bytes_s=4 << 20),
+)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.simulation.mooncake import LINE_BYTES_MAX, read_mooncake
+from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
+from kvcache.eviction.trace_rows import LINE_BYTES_MAX
 
 
 def written(path: Path, *lines: object) -> Path:
@@ -29,7 +30,7 @@ def test_blocks_are_numbered_as_they_appear_and_the_last_may_be_partial(tmp_path
         line(12, 1_600, [70, 71, 90, 95]),
         line(13, 0, []),
     )
-    trace = read_mooncake(path)
+    trace = read_mooncake(path, sort=True)
     assert trace.arrivals_ms.tolist() == [3, 9, 12, 13]
     assert trace.parents.tolist() == [-1, 0, 1, 2]
     assert trace.leaves.tolist() == [1, 2, 3, -1]
@@ -52,7 +53,11 @@ def test_a_partial_block_is_of_its_own_length(tmp_path: Path) -> None:
         (line(-1, 5, [1]), "timestamp"),
         (line(0, 5, [1], answer=1 << 31), "output_length"),
         (line(0, 1, [True]), "hash_ids"),
-        (line(0, 1_024, [2, 1]), "two parents"),
+        (line(0, 1_024, [2, 1]), "line 2 of .* block 2 has two parents"),
+        (line(0, 1_536, [1, 2, 1]), "line 2 of .* block 1 has two parents"),
+        (line(-1e300, 5, [1]), "timestamp in line 2"),
+        (line(0, 5, [1 << 64]), "hash_ids in line 2"),
+        (line(0, 5, [1.5]), "hash_ids in line 2"),
         (" " * (LINE_BYTES_MAX + 1), "too long"),
     ],
 )
@@ -62,3 +67,16 @@ def test_what_is_no_trace_is_refused_in_plain_words(tmp_path: Path, bad: object,
     assert caught.value.code == "bad_trace"
     with pytest.raises(BadInput, match="cannot be read"):
         read_mooncake(tmp_path / "none.jsonl")
+
+
+def test_time_that_runs_back_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", line(9, 512, [1]), "", line(3, 512, [2]))
+    with pytest.raises(BadInput, match=r"line 3 of .* is at 3 ms, the request before it at 9 ms"):
+        read_mooncake(path)
+    assert read_mooncake(path, sort=True).arrivals_ms.tolist() == [3, 9]
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    lines = [line(0, 1_100, [0, 1, 2]), line(4, 1_024, [0, 1]), line(9, 700, [3, 4])]
+    trace = read_mooncake(written(tmp_path / "a.jsonl", *lines))
+    assert [json.loads(each) for each in mooncake_lines(trace)] == lines

@@ -1,0 +1,1 @@
+"""What policies are measured against, in replay only: those of the literature, and the optimum."""
