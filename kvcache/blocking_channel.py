@@ -30,13 +30,14 @@ def gone(address: Address, why: str) -> Unavailable:
 
 
 class BlockingChannel:
-    """One thread at a time. ``slab_fd`` belongs to the channel and is closed with it."""
+    """One thread at a time. ``slab_fd`` and ``hbm_fd`` belong to the channel and are closed with it."""
 
     def __init__(self, address: Address, sock: socket.socket, clock: Clock) -> None:
         """Use ``connect``. REQUIRES: ``sock`` is connected and does not block."""
         self.address = address
         self.welcome = Welcome(PROTOCOL_VERSION, "", 0, "", [], b"", 0)
         self.slab_fd: int | None = None
+        self.hbm_fd: int | None = None
         self.ended_by = ""
         self._sock = sock
         self._clock = clock
@@ -100,10 +101,11 @@ class BlockingChannel:
     def close(self) -> None:
         self._end("closed")
 
-    def detach(self) -> tuple[socket.socket, FrameReader, int, int | None]:
-        """Socket, reader, calls so far and slab descriptor go to the caller; this channel is closed."""
-        taken = (self._sock, self._reader, self._calls, self.slab_fd)
-        self._sock, self.slab_fd = socket.socket(), None
+    def detach(self) -> tuple[socket.socket, FrameReader, int, int | None, int | None]:
+        """Socket, reader, calls so far and the slabs' descriptors go to the caller; this channel is
+        closed."""
+        taken = (self._sock, self._reader, self._calls, self.slab_fd, self.hbm_fd)
+        self._sock, self.slab_fd, self.hbm_fd = socket.socket(), None, None
         self.close()
         return taken
 
@@ -142,10 +144,14 @@ class BlockingChannel:
             self._wants_descriptor = False
             descriptors, self._descriptors = self._descriptors, []
             self.slab_fd = descriptors.pop(0) if descriptors else None
+            self.hbm_fd = descriptors.pop(0) if descriptors else None
             for extra in descriptors:
                 os.close(extra)
-        if not isinstance(reply, Welcome) or descriptors or (self.slab_fd is not None and not hello.map):
+        unasked = (self.slab_fd is not None and not hello.map) or (self.hbm_fd is not None and not hello.hbm)
+        if not isinstance(reply, Welcome) or descriptors or unasked:
             raise BadInput("bad_message", "the node did not answer Hello with one Welcome", repr(reply)[:200])
+        if (self.hbm_fd is not None) != (reply.hbm.size_bytes > 0):
+            raise BadInput("bad_message", "a Welcome with a slab of HBM and no descriptor, or without", "")
         self.welcome = reply
 
     def _send(self, buffers: list[memoryview], deadline_ns: int) -> None:
@@ -206,6 +212,7 @@ class BlockingChannel:
     def _end(self, reason: str) -> None:
         self.ended_by = self.ended_by or reason
         self._sock.close()
-        if self.slab_fd is not None:
-            os.close(self.slab_fd)
-            self.slab_fd = None
+        for descriptor in (self.slab_fd, self.hbm_fd):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.slab_fd = self.hbm_fd = None

@@ -43,7 +43,7 @@ class AsyncChannel(asyncio.BufferedProtocol):
         self.address = greeted.address
         self.welcome = greeted.welcome
         self.ended_by = ""
-        self._sock, self._reader, self._calls, self.slab_fd = greeted.detach()
+        self._sock, self._reader, self._calls, self.slab_fd, self.hbm_fd = greeted.detach()
         self._clock = clock
         self._why = ""
         self._transport: asyncio.Transport | None = None
@@ -166,9 +166,10 @@ class AsyncChannel(asyncio.BufferedProtocol):
             self._transport.abort()
         else:
             self._sock.close()
-        if self.slab_fd is not None:
-            os.close(self.slab_fd)
-            self.slab_fd = None
+        for descriptor in (self.slab_fd, self.hbm_fd):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.slab_fd = self.hbm_fd = None
         self._drained.set()
         for number, answer in self._waiting.items():
             self._reader.abandon(number)

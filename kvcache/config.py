@@ -49,6 +49,9 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     populate: bool = True
     policy: str = "leaf-lru"
     policy_params: str = ""
+    hbm: str = "none"
+    hbm_device: Literal["cuda", "cpu"] = "cuda"
+    hbm_policy: str = "leaf-lru"
     credentials: str = ""
     lease_ms_max: Milliseconds = 60_000
     quarantine_ms: Milliseconds = 600_000
@@ -88,10 +91,16 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def unit_bytes(self) -> int:
         """Bytes an extent: a 32nd of the capacity, a power of two between 256 KiB and 256 MiB."""
-        if self.unit != "auto":
-            return parse_size(self.unit, "unit")
-        wanted = max(1, self.capacity_bytes // 32)
-        return min(max(1 << (wanted.bit_length() - 1), 256 << 10), 256 << 20)
+        return _unit_of(self.capacity_bytes) if self.unit == "auto" else parse_size(self.unit, "unit")
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Of each GPU; 0: none."""
+        return 0 if self.hbm == "none" else parse_size(self.hbm, "hbm")
+
+    @property
+    def hbm_unit_bytes(self) -> int:
+        return _unit_of(self.hbm_bytes)
 
     @property
     def data_addresses(self) -> list[str]:
@@ -205,6 +214,11 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
+def _unit_of(capacity_bytes: int) -> int:
+    wanted = max(1, capacity_bytes // 32)
+    return min(max(1 << (wanted.bit_length() - 1), 256 << 10), 256 << 20)
+
+
 def _check(config: NodeConfig) -> None:
     parse_bind(config.tcp, "tcp")
     parse_bind(config.http, "http")
@@ -214,6 +228,13 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
     if config.nvme_places:
         _check_nvme(config)
+    if config.hbm != "none" and config.hbm_bytes < config.hbm_unit_bytes:
+        raise BadInput(
+            "bad_config",
+            f"hbm is {config.hbm!r}",
+            f"the tier takes {config.hbm_unit_bytes:,} bytes of a GPU at least",
+            "give it more, for instance 20GiB, or none",
+        )
     _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s, config.nvme_write_bytes_s
     _ = parse_size(config.record_bytes, "record_bytes")
     for address in config.index_addresses:

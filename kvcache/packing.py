@@ -12,8 +12,8 @@ import msgpack
 BODY_BYTES_MAX = 4 << 20
 PREFIX_BLOCKS_MAX = 65_536
 TEXT_CHARS_MAX = 4_096
-# No message holds more: [call, message] and two lists; a message and one map a list entry.
-LISTS_MAX = 3
+# No message holds more: [call, message] and four lists; a message and one map a list entry.
+LISTS_MAX = 5
 MAPS_MAX = PREFIX_BLOCKS_MAX + 2
 
 _Container = TypeVar("_Container")

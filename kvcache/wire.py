@@ -41,6 +41,14 @@ from kvcache.wire_frame import PROTOCOL_VERSION as PROTOCOL_VERSION
 from kvcache.wire_frame import FrameHeader as FrameHeader
 from kvcache.wire_frame import decode_header as decode_header
 from kvcache.wire_frame import frame as frame
+from kvcache.wire_greeting import Hello as Hello
+from kvcache.wire_greeting import Welcome as Welcome
+from kvcache.wire_hbm import HBM as HBM
+from kvcache.wire_hbm import HOST as HOST
+from kvcache.wire_hbm import NO_SLAB as NO_SLAB
+from kvcache.wire_hbm import NOTHING_LEASED as NOTHING_LEASED
+from kvcache.wire_hbm import HbmLeased as HbmLeased
+from kvcache.wire_hbm import HbmSlab as HbmSlab
 from kvcache.wire_peers import Advance as Advance
 from kvcache.wire_peers import Export as Export
 from kvcache.wire_peers import Exported as Exported
@@ -61,28 +69,6 @@ BATCH_BLOCKS_MAX = 1_024
 # --- requests -----------------------------------------------------------------------------------
 
 
-class Hello(Message, frozen=True, tag="hello"):
-    """First on every connection. ``map`` asks for the slab's descriptor (unix sockets only).
-
-    ``tenant`` names another tenant than the credential's to act for (role peer).
-    ``node`` is the name of the node that asks, if it is one: for it nothing is fetched from other nodes.
-    ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
-    connection it had before, so that slots reserved through those can be used again.
-    """
-
-    version: Unsigned
-    token: str = ""
-    map: bool = False
-    client: str = ""
-    writes_ended: bool = False
-    tenant: str = ""
-    node: str = ""
-
-    def __repr__(self) -> str:
-        """Without the token, which must not reach a log."""
-        return f"Hello(version={self.version}, map={self.map}, client={self.client!r})"
-
-
 class Open(Message, frozen=True, tag="open"):
     """Name a namespace by all its fields (``namespace.Namespace`` as a map). Idempotent."""
 
@@ -93,13 +79,15 @@ class Open(Message, frozen=True, tag="open"):
     expect: bytes = b""
 
 
-class Match(Message, frozen=True, tag="match"):
+class Match(Message, frozen=True, tag="match", omit_defaults=True):
     """How many leading blocks of ``prefix`` are held? Takes no lease. What lies on NVMe starts to be read
-    into memory, unless computing it anew at ``prefill_tokens_s`` (0: unknown) is faster."""
+    into memory, unless computing it anew at ``prefill_tokens_s`` (0: unknown) is faster. With ``hbm``, those
+    count too that only the connection's slab of HBM holds."""
 
     namespace: bytes
     prefix: bytes
     prefill_tokens_s: Unsigned = 0
+    hbm: bool = False
 
 
 class TakeLease(Message, frozen=True, tag="lease", omit_defaults=True):
@@ -108,7 +96,8 @@ class TakeLease(Message, frozen=True, tag="lease", omit_defaults=True):
     namespace and prefix, until each has released it. ``source`` is the node that has these blocks, or is
     computing them; with ``pushed`` it brings them here by itself. ``parent`` is the block before the first of
     ``prefix`` (empty: it is the first of the prompt, or not known). ``hint`` and what follows are for the
-    eviction policy (``request_hints``)."""
+    eviction policy (``request_hints``). With ``hbm``, leading blocks that the connection's slab of HBM holds
+    are leased there, and only those behind them otherwise."""
 
     namespace: bytes
     prefix: bytes
@@ -124,20 +113,24 @@ class TakeLease(Message, frozen=True, tag="lease", omit_defaults=True):
     session: OrNone = -1
     gap_ms: OrNone = -1
     keep_ms: OrNone = -1
+    hbm: bool = False
 
 
-class Release(Message, frozen=True, tag="release"):
-    """The reader is done. ``failed`` lists positions in the lease whose bytes failed their check."""
+class Release(Message, frozen=True, tag="release", omit_defaults=True):
+    """The reader is done. ``failed`` lists positions in the lease whose bytes failed their check. ``tier``:
+    whose lease it is."""
 
     lease: Unsigned
     failed: list[Unsigned] = msgspec.field(default_factory=list)
+    tier: str = HOST
 
 
 class Reserve(Message, frozen=True, tag="reserve", omit_defaults=True):
     """Room for the blocks of ``prefix`` that are not held yet, behind ``parent`` (empty: the root).
 
     ``push`` is the node to which they are copied while they are written. ``hint``, ``priority``, ``session``,
-    ``gap_ms`` and ``keep_ms`` are for the eviction policy (``request_hints``)."""
+    ``gap_ms`` and ``keep_ms`` are for the eviction policy (``request_hints``). ``tier`` is host or hbm, which
+    needs a slab of HBM; ``parent`` must be held there."""
 
     namespace: bytes
     parent: bytes
@@ -148,19 +141,22 @@ class Reserve(Message, frozen=True, tag="reserve", omit_defaults=True):
     gap_ms: OrNone = -1
     push: str = ""
     keep_ms: OrNone = -1
+    tier: str = HOST
 
 
-class Commit(Message, frozen=True, tag="commit"):
+class Commit(Message, frozen=True, tag="commit", omit_defaults=True):
     """Publish: every reserved block has been written. ``sums`` are all chunk sums, in order."""
 
     reservation: Unsigned
     sums: bytes
+    tier: str = HOST
 
 
-class Abort(Message, frozen=True, tag="abort"):
+class Abort(Message, frozen=True, tag="abort", omit_defaults=True):
     """The blocks will not be written after all, and no copy into them is in flight."""
 
     reservation: Unsigned
+    tier: str = HOST
 
 
 class Read(Message, frozen=True, tag="read"):
@@ -214,24 +210,6 @@ class Scrub(Message, frozen=True, tag="scrub"):
 # --- replies ------------------------------------------------------------------------------------
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello. With a map, the slab's descriptor comes as ancillary data of this frame. ``data`` are
-    the addresses at which the node's transports listen."""
-
-    version: Unsigned
-    node: str
-    incarnation: Unsigned
-    tenant: str
-    roles: list[str]
-    tenant_key: bytes
-    slab_bytes: Unsigned
-    data: list[str] = msgspec.field(default_factory=list)
-
-    def __repr__(self) -> str:
-        """Without the tenant's key, which must not reach a log."""
-        return f"Welcome(node={self.node!r}, incarnation={self.incarnation}, tenant={self.tenant!r})"
-
-
 class Opened(Message, frozen=True, tag="opened"):
     """``verdict`` says in plain words whether stored blocks fit, and if not which field differs."""
 
@@ -245,12 +223,12 @@ class Matched(Message, frozen=True, tag="matched"):
     count: Unsigned
 
 
-class Leased(Message, frozen=True, tag="leased"):
+class Leased(Message, frozen=True, tag="leased", omit_defaults=True):
     """``lease`` is 0 when ``count`` is 0. ``offsets`` are byte offsets in the mapped slab (empty for
     connections without one), -1 for a block that lies elsewhere and must be Read. ``checksums`` joins
     16 bytes a block. ``expires_ns`` is on CLOCK_MONOTONIC of the node's host; ``remaining_ms`` is the
     same for another host. ``coming`` more blocks right behind are on their way from NVMe or a peer: ask
-    again."""
+    again. Before all these stand those of ``hbm``, with a lease of their own that ends at the same time."""
 
     lease: Unsigned
     count: Unsigned
@@ -260,6 +238,7 @@ class Leased(Message, frozen=True, tag="leased"):
     expires_ns: Unsigned
     remaining_ms: Unsigned
     coming: Unsigned = 0
+    hbm: HbmLeased = NOTHING_LEASED
 
 
 class Released(Message, frozen=True, tag="released"):

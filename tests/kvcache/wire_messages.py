@@ -65,16 +65,19 @@ def messages_of(kind: type[Struct]) -> st.SearchStrategy[Struct]:
     return st.builds(kind, **fields)
 
 
-def example(kind: type[wire.Message]) -> wire.Message:
+def example(kind: type[Struct]) -> Struct:
     """The plainest message of its kind, the same each time."""
     empty: dict[object, object] = {bool: True, bytes: b"b", float: 1.5, int: 1, str: "s"}
-    values = {}
+    values: dict[str, object] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if name in kind.__struct_fields__:
             if get_origin(hint) is Annotated and get_args(hint)[0] is not int:
                 hint = get_args(hint)[0]
             container = get_origin(hint) if get_origin(hint) in (list, dict) else None
-            values[name] = container() if container else empty.get(hint, 1)
+            if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+                values[name] = example(hint)
+            else:
+                values[name] = container() if container else empty.get(hint, 1)
     return kind(**values)
 
 
