@@ -96,6 +96,40 @@ STATS: tuple[Stat, ...] = (
     Stat("recorded_bytes", "counter", "Bytes of recordings written."),
     Stat("record_lost_batches", "counter", "Batches of records that the disk did not take in time."),
     Stat("record_failures", "counter", "Recordings that ended because their disk failed."),
+    # What is in HBM, and what went on there.
+    Stat("hbm_hit_blocks", "counter", "Blocks leased in HBM."),
+    Stat("hbm_saved_blocks", "counter", "Blocks published in HBM."),
+    Stat(
+        "hbm_demoted_blocks", "counter", "Blocks copied from HBM into host memory before they left, verified."
+    ),
+    Stat("hbm_demoted_bytes", "counter", "Their bytes."),
+    Stat("hbm_dropped_blocks", "counter", "Blocks evicted from HBM that no tier below held."),
+    Stat(
+        "hbm_removed_blocks",
+        "counter",
+        "Blocks unpublished in HBM, by reason; fenced: the GPU was lost.",
+        "reason",
+        ("evicted", "fenced", "orphaned", "quarantined", "reclaimed"),
+    ),
+    Stat(
+        "hbm_skipped_blocks",
+        "counter",
+        "Blocks not copied into host memory, by reason.",
+        "reason",
+        ("busy", "error", "full", "gone", "parent"),
+    ),
+    Stat(
+        "hbm_rejected_blocks",
+        "counter",
+        "Blocks in HBM whose bytes were wrong (checksum, reader), or not those of the tiers below (differs).",
+        "reason",
+        ("checksum", "reader", "differs"),
+    ),
+    Stat("hbm_refused_maps", "counter", "Engines that asked for HBM where there is none for them."),
+    Stat("hbm_leases", "gauge", "Leases held in HBM now."),
+    Stat("hbm_reservations", "gauge", "Reservations open in HBM now."),
+    Stat("hbm_limbo_blocks", "gauge", "Slots of HBM whose writer vanished, until it is known to have ended."),
+    Stat("hbm_lost", "gauge", "GPUs whose memory was lost since the start."),
     # What went to NVMe and came from there.
     Stat("nvme_written_blocks", "counter", "Blocks written to NVMe."),
     Stat("nvme_written_bytes", "counter", "Their bytes."),

@@ -16,12 +16,13 @@ from kvcache.block import Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
-from kvcache.events import TIER_HOST, TIER_NVME, Publisher
+from kvcache.events import TIER_HBM, TIER_HOST, TIER_NVME, Publisher
 from kvcache.leases import Owner
 from kvcache.ledger import Change, Lease, Ledger
 from kvcache.peers.plane import DataPlane
 from kvcache.policy import RequestContext
 from kvcache.server.bringing import Bringing
+from kvcache.server.hbm import Hbm
 from kvcache.server.namespaces import Namespaces, Opened
 from kvcache.server.progress import Progress
 from kvcache.server.recording import Recording
@@ -75,7 +76,7 @@ class Core:
         self.namespaces = Namespaces(config, self.telling.announce)
         self._telling = False
         self._untold: deque[tuple[str, Change]] = deque()
-        self._newest_lease = 0
+        self._newest_leases: dict[str, int] = {}
         self._arenas: dict[tuple[int, str], int] = {}
         self._summing = ThreadPoolExecutor(1, "kvcache-sum")
         self.uses = Uses(self._freed)
@@ -85,6 +86,8 @@ class Core:
         self.tuning = Tuning(clock)
         self.stack: Stack | None = None
         """Set once, before anything is asked, by who puts the node together; None: no NVMe tier."""
+        self.hbm: Hbm | None = None
+        """As ``stack``; None: no HBM tier."""
 
     # --- memory and names -----------------------------------------------------------------------
 
@@ -122,14 +125,15 @@ class Core:
                 "restart the node to forget old ones, or have fewer tenants use one node",
             )
 
-    def count_lease(self, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
-        """Count a look-up once, however many share its lease (scheduler and workers do). Was it now?"""
-        if 0 < lease_id <= self._newest_lease:
+    def count_lease(self, tier: str, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
+        """Count a look-up once, however many share its lease (scheduler and workers do). Was it now?
+        ``lease_id``: in that tier, the fastest that gave any."""
+        if 0 < lease_id <= self._newest_leases.get(tier, 0):
             return False
         self.counters["lookup_tokens"] += asked * block_tokens
         self.counters["hit_tokens"] += held * block_tokens
         if lease_id:
-            self._newest_lease = lease_id
+            self._newest_leases[tier] = lease_id
             self.counters["leases_taken"] += 1
         return True
 
@@ -140,6 +144,8 @@ class Core:
         moves = self._space.take_moves()
         if moves:
             self.host.apply(moves)
+        if self.hbm is not None:
+            self.hbm.settle()
         if not self._telling:
             self._telling = True
             asyncio.get_running_loop().call_soon(self._tell)
@@ -149,6 +155,19 @@ class Core:
         asyncio.get_running_loop().call_soon(
             self._make_room, arena, block_bytes, min(count, AHEAD_BLOCKS_MAX)
         )
+
+    def cool_hbm(self, number: int) -> None:
+        """While this writer copies into that slab, see to what would have to leave it next."""
+        assert self.hbm is not None
+        asyncio.get_running_loop().call_soon(self.hbm.cool, number)
+
+    @property
+    def below_hbm(self) -> list[Ledger]:
+        """Of the tiers under the GPUs."""
+        return [self.ledger] if self.stack is None else [self.ledger, self.stack.ledger]
+
+    def is_below_hbm(self, key: StorageKey) -> bool:
+        return any(ledger.has(key) for ledger in self.below_hbm)
 
     def _make_room(self, arena: int, block_bytes: int, count: int) -> None:
         context = RequestContext(now_ns=self.clock.now_ns())
@@ -183,6 +202,8 @@ class Core:
             if change.kind == "removed":
                 self.counters[f"nvme_removed_blocks:{change.reason}"] += len(change.keys)
             self._untold.append((TIER_NVME, change))
+        for change in self.hbm.take_changes(self.is_below_hbm) if self.hbm is not None else ():
+            self._untold.append((TIER_HBM, change))
 
     def _tell_some(self) -> None:
         told = 0
@@ -197,6 +218,8 @@ class Core:
 
     def _freed(self, owner: Owner) -> None:
         self.ledger.writes_ended(owner)
+        if self.hbm is not None:
+            self.hbm.writes_ended(owner)
         self.settle()
 
     def expire(self) -> None:
@@ -206,6 +229,8 @@ class Core:
             each.tick()
         if self.stack is not None:
             self.stack.tick()
+        if self.hbm is not None:
+            self.hbm.tick()
         self.settle()
         self.telling.beat(self.clock.now_ns())
 
@@ -257,6 +282,7 @@ class Core:
             **self.telling.stats(),
             **self.recording.stats(),
             **self.tuning.stats(),
+            **(self.hbm.stats() if self.hbm is not None else {}),
             **{name: float(value) for name, value in self.counters.items()},
             **{name: held[name] for name in HELD_STATS},
             **{f"{name}:host": held[name] for name in HELD_STATS_OF_A_TIER},
@@ -282,13 +308,17 @@ class Core:
 
     def troubles(self) -> list[str]:
         """In plain words, what of this node does not work as it should."""
-        return [*self.bringing.troubles(), *filter(None, [self.recording.trouble]), *self.tuning.troubles()]
+        hbm = self.hbm.troubles() if self.hbm is not None else []
+        others = [*filter(None, [self.recording.trouble]), *self.tuning.troubles()]
+        return [*self.bringing.troubles(), *hbm, *others]
 
     def check(self) -> None:
         """Assert every invariant of what this node holds."""
         self.tell_all()
         if self.stack is not None:
             self.stack.check()
+        if self.hbm is not None:
+            self.hbm.check()
         self.ledger.check()
         self.progress.check()
         self._space.check()

@@ -13,6 +13,7 @@ from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
 from kvcache.server.core import Core
 from kvcache.server.exports import Exports
+from kvcache.server.hbm_asking import HbmAsking
 from kvcache.server.identity import Identity
 from kvcache.server.reading import WAIT_MS_MAX, Reading
 from kvcache.server.recording import Plan, asked_plan
@@ -33,8 +34,9 @@ class Connection:
         self._identity = identity
         written = Written()
         self._exports = Exports(core, identity, written)
-        self._reading = Reading(core, identity, self._exports)
-        self._writing = Writing(core, identity, self._exports, written)
+        hbm = HbmAsking(core, identity)
+        self._reading = Reading(core, identity, self._exports, hbm)
+        self._writing = Writing(core, identity, self._exports, written, hbm)
         self._streams = Streams(core, identity, written)
         self._watching = Watching(core, identity, push)
         self.kept_aside = False
@@ -110,6 +112,8 @@ class Connection:
         used = self._core.uses.leave(self._identity.owner)
         no_copies = not self._identity.mapped and not used
         self.kept_aside = self._core.ledger.disconnect(self._identity.owner, no_copies)
+        if self._core.hbm is not None:
+            self.kept_aside |= self._core.hbm.disconnect(self._identity.owner)
         self._core.settle()
 
     # --- namespaces --------------------------------------------------------------------------------

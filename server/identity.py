@@ -30,7 +30,7 @@ class Peer:
 class Identity:
     """One connection's rights. ``owner`` names the connection to the ledger. ``inside`` marks the
     node's own HTTP process, which sees the events of all tenants. ``node`` names the node that asks; empty
-    for all but nodes."""
+    for all but nodes. ``hbm`` is the slab of HBM that was given to it, -1: none."""
 
     owner: int
     tenant: str
@@ -40,6 +40,7 @@ class Identity:
     peer: Peer
     inside: bool = False
     node: str = ""
+    hbm: int = -1
 
     def require(self, *roles: str) -> None:
         """RAISES NotAllowed unless the credential has one of ``roles``."""

@@ -21,6 +21,8 @@ import time
 from collections.abc import Coroutine
 from pathlib import Path
 
+import msgspec
+
 from kvcache import wire
 from kvcache.address import TcpAddress, default_address
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock, SystemClock
@@ -36,6 +38,8 @@ from kvcache.server.binding import refuse_unsafe_bind, refuse_unsafe_data
 from kvcache.server.child import HttpChild
 from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
+from kvcache.server.hbm import NO_HBM
+from kvcache.server.hbm_opening import below_hbm, open_hbm
 from kvcache.server.identity import Identity, credential_for, peer_of
 from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
@@ -160,6 +164,8 @@ class Node:
         self._sockets.clear()
         self._greeting.clear()
         self._writers.close()
+        if self.core.hbm is not None:
+            await self.core.hbm.close()
         if self.core.stack is not None:
             await self.core.stack.close()
         if self._lock_descriptor >= 0:
@@ -252,7 +258,15 @@ class Node:
         if "writer" in credential.roles:
             # Bytes that come over the wire are written by the node: they share the node's own arena.
             arena = self.core.arena(peer.uid if mapped else os.getuid(), credential.tenant)
-        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node)
+        hbm = self._hbm_for(hello, peer.uid, credential.tenant, arena) if mapped and hello.hbm else NO_HBM
+        return Identity(
+            owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node, hbm
+        )
+
+    def _hbm_for(self, hello: wire.Hello, uid: int, tenant: str, arena: int) -> int:
+        """The slab for who maps host memory too, of the same trust domain."""
+        core = self.core
+        return core.hbm.admit(f"{uid}-{tenant}", hello, below_hbm(core, arena)) if core.hbm else NO_HBM
 
     def _answer_hello(
         self, connection: socket.socket, call: int, hello: wire.Hello, identity: Identity
@@ -267,8 +281,11 @@ class Node:
             slab_bytes=self.core.host.capacity_bytes if identity.mapped else 0,
             data=self.core.plane.addresses if "peer" in identity.roles else [],
         )
-        frame = wire.encode(call, welcome)
         descriptors = [self.core.host.descriptor(identity.arena)] if identity.mapped else []
+        if self.core.hbm is not None and identity.hbm != NO_HBM:
+            welcome = msgspec.structs.replace(welcome, hbm=self.core.hbm.slab(identity.hbm))
+            descriptors.append(self.core.hbm[identity.hbm].descriptor)
+        frame = wire.encode(call, welcome)
         # A new socket's send buffer holds far more than one small frame.
         sent = socket.send_fds(connection, [frame], descriptors) if descriptors else connection.send(frame)
         assert sent == len(frame)
@@ -322,6 +339,8 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     if config.nvme_places:
         core.stack = core.bringing.stack = _build_stack(core, clock, choice)
         core.tuning.add("nvme", core.stack.ledger, choice, declines=False)
+    if config.hbm_bytes:
+        core.hbm = open_hbm(core, parse_choice(config.hbm_policy, "").make(declines=False))
     return core
 
 

@@ -13,12 +13,13 @@ from kvcache import wire
 from kvcache.block import HASH_BYTES, Slot, StorageKey, split_hashes, storage_key
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput
-from kvcache.ledger import Lease
+from kvcache.leases import NO_LEASE, Lease
 from kvcache.peers.fetch import Asked
 from kvcache.policy import RequestContext
 from kvcache.request_hints import hints_of
 from kvcache.server.core import Core
 from kvcache.server.exports import Exports
+from kvcache.server.hbm_asking import HbmAsking, check_positions, is_hbm
 from kvcache.server.identity import Identity
 from kvcache.server.namespaces import Opened
 from kvcache.server.session import Answer, Later, Outgoing
@@ -33,19 +34,29 @@ WAIT_MS_MAX = 60_000
 class Reading:
     """The reader's half of one connection."""
 
-    def __init__(self, core: Core, identity: Identity, exports: Exports) -> None:
+    def __init__(self, core: Core, identity: Identity, exports: Exports, hbm: HbmAsking) -> None:
         self._core = core
         self._identity = identity
         self._exports = exports
+        self._hbm = hbm
 
     def match(self, request: wire.Match) -> wire.Reply:
         self._identity.require("reader", "writer", "router")
         opened = self._core.namespaces.of(request.namespace, self._identity.tenant)
         keys = self._core.keys(opened, request.prefix, wire.PREFIX_BLOCKS_MAX)
-        count = self._ask(keys, self._asked(opened, request.prefill_tokens_s))
+        hot = self._hbm.match(keys) if request.hbm else 0
+        rest = self._rest(keys, hot)
+        there = len(keys) - len(rest) + self._ask(rest, self._asked(opened, request.prefill_tokens_s))
+        count = max(hot, there)
         self._core.counters["match_blocks"] += len(keys)
         self._core.counters["match_hit_blocks"] += count
         return wire.Matched(count)
+
+    def _rest(self, keys: Sequence[StorageKey], hot: int) -> Sequence[StorageKey]:
+        """Of these, the first ``hot`` of which are in HBM, what the tiers below are asked for. What stands
+        behind a block that they lack cannot be brought there alone: then all."""
+        is_joined = hot == 0 or hot == len(keys) or self._core.ledger.has(keys[hot - 1])
+        return keys[hot:] if is_joined else keys
 
     def _asked(self, opened: Opened, prefill_tokens_s: int) -> Asked:
         core, identity = self._core, self._identity
@@ -74,16 +85,24 @@ class Reading:
                 source=request.source,
                 pushed=request.pushed,
             )
-            count = self._ask(keys, asked)
-            if request.wait_ms and core.ledger.match(keys) < count:
-                return self._wait_and_lease(request, opened, keys, asked)
+            rest = self._rest(keys, self._hbm.match(keys) if request.hbm else 0)
+            if len(rest) < len(keys):
+                asked = replace(asked, parent=keys[len(keys) - len(rest) - 1])
+            count = self._ask(rest, asked)
+            if request.wait_ms and core.ledger.match(rest) < count:
+                return self._wait_and_lease(request, opened, keys, rest, asked)
         return self._grant(request, opened, keys)
 
     async def _wait_and_lease(
-        self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey], asked: Asked
+        self,
+        request: wire.TakeLease,
+        opened: Opened,
+        keys: Sequence[StorageKey],
+        rest: Sequence[StorageKey],
+        asked: Asked,
     ) -> Answer:
         wait_ns = min(request.wait_ms, WAIT_MS_MAX) * NS_PER_MS
-        await self._core.bringing.wait(keys, asked, wait_ns, from_peers=not self._identity.node)
+        await self._core.bringing.wait(rest, asked, wait_ns, from_peers=not self._identity.node)
         return self._grant(request, opened, keys)
 
     def _grant(self, request: wire.TakeLease, opened: Opened, keys: Sequence[StorageKey]) -> wire.Reply:
@@ -91,37 +110,49 @@ class Reading:
         duration_ms = min(max(request.duration_ms, 1), core.config.lease_ms_max)
         now_ns = core.clock.now_ns()
         context = self._context(request, opened, now_ns)
-        lease = core.ledger.lease(
-            keys, self._identity.owner, now_ns + duration_ms * NS_PER_MS, context, request.request
-        )
-        rest = keys[len(lease.keys) :]
+        expires_ns = now_ns + duration_ms * NS_PER_MS
+        hot = NO_LEASE
+        if request.hbm:
+            hot = self._hbm.lease(keys, expires_ns, context, request.request)
+        below = keys[len(hot.keys) :]
+        lease = core.ledger.lease(below, self._identity.owner, expires_ns, context, request.request)
+        rest = below[len(lease.keys) :]
         coming = core.bringing.coming(rest, with_pushes=request.pushed or bool(request.source))
         if not coming and not (rest and core.bringing.awaits(rest[0])):  # Else it is asked again.
             core.bringing.touched(lease.keys, by_engine=not self._identity.node)
             if not self._identity.node:  # What a node asks for is counted where it was asked first.
-                tokens, shadowing = opened.spec.block_tokens, core.tuning.shadowing
-                if core.count_lease(lease.lease_id, len(keys), len(lease.keys), tokens) and shadowing.is_on:
-                    shadowing.asked(
-                        context,
-                        opened.namespace_id,
-                        request.prefix,
-                        request.parent,
-                        len(lease.keys),
-                        opened.spec.block_bytes,
-                        tokens,
-                    )
-                if core.recording.is_on:
-                    core.recording.asked(request, opened.spec.block_tokens, opened.tenant)
+                self._count(request, opened, context, hot, lease)
+        ends_ns = min((each.expires_ns for each in (hot, lease) if each.lease_id), default=0)
         return wire.Leased(
             lease=lease.lease_id,
             count=len(lease.keys),
             offsets=offsets(self._identity, lease.slots),
             generations=list(lease.generations),
             checksums=b"".join(lease.checksums),
-            expires_ns=lease.expires_ns,
-            remaining_ms=max(0, lease.expires_ns - now_ns) // NS_PER_MS,
+            expires_ns=ends_ns,
+            remaining_ms=max(0, ends_ns - now_ns) // NS_PER_MS,
             coming=coming,
+            hbm=self._hbm.leased(hot),
         )
+
+    def _count(
+        self, request: wire.TakeLease, opened: Opened, context: RequestContext, hot: Lease, lease: Lease
+    ) -> None:
+        core, tokens, shadowing = self._core, opened.spec.block_tokens, self._core.tuning.shadowing
+        asked, held = len(request.prefix) // HASH_BYTES, len(hot.keys) + len(lease.keys)
+        tier, lease_id = (wire.HBM, hot.lease_id) if hot.lease_id else (wire.HOST, lease.lease_id)
+        if core.count_lease(tier, lease_id, asked, held, tokens) and shadowing.is_on:
+            shadowing.asked(
+                context,
+                opened.namespace_id,
+                request.prefix,
+                request.parent,
+                held,
+                opened.spec.block_bytes,
+                tokens,
+            )
+        if core.recording.is_on:
+            core.recording.asked(request, opened.spec.block_tokens, opened.tenant)
 
     def _context(self, request: wire.TakeLease, opened: Opened, now_ns: int) -> RequestContext:
         """RAISES BadInput for hints that are none."""
@@ -185,20 +216,15 @@ class Reading:
         return opened, lease
 
     def release(self, request: wire.Release) -> Answer | Later:
+        if is_hbm(request.tier):
+            return self._hbm.release(request)
         if not request.failed:
             if self._exports.is_exported(request.lease):
                 return self._withdraw_and_let_go(request.lease)
             return self._let_go(request.lease)
         opened, lease = self._held(request.lease)
-        positions = sorted(set(request.failed))
-        if positions[0] < 0 or positions[-1] >= len(lease.keys):
-            raise BadInput(
-                "bad_lease",
-                f"block {positions[-1]} of a lease of {len(lease.keys)}",
-                "it is not in it",
-                "report positions within the lease",
-            )
-        return self._examine_and_let_go(opened, lease, positions)
+        check_positions(request.failed, len(lease.keys))
+        return self._examine_and_let_go(opened, lease, sorted(set(request.failed)))
 
     async def _examine_and_let_go(self, opened: Opened, lease: Lease, positions: Sequence[int]) -> Answer:
         await self._core.examine(opened, lease, positions)

@@ -59,6 +59,10 @@ class Tuning:
         self._tiers[name] = _Tier(ledger, choice, declines)
         ledger.policy.patience = self._patience
 
+    def watch(self, ledger: Ledger) -> None:
+        """Look after its policy too, which nobody changes while the node serves."""
+        ledger.policy.patience = self._patience
+
     def start(self) -> None:
         """Look after how long policies take, until ``close``."""
         self._looker = threading.Thread(target=self._look, name="kvcache-policies", daemon=True)

@@ -16,22 +16,25 @@ from kvcache.policy import RequestContext
 from kvcache.request_hints import hints_of
 from kvcache.server.core import Core
 from kvcache.server.exports import Exports
+from kvcache.server.hbm_asking import HbmAsking, is_hbm, split_sums
 from kvcache.server.identity import Identity
 from kvcache.server.namespaces import Opened
 from kvcache.server.reading import offsets, parent_key
 from kvcache.server.session import Answer, Later
 from kvcache.server.written import Written
-from kvcache.sums import SUM_BYTES
 
 
 class Writing:
     """The writer's half of one connection."""
 
-    def __init__(self, core: Core, identity: Identity, exports: Exports, written: Written) -> None:
+    def __init__(
+        self, core: Core, identity: Identity, exports: Exports, written: Written, hbm: HbmAsking
+    ) -> None:
         self._core = core
         self._identity = identity
         self._exports = exports
         self._written = written
+        self._hbm = hbm
 
     def reserve(self, request: wire.Reserve) -> wire.Reply:
         self._identity.require("writer")
@@ -39,6 +42,8 @@ class Writing:
         opened = core.namespaces.of(request.namespace, self._identity.tenant)
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         context = self._context(request)
+        if is_hbm(request.tier):
+            return self._hbm.reserve(opened, parent_key(opened, request.parent), keys, context)
         reservation = core.ledger.reserve(
             self._identity.arena,
             parent_key(opened, request.parent),
@@ -118,16 +123,10 @@ class Writing:
 
     def commit(self, request: wire.Commit) -> Answer | Later:
         self._identity.require("writer")
+        if is_hbm(request.tier):
+            return self._hbm.commit(request)
         opened, reservation = self._reserved(request.reservation)
-        step = opened.spec.chunk_count * SUM_BYTES
-        if len(request.sums) != step * len(reservation.keys):
-            raise BadInput(
-                "bad_block",
-                f"{len(request.sums)} bytes of sums for {len(reservation.keys)} blocks",
-                f"a block of this namespace has {opened.spec.chunk_count} chunks of {SUM_BYTES} bytes of sum",
-                "send every chunk's sum, in order; the reservation is still open",
-            )
-        sums = [request.sums[at : at + step] for at in range(0, len(request.sums), step)]
+        sums = split_sums(opened, request.sums, len(reservation.keys))
         self._check_promised(reservation, sums)
         if self._identity.mapped and reservation.reservation_id not in self._written:
             if self._is_cut_off(reservation):
@@ -190,6 +189,8 @@ class Writing:
         return wire.Committed(count)
 
     def abort(self, request: wire.Abort) -> Answer | Later:
+        if is_hbm(request.tier):
+            return self._hbm.abort(request)
         self._core.ledger.reserved(request.reservation, self._identity.owner)
         self._core.progress.forget(request.reservation)
         if self._core.uses.any(request.reservation):

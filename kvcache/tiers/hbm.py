@@ -79,6 +79,10 @@ class HbmTier:
         """What an engine needs beside the descriptor, and what its leases name."""
         return self._arenas[arena].slab.ticket
 
+    def device(self, arena: int) -> torch.device:
+        """Where it lies, as this process calls it."""
+        return self._arenas[arena].slab.device
+
     def tensor(self, slot: Slot, length: int) -> torch.Tensor:
         """The bytes of a slot, uint8 [length], no copy. REQUIRES: the slot is granted, and nobody else owns
         it just now. RAISES Unavailable when its GPU is lost: a miss."""
@@ -86,6 +90,10 @@ class HbmTier:
         first, last = offset // self._unit_bytes, (offset + length - 1) // self._unit_bytes
         assert arena.granted.issuperset(range(first, last + 1))
         return arena.slab.tensor(offset, length)
+
+    def start(self, arena: int, length: int) -> torch.Tensor:
+        """Its first bytes, whoever owns them: to see whether the GPU answers. RAISES Unavailable."""
+        return self._arenas[arena].slab.tensor(0, length)
 
     def apply(self, moves: Iterable[Move]) -> None:
         """Follow what ``Space`` granted and took back, in its order. No memory moves between arenas."""
