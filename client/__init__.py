@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvcache.client.hbm import BlockingDeviceStore, Device, DeviceStore
     from kvcache.client.store import BlockingStore, BlockStore
 
 assert __name__ == "kvcache.client", "import kvcache.client, not client"
@@ -51,3 +52,36 @@ def connect_blocking(
     from kvcache.clock import SystemClock
 
     return BlockingNodeStore(options_for(address, token, timeout_ms, mapped, name), SystemClock())
+
+
+def connect_device(
+    device: Device,
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+    name: str = "",
+) -> DeviceStore:
+    """As ``connect``, for an engine on that GPU (``kvcache.device.engine.EngineDevice``): blocks also go to
+    and from HBM, where the node has some for it."""
+    from kvcache.client.async_store import AsyncNodeStore
+    from kvcache.client.link import options_for
+    from kvcache.clock import SystemClock
+
+    return AsyncNodeStore(options_for(address, token, timeout_ms, True, name, device), SystemClock())
+
+
+def connect_device_blocking(
+    device: Device,
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+    name: str = "",
+) -> BlockingDeviceStore:
+    """As ``connect_device``, for threads."""
+    from kvcache.client.blocking_store import BlockingNodeStore
+    from kvcache.client.link import options_for
+    from kvcache.clock import SystemClock
+
+    return BlockingNodeStore(options_for(address, token, timeout_ms, True, name, device), SystemClock())

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
-from kvcache.client import layered, leasing, operations
+from kvcache.client import hbm_operations, layered, leasing, operations
+from kvcache.client.hbm import DeviceBlocks, Mapped
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
     Context,
@@ -163,6 +164,36 @@ class AsyncNodeStore:
         self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
     ) -> int:
         return await self._run(lambda context: operations.persist(context, handle, prefix, wait_ms))
+
+    async def match_device(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
+        return await self._run(lambda c: operations.match(c, handle, prefix, hbm=True))
+
+    async def lease_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
+        hints: RequestHints = UNKNOWN,
+    ) -> Lease:
+        return await self._run(
+            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, hints=hints, hbm=True),
+            leasing.release,
+        )
+
+    async def load_device(self, lease: Lease, into: DeviceBlocks, start: int = 0) -> frozenset[int]:
+        return await self._run(lambda c: hbm_operations.load(c, lease, into, start))
+
+    async def save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int:
+        return await self._run(lambda c: hbm_operations.save(c, handle, prefix, blocks, parent, hints))
 
     async def release(self, lease: Lease) -> None:
         if lease.grants:
@@ -319,7 +350,8 @@ class AsyncNodeStore:
         with contextlib.ExitStack() as undo:
             undo.callback(channel.close)
             slab = Slab.of(channel.slab_fd, channel.welcome)
-            attached = _Attached(channel, Link(self._connections, channel.welcome, slab))
+            hbm = Mapped.of(self._options.device, channel.hbm_fd, channel.welcome)
+            attached = _Attached(channel, Link(self._connections, channel.welcome, slab, hbm))
             undo.callback(attached.link.close)
             operation = reopen(self._context(attached), list(self._handles.values()))
             attached.link.opened = await self._drive(attached, operation)

@@ -23,7 +23,7 @@ from kvcache.client.waiting import Patience
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.request_hints import UNKNOWN, RequestHints
-from kvcache.wire import BATCH_BLOCKS_MAX, Leased, Release, Released, TakeLease
+from kvcache.wire import BATCH_BLOCKS_MAX, HBM, HOST, Leased, Release, Released, TakeLease
 
 CHECKSUM_BYTES: Final = 16
 
@@ -37,6 +37,7 @@ class _Terms:
     source: str
     pushed: bool
     hints: RequestHints
+    hbm: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +58,25 @@ def lease(
     source: str = "",
     pushed: bool = False,
     hints: RequestHints = UNKNOWN,
+    hbm: bool = False,
 ) -> Operation[Lease]:
+    """``hbm``: of the connection's slab of HBM first, if there is one."""
     check_lease(request, duration_ms, source)
     check_wait(wait_ms)
     joined_hashes(prefix)
-    terms = _Terms(request, duration_ms, source, pushed, hints)
+    terms = _Terms(request, duration_ms, source, pushed, hints, hbm and context.link.hbm is not None)
     patience = Patience(context, wait_ms)
     grants: list[Grant] = []
     held = coming = 0
     try:
         for batch in batches(prefix, BATCH_BLOCKS_MAX) if context.reaches(handle) else ():
             behind = _Behind(held, prefix[held - 1] if held else b"")
-            grant, coming = yield from _granted(context, handle, behind, batch, terms, patience)
-            if grant.count:
+            given, coming = yield from _granted(context, handle, behind, batch, terms, patience)
+            for grant in given:
                 grants.append(grant)
-                context.link.hold(grant.lease_id)
-            held += grant.count
-            if grant.count < len(batch):
+                context.link.hold(grant.name)
+                held += grant.count
+            if held < behind.count + len(batch):
                 break
     except BadInput as error:
         context.missed(error)
@@ -102,7 +105,7 @@ def _granted(
     batch: Sequence[BlockHash],
     terms: _Terms,
     patience: Patience,
-) -> Operation[tuple[Grant, int]]:
+) -> Operation[tuple[list[Grant], int]]:
     """What the node grants of a batch, and how many blocks behind it are still coming when patience ends."""
     joined, rate = b"".join(batch), context.tokens_s
     while True:
@@ -124,50 +127,69 @@ def _granted(
             terms.hints.session,
             terms.hints.gap_ms,
             terms.hints.keep_ms,
+            terms.hbm,
         )
         reply = yield from ask(Leased, wanted)
-        _check(reply, len(batch))
+        _check(reply, len(batch), terms.hbm)
         if not reply.coming or patience.over():
             break
-        if reply.lease:
-            yield from _give_back(reply.lease)
+        for lease_id, tier in ((reply.lease, HOST), (reply.hbm.lease, HBM)):
+            if lease_id:
+                yield from _give_back(Release(lease_id, tier=tier))
         context.tally.add("lease_waits")
         yield from patience.rest()
     # Counted from when we asked, on our own clock: never later than the node means it.
     expires_ns = sent_ns + reply.remaining_ms * NS_PER_MS
-    grant = Grant(reply.lease, behind.count, reply.count, tuple(reply.offsets), reply.checksums, expires_ns)
-    return grant, reply.coming
+    hot, start = reply.hbm, behind.count + reply.hbm.count
+    grants = [
+        Grant(
+            hot.lease,
+            behind.count,
+            hot.count,
+            tuple(hot.offsets),
+            hot.checksums,
+            expires_ns,
+            HBM,
+            hot.incarnation,
+        ),
+        Grant(reply.lease, start, reply.count, tuple(reply.offsets), reply.checksums, expires_ns),
+    ]
+    return [grant for grant in grants if grant.count], reply.coming
 
 
-def _check(reply: Leased, block_count: int) -> None:
-    count = reply.count
-    check_reply(count + reply.coming <= block_count, "it leased more blocks than were asked for")
+def _check(reply: Leased, block_count: int, hbm: bool) -> None:
+    count, hot = reply.count, reply.hbm
+    check_reply(hbm or not hot.count, "it leased in HBM what was not asked for there")
+    check_reply(len(hot.checksums) == hot.count * CHECKSUM_BYTES, "not one checksum a block")
+    check_reply(len(hot.offsets) == hot.count, "not one offset a block")
+    check_reply(bool(hot.lease) == bool(hot.count), "a lease without blocks, or blocks without a lease")
+    check_reply(hot.count + count + reply.coming <= block_count, "it leased more blocks than were asked for")
     check_reply(len(reply.checksums) == count * CHECKSUM_BYTES, "not one checksum a block")
     check_reply(len(reply.offsets) in (0, count), "not one offset a block")
     check_reply(bool(reply.lease) == bool(count), "a lease without blocks, or blocks without a lease")
 
 
-def _give_back(lease_id: int) -> Operation[None]:
+def _give_back(release: Release) -> Operation[None]:
     """Release what nobody was told of. A cancellation comes in place of the step, which is then made up."""
     try:
-        yield from post(Release(lease_id))
+        yield from post(release)
     except (GeneratorExit, KVCacheError):
         raise
     except BaseException:
-        yield from post(Release(lease_id))
+        yield from post(release)
         raise
 
 
 def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None]:
     for grant in grants:
-        wrong = context.link.let_go(grant.lease_id)
+        wrong = context.link.let_go(grant.name)
         if wrong is None:
             continue
         try:
             if wrong:
-                yield from ask(Released, Release(grant.lease_id, wrong))
+                yield from ask(Released, Release(grant.lease_id, wrong, grant.tier))
             else:
-                yield from post(Release(grant.lease_id))
+                yield from post(Release(grant.lease_id, tier=grant.tier))
         except Unavailable as error:
             context.missed(error)
             return  # It ended with the connection.

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from kvcache.address import UnixAddress, default_address, parse
 from kvcache.block import NamespaceId
+from kvcache.client.hbm import Device, Mapped
 from kvcache.client.local import Slab
 from kvcache.client.steps import BadReply, Call, Post
 from kvcache.client.store import Handle, Lease
@@ -37,18 +38,21 @@ RECONNECT_WAIT_NS = 20 * NS_PER_MS
 NS_PER_PAYLOAD_BYTE = 10
 TOKENS_S_MAX = 1e12
 
+LeaseName = tuple[str, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a store behaves. ``timeout_ms`` bounds each call to the node, with 10 ns more a byte that
     crosses the wire in it, and the time that the node was asked to wait; ``mapped`` false keeps to the wire
-    even where the slab could be mapped."""
+    even where the slab could be mapped; ``device`` is the engine's GPU, None: blocks go to host memory."""
 
     address: str
     token: str = field(default="", repr=False)
     timeout_ms: int = 1_000
     mapped: bool = True
     name: str = ""
+    device: Device | None = None
 
     def deadline_ns(self, now_ns: int, payload_bytes: int = 0, wait_ms: int = 0) -> int:
         return now_ns + (self.timeout_ms + wait_ms) * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
@@ -56,44 +60,55 @@ class Options:
     def hello(self, client: str, again: bool) -> Hello:
         """``again``: this store had a connection before, and no copy over its map runs any more."""
         wants_map = self.mapped and isinstance(parse(self.address), UnixAddress)
-        return Hello(PROTOCOL_VERSION, self.token, wants_map, client, writes_ended=again)
+        device = self.device if wants_map else None
+        return Hello(
+            PROTOCOL_VERSION,
+            self.token,
+            wants_map,
+            client,
+            writes_ended=again,
+            hbm=device is not None,
+            gpu=device.gpu if device is not None else b"",
+            joined=list(device.joined) if device is not None else [],
+        )
 
 
 class Link:
     """What holds while one connection lasts. Any thread of the store may use it. Number 0: ``nowhere``."""
 
-    def __init__(self, number: int, welcome: Welcome, slab: Slab | None) -> None:
+    def __init__(self, number: int, welcome: Welcome, slab: Slab | None, hbm: Mapped | None = None) -> None:
         self.number = number
         self.welcome = welcome
         self.slab = slab
+        self.hbm = hbm
         self.opened: frozenset[NamespaceId] = frozenset()
         self.broken = ""  # Set by an operation: why nothing the node says can be relied on.
         self.running = 0  # Set by the driver: how many operations are under way on it.
         self._wait_ends_ns = 0
         self._lock = threading.Lock()
-        self._holders: Counter[int] = Counter()  # lease id -> how many Lease values name it
-        self._wrong: dict[int, set[int]] = {}  # lease id -> positions whose bytes failed their check
+        self._holders: Counter[LeaseName] = Counter()  # how many Lease values name it
+        self._wrong: dict[LeaseName, set[int]] = {}  # positions whose bytes failed their check
 
-    def hold(self, lease_id: int) -> None:
+    def hold(self, name: LeaseName) -> None:
         with self._lock:
-            self._holders[lease_id] += 1
+            self._holders[name] += 1
 
-    def holds(self, lease_id: int) -> bool:
+    def holds(self, name: LeaseName) -> bool:
         with self._lock:
-            return self._holders[lease_id] > 0
+            return self._holders[name] > 0
 
-    def blame(self, lease_id: int, positions: Sequence[int]) -> None:
+    def blame(self, name: LeaseName, positions: Sequence[int]) -> None:
         with self._lock:
-            self._wrong.setdefault(lease_id, set()).update(positions)
+            self._wrong.setdefault(name, set()).update(positions)
 
-    def let_go(self, lease_id: int) -> list[int] | None:
+    def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""
         with self._lock:
-            self._holders[lease_id] -= 1
-            if self._holders[lease_id] > 0:
+            self._holders[name] -= 1
+            if self._holders[name] > 0:
                 return None
-            known = self._holders.pop(lease_id) == 0
-            wrong = self._wrong.pop(lease_id, set())
+            known = self._holders.pop(name) == 0
+            wrong = self._wrong.pop(name, set())
         return sorted(wrong) if known else None
 
     def deadline_ns(self, options: Options, now_ns: int, step: Call | Post) -> int:
@@ -109,6 +124,8 @@ class Link:
     def close(self) -> None:
         if self.slab is not None:
             self.slab.close()
+        if self.hbm is not None:
+            self.hbm.close()
 
 
 class Outage:
@@ -204,11 +221,17 @@ def away(address: str) -> Unavailable:
     )
 
 
-def options_for(address: str | None, token: str | None, timeout_ms: int, mapped: bool, name: str) -> Options:
+def options_for(
+    address: str | None,
+    token: str | None,
+    timeout_ms: int,
+    mapped: bool,
+    name: str,
+    device: Device | None = None,
+) -> Options:
     """RAISES BadInput for an address that is none, or a timeout that ends before it begins."""
     if timeout_ms < 1:
         raise BadInput("bad_config", f"a timeout of {timeout_ms} ms", "no node answers so fast")
     chosen = str(parse(address)) if address else default_address()
-    return Options(
-        chosen, os.environ.get("KVCACHE_TOKEN", "") if token is None else token, timeout_ms, mapped, name
-    )
+    secret = os.environ.get("KVCACHE_TOKEN", "") if token is None else token
+    return Options(chosen, secret, timeout_ms, mapped, name, device)

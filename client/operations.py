@@ -30,6 +30,8 @@ from kvcache.slices import Slice
 from kvcache.sums import SUM_BYTES, block_checksum
 from kvcache.wire import (
     BATCH_BLOCKS_MAX,
+    HBM,
+    HOST,
     PREFIX_BLOCKS_MAX,
     Abort,
     Commit,
@@ -48,12 +50,12 @@ if TYPE_CHECKING:
 COMMIT_SUMS_BYTES_MAX: Final = 2 << 20
 
 
-def match(context: Context, handle: Handle, prefix: Sequence[BlockHash]) -> Operation[int]:
+def match(context: Context, handle: Handle, prefix: Sequence[BlockHash], hbm: bool = False) -> Operation[int]:
     joined = joined_hashes(prefix)[: PREFIX_BLOCKS_MAX * HASH_BYTES]
     if not joined or not context.reaches(handle):
         return 0
     try:
-        reply = yield from ask(Matched, Match(handle.namespace_id, joined, context.tokens_s))
+        reply = yield from ask(Matched, Match(handle.namespace_id, joined, context.tokens_s, hbm))
         check_reply(reply.count * HASH_BYTES <= len(joined), "it matched more blocks than were asked for")
     except (Unavailable, BadInput) as error:
         context.missed(error)
@@ -151,10 +153,9 @@ def _load_grant(
     cut: Slice | None,
 ) -> Operation[set[int]]:
     """Blocks ``first`` and on of the lease, all of this grant. Returns the positions that failed."""
+    if grant.tier == HBM:
+        raise BadInput("bad_lease", "blocks in HBM", "they do not go to host memory", "use load_device")
     positions = list(range(first, first + len(blocks)))
-    if not context.link.owns(held) or not context.link.holds(grant.lease_id):
-        context.tally.add(f"failed_blocks:{'unavailable' if context.away else 'lease_lost'}", len(blocks))
-        return set(positions)
     failed: set[int] = set()
     for offset_known, run in groupby(positions, lambda at: _offset(context, grant, at) >= 0):
         part = list(run)
@@ -179,14 +180,30 @@ def _load_run(
 ) -> Operation[set[int]]:
     """Consecutive blocks that lie all in the map, or all elsewhere. Returns the positions that failed."""
     slab = context.link.slab if mapped else None
-    first, everything = positions[0] - grant.start, set(positions)
+    first = positions[0] - grant.start
     offsets = grant.offsets[first : first + len(positions)] if slab is not None else ()
+    if cut is None:
+        loading = _load_whole(held, grant, first, into, slab, offsets)
+    else:
+        loading = slicing.load(slicing.Run(cut, grant.lease_id, first, into, slab, offsets))
+    return (yield from verified(context, held, grant, positions, loading))
+
+
+def verified(
+    context: Context,
+    held: Lease,
+    grant: Grant,
+    positions: Sequence[int],
+    loading: Operation[Sequence[bytes]],
+) -> Operation[set[int]]:
+    """Load these positions, all of this grant; ``loading`` returns the sums of each as it arrived. Returns
+    those that cannot be relied on, counted. RAISES BadInput when the caller's buffers cannot be used."""
+    everything = set(positions)
+    if not context.link.owns(held) or not context.link.holds(grant.name):
+        context.tally.add(f"failed_blocks:{'unavailable' if context.away else 'lease_lost'}", len(positions))
+        return everything
     try:
-        if cut is None:
-            found = yield from _load_whole(held, grant, first, into, slab, offsets)
-        else:
-            run = slicing.Run(cut, grant.lease_id, first, into, slab, offsets)
-            found = yield from slicing.load(run)
+        found = yield from loading
     except Unavailable as error:
         context.missed(error)
         context.tally.add("failed_blocks:unavailable", len(positions))
@@ -203,6 +220,13 @@ def _load_run(
     return _wrong(context, held, grant, positions, found)
 
 
+def split_sums(spec: BlockSpec, summing: Operation[bytes]) -> Operation[Sequence[bytes]]:
+    """Those of each block, of all in one."""
+    sums = yield from summing
+    step = spec.chunk_count * SUM_BYTES
+    return [sums[at : at + step] for at in range(0, len(sums), step)]
+
+
 def _load_whole(
     held: Lease,
     grant: Grant,
@@ -214,11 +238,10 @@ def _load_whole(
     """Returns, block by block, the sums of all chunks, as they arrived."""
     spec = held.handle.spec
     if slab is not None:
-        sums = yield from local.load(slab, offsets, into, spec.block_bytes, spec.chunk_bytes)
+        summing = local.load(slab, offsets, into, spec.block_bytes, spec.chunk_bytes)
     else:
-        sums = yield from remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
-    step = spec.chunk_count * SUM_BYTES
-    return [sums[at : at + step] for at in range(0, len(sums), step)]
+        summing = remote.load(grant.lease_id, first, into, spec.block_bytes, spec.chunk_bytes)
+    return (yield from split_sums(spec, summing))
 
 
 def _wrong(
@@ -236,7 +259,7 @@ def _wrong(
             wrong.append(position)
     if wrong:
         context.tally.add("failed_blocks:checksum", len(wrong))
-        context.link.blame(grant.lease_id, [position - grant.start for position in wrong])
+        context.link.blame(grant.name, [position - grant.start for position in wrong])
     return set(wrong)
 
 
@@ -249,7 +272,7 @@ def blocks_a_batch(spec: BlockSpec) -> int:
 
 
 def reserve(
-    handle: Handle, batch: Sequence[BlockHash], parent: bytes, hints: SaveHints
+    handle: Handle, batch: Sequence[BlockHash], parent: bytes, hints: SaveHints, tier: str = HOST
 ) -> Operation[Reserved]:
     """Room for what of the batch is not held. RAISES Unavailable, BadInput."""
     request = Reserve(
@@ -260,8 +283,9 @@ def reserve(
         hints.priority,
         hints.session,
         hints.gap_ms,
-        hints.push,
+        hints.push if tier == HOST else "",
         hints.keep_ms,
+        tier,
     )
     reserved = yield from ask(Reserved, request)
     check_reply(reserved.start + reserved.count <= len(batch), "it reserved more blocks than were asked for")
@@ -270,29 +294,29 @@ def reserve(
     return reserved
 
 
-def fill(context: Context, reserved: Reserved, writing: Operation[bytes]) -> Operation[str]:
+def fill(context: Context, reserved: Reserved, writing: Operation[bytes], tier: str = HOST) -> Operation[str]:
     """Commit what ``writing`` writes (it returns the sums), or abort. Returns why not; empty: committed."""
     try:
         sums = yield from writing
-        done = yield from ask(Committed, Commit(reserved.reservation, sums))
+        done = yield from ask(Committed, Commit(reserved.reservation, sums, tier))
         check_reply(done.count == reserved.count, "it committed another number of blocks")
     except Unavailable as error:
         context.missed(error)
         return "unavailable"  # The node aborts what the connection had reserved.
     except BadInput:
-        yield from abort(reserved.reservation)
+        yield from abort(reserved.reservation, tier)
         return "refused"
     except GeneratorExit:
         raise  # The driver gave up the connection, and the node aborts.
     except BaseException:
-        yield from abort(reserved.reservation)
+        yield from abort(reserved.reservation, tier)
         raise
     return ""
 
 
-def abort(reservation: int) -> Operation[None]:
+def abort(reservation: int, tier: str = HOST) -> Operation[None]:
     try:
-        yield from ask(Done, Abort(reservation))
+        yield from ask(Done, Abort(reservation, tier))
     except KVCacheError:
         return  # Ended already, or with the connection.
 
@@ -315,7 +339,7 @@ def _save_batch(
         reserved = yield from reserve(handle, batch, parent, hints)
     except (Unavailable, BadInput) as error:
         context.missed(error)
-        return 0, _unsaved_by(error)
+        return 0, unsaved_by(error)
     end = reserved.start + reserved.count
     if reserved.count:
         writing = _written(context, handle, reserved, blocks[reserved.start : end])
@@ -337,7 +361,7 @@ def _written(
     return (yield from remote.save(reserved.reservation, blocks, spec.block_bytes, spec.chunk_bytes))
 
 
-def _unsaved_by(error: KVCacheError) -> str:
+def unsaved_by(error: KVCacheError) -> str:
     if isinstance(error, Unavailable):
         return "unavailable"
     return "parent" if error.code == "bad_prefix" else "refused"

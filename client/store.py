@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kvcache.block import BlockHash, BlockSpec, NamespaceId, chain
 from kvcache.namespace import Namespace
 from kvcache.request_hints import UNKNOWN, RequestHints
+from kvcache.wire_hbm import HOST
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,6 +36,9 @@ COUNTERS: Final[Mapping[str, str]] = {
     "lease_waits": "times that a lease was given back to be asked for again, because blocks were coming",
     "loaded_blocks": "blocks loaded and verified",
     "loaded_bytes": "their bytes",
+    "hbm_loaded_blocks": "those of them that came from HBM",
+    "fallback_blocks": "those of them that HBM did not give, and the tiers below did",
+    "hbm_saved_blocks": "saved blocks that went into HBM",
     "saved_blocks": "blocks written and committed",
     "saved_bytes": "their bytes",
     "streamed_blocks": "saved blocks of which planes were told to the node before all were computed",
@@ -53,6 +57,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "unsaved_blocks:parent": "the block before the first is not held any more",
     "unsaved_blocks:unavailable": "the node was gone, or went in the middle",
     "unsaved_blocks:refused": "the node did not take them",
+    "unsaved_blocks:no_hbm": "they were to go into HBM, and the node has none for this device",
     "missed_calls:away": "there was no connection, and it was not yet time to try again",
     "missed_calls:busy": "another thread of this store had the connection until the deadline",
     "missed_calls:refused": "the node refused what should have been in order",
@@ -100,6 +105,14 @@ class Grant:
     offsets: Sequence[int]
     checksums: bytes
     expires_ns: int
+    tier: str = HOST
+    """Whose lease it is; of hbm, ``offsets`` are those of the slab of this ``incarnation``."""
+    incarnation: bytes = b""
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Of the lease, among all of its connection."""
+        return self.tier, self.lease_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ What leaves before its turn comes is gone: a miss. A path goes whole, because ho
 itself.
 
 Invariants: a block is published below only when the bytes that arrived have the checksum under which HBM
-held it; one batch a GPU at a time, of ``BATCH_BYTES_MAX``; a slot that a copy may still write to is not used again.
+held it; one batch a GPU at a time, of ``BATCH_BYTES_MAX``; a slot that a copy may still write to is not used
+again.
 
 The sum: 64 MiB take 1 to 4 ms of the link; on the event loop a batch takes 10 us a block.
 """

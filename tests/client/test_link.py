@@ -67,21 +67,24 @@ class TestDeadlines:
         assert link.deadline_ns(options, 0, Call(Stats())) == 150 * NS_PER_MS
 
 
+SEVEN = ("host", 7)
+
+
 class TestHolders:
     def test_the_last_holder_reports_what_all_found(self) -> None:
         link = Link(1, WELCOME, None)
-        link.hold(7)
-        link.hold(7)
-        link.blame(7, [3])
-        assert link.let_go(7) is None
-        assert link.holds(7)
-        link.blame(7, [1, 3])
-        assert link.let_go(7) == [1, 3]
-        assert not link.holds(7)
-        assert link.let_go(7) is None, "released already"
-        assert link.let_go(8) is None, "never held"
-        link.hold(7)
-        assert link.let_go(7) == []
+        link.hold(SEVEN)
+        link.hold(SEVEN)
+        link.blame(SEVEN, [3])
+        assert link.let_go(SEVEN) is None
+        assert link.holds(SEVEN)
+        link.blame(SEVEN, [1, 3])
+        assert link.let_go(SEVEN) == [1, 3]
+        assert not link.holds(SEVEN)
+        assert link.let_go(SEVEN) is None, "released already"
+        assert link.let_go(("hbm", 7)) is None, "never held"
+        link.hold(SEVEN)
+        assert link.let_go(SEVEN) == []
 
 
 class TestOptions:

@@ -240,7 +240,7 @@ def test_every_call_stays_within_its_limits(spec: BlockSpec, count: int) -> None
         for name in prefix
     )
     held = Lease(handle, tuple(prefix), (Grant(1, 0, count, (), checksums, 1 << 62),), context.link.number)
-    context.link.hold(1)
+    context.link.hold(("host", 1))
     into = [[bytearray(cut.block_bytes)] for _ in range(count)]
     assert script.drive(operations.load(context, held, into, 0, (0, 1))) == frozenset()
     reads = [request for request in script.asked if isinstance(request, Read)]

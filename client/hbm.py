@@ -1,0 +1,153 @@
+"""An engine's GPU, as a store sees it: where blocks are loaded to and saved from, the node's memory on it.
+
+``Device`` and ``DeviceBlocks`` are what the store calls (``kvcache.device.engine`` has both); ``DeviceStore``
+is what it offers who brought a device. Nothing here knows torch.
+
+    lease_device ──► blocks in HBM, leading ──► load_device: device to device ──┐ sums on the device
+                └──► the rest as by lease ─────► load_device: host to device ───┴──► failed in HBM? the copy
+                                                                                     below, block by block
+    save_device ──► into HBM; the node copies on into host memory what would leave
+
+The rules of ``store`` hold: what ``load_device`` does not report is on the device, verified where it arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvcache.block import BlockHash, BlockSpec
+from kvcache.client.store import (
+    LEASE_MS,
+    LEASE_WAIT_MS,
+    NO_HINTS,
+    BlockingStore,
+    BlockStore,
+    Handle,
+    Lease,
+    SaveHints,
+)
+from kvcache.errors import KVCacheError
+from kvcache.request_hints import UNKNOWN, RequestHints
+from kvcache.wire import HbmSlab, Welcome
+
+
+class Device(Protocol):
+    """One GPU of this process, and what of nodes' memory is mapped on it. Any thread."""
+
+    gpu: bytes
+    """Its UUID; empty: the CPU."""
+    joined: Sequence[bytes]
+    """Those whose memory it can use."""
+
+    def open(self, slab: HbmSlab, descriptor: int) -> None:
+        """Map it. The descriptor stays the caller's. RAISES BadInput when it is not safe to map,
+        Unavailable."""
+
+    def close(self, incarnation: bytes) -> None:
+        """Unmap it, as soon as no copy runs over it. Once for each ``open``."""
+
+
+class DeviceBlocks(Protocol):
+    """Where blocks lie in the engine's memory, in order. One call at a time; each returns, after the device
+    has done it, the joined chunk sums of what was copied. RAISES Unavailable when it was not, or the slab is
+    not mapped any more; nothing runs on then."""
+
+    def __len__(self) -> int: ...
+
+    def check(self, spec: BlockSpec) -> None:
+        """RAISES BadInput (bad_block) when they have not this shape."""
+
+    def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """Fill those from ``first`` on from these slots of the slab."""
+
+    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """Copy those from ``first`` on into these slots."""
+
+    def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """Fill those from ``first`` on from host memory, a view a block."""
+
+
+class DeviceStore(BlockStore, Protocol):
+    """A store that was given a device."""
+
+    async def match_device(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
+        """As ``match``, with what only HBM holds."""
+
+    async def lease_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
+        hints: RequestHints = UNKNOWN,
+    ) -> Lease:
+        """As ``lease``; the leading blocks are in HBM, as far as it has them. For ``load_device``."""
+
+    async def load_device(self, lease: Lease, into: DeviceBlocks, start: int = 0) -> frozenset[int]:
+        """Fill ``into`` with blocks ``start`` and on of the lease, whatever tier each is in. Returns the
+        positions in the lease that could not be had: what their places hold is undefined. RAISES BadInput."""
+
+    async def save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int:
+        """Save into HBM. Returns how many leading blocks of ``prefix`` HBM holds now; the parent must be held
+        there. RAISES BadInput. REQUIRES: as ``save``."""
+
+
+class BlockingDeviceStore(BlockingStore, Protocol):
+    """The same for threads."""
+
+    def match_device(self, handle: Handle, prefix: Sequence[BlockHash]) -> int: ...
+
+    def lease_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        request: str = "",
+        duration_ms: int = LEASE_MS,
+        wait_ms: int = LEASE_WAIT_MS,
+        hints: RequestHints = UNKNOWN,
+    ) -> Lease: ...
+
+    def load_device(self, lease: Lease, into: DeviceBlocks, start: int = 0) -> frozenset[int]: ...
+
+    def save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> int: ...
+
+
+class Mapped:
+    """The slab of one connection on the device. ``close`` may be called twice."""
+
+    def __init__(self, device: Device, slab: HbmSlab, descriptor: int) -> None:
+        """RAISES as ``Device.open``."""
+        device.open(slab, descriptor)
+        self.incarnation = slab.incarnation
+        self._device: Device | None = device
+
+    @classmethod
+    def of(cls, device: Device | None, descriptor: int | None, welcome: Welcome) -> Mapped | None:
+        """None when the node gave none, or it cannot be mapped: then host memory does."""
+        if device is None or descriptor is None:
+            return None
+        with contextlib.suppress(KVCacheError):
+            return cls(device, welcome.hbm, descriptor)
+        return None
+
+    def close(self) -> None:
+        device, self._device = self._device, None
+        if device is not None:
+            device.close(self.incarnation)

@@ -1,0 +1,245 @@
+"""An engine's side of the HBM tier: the node's slab mapped on its GPU, and where its blocks lie there.
+
+    EngineDevice ── open ──► a slab by its incarnation ── close ──► unmapped, with the last tensor over it
+    TensorBlocks   flat memory, a block a row         ┐  load, save: from and to slots of the slab
+    PagedBlocks    pages of the engine's paged cache  ┘  put: from host memory
+
+What ``kvcache.client.hbm`` calls ``Device`` and ``DeviceBlocks``. Work begins behind what the engine had
+queued, on its current stream, when it made the blocks, and each call returns when it is done: the sums that the store
+verifies by are of bytes that have arrived.
+
+Invariants: a slot is reached only through a slab of the incarnation that its lease names; an error of the
+device is ``Unavailable``, after which nothing of the call runs on.
+
+The sum: a call is one launch to move and sum, one copy of 8 bytes a chunk to the host, and one wait: 60 us on
+top of the bytes. Host memory comes through staging memory of ``STAGING_BYTES``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from kvcache.block import BlockSpec
+from kvcache.device.gather import gather_and_sum, scatter_and_sum
+from kvcache.device.pages import PagedCache
+from kvcache.device.pinned import flat
+from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
+from kvcache.device.streams import streams_of
+from kvcache.device.sums import joined, sum_chunks
+from kvcache.device.vmm import Vmm
+from kvcache.errors import BadInput, Unavailable
+from kvcache.wire_hbm import HbmSlab
+
+STAGING_BYTES = 64 << 20
+
+
+class EngineDevice:
+    """One GPU of this process. Any thread; one for all stores of the process."""
+
+    def __init__(self, memory: Memory, joined: Sequence[bytes] = ()) -> None:
+        """``joined``: the GPUs whose memory this one can use."""
+        self.gpu = memory.uuid
+        self.joined = tuple(joined)
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._slabs: dict[bytes, tuple[Slab, int]] = {}
+
+    @classmethod
+    def of(cls, device: torch.device) -> EngineDevice:
+        """RAISES Unavailable when its memory cannot be shared between processes."""
+        if device.type == "cpu":
+            return cls(CpuMemory())
+        vmm = Vmm()
+        return cls(CudaMemory(vmm, vmm.uuid(device.index or 0), device))
+
+    def open(self, slab: HbmSlab, descriptor: int) -> None:
+        """As ``client.hbm.Device``. RAISES BadInput, Unavailable."""
+        ticket = SlabTicket(slab.kind, slab.size_bytes, slab.gpu, slab.incarnation)
+        with self._lock:
+            known, count = self._slabs.get(slab.incarnation, (None, 0))
+            opened = known or Slab.open(self._memory, ticket, descriptor)
+            self._slabs[slab.incarnation] = opened, count + 1
+
+    def close(self, incarnation: bytes) -> None:
+        with self._lock:
+            slab, count = self._slabs.pop(incarnation)
+            if count > 1:
+                self._slabs[incarnation] = slab, count - 1
+            else:
+                slab.close()
+
+    def whole(self, incarnation: bytes) -> torch.Tensor:
+        """All of the slab, uint8 [bytes]. RAISES Unavailable when it is not mapped, or lost."""
+        with self._lock:
+            slab, _ = self._slabs.get(incarnation, (None, 0))
+        if slab is None:
+            raise Unavailable(
+                "unavailable", "the slab is not mapped any more", "the connection ended", "recompute"
+            )
+        return slab.whole(incarnation)
+
+    def lose(self, why: str) -> None:
+        """The GPU failed: nothing in the slabs counts any more."""
+        with self._lock:
+            for slab, _ in self._slabs.values():
+                slab.lose(why)
+
+
+class TensorBlocks:
+    """Blocks in ``memory``, uint8 [block, block_bytes], each row in one piece."""
+
+    def __init__(self, device: EngineDevice, memory: torch.Tensor, spec: BlockSpec) -> None:
+        """RAISES BadInput when it is no such tensor."""
+        if memory.dtype != torch.uint8 or memory.ndim != 2 or not memory.is_contiguous() or not len(memory):
+            raise _unfit(
+                f"a tensor of {memory.dtype} {tuple(memory.shape)}", "it is contiguous uint8 [n, bytes]"
+            )
+        self._device = device
+        self._line = _Line(memory.device)
+        self._memory = memory
+        self._spec = spec
+        self.check(spec)
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def check(self, spec: BlockSpec) -> None:
+        """RAISES BadInput."""
+        if spec != self._spec or self._memory.shape[1] != spec.block_bytes:
+            raise _unfit(f"rows of {self._memory.shape[1]} bytes", f"a block has {spec.block_bytes}")
+
+    def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """RAISES Unavailable, BadInput."""
+        slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
+        with self._line.told():
+            for row, slot in zip(self._rows(first, len(offsets)), slots, strict=True):
+                row.copy_(slot, non_blocking=True)
+            return self._sums(first, len(offsets))
+
+    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """As ``load``; the sums are of what was to be written."""
+        slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
+        with self._line.told():
+            for row, slot in zip(self._rows(first, len(offsets)), slots, strict=True):
+                slot.copy_(row, non_blocking=True)
+            return self._sums(first, len(offsets))
+
+    def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """RAISES Unavailable."""
+        with self._line.told():
+            for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
+                row.copy_(flat(block))
+            return self._sums(first, len(blocks))
+
+    def _rows(self, first: int, count: int) -> torch.Tensor:
+        assert 0 <= first <= len(self._memory) - count
+        return self._memory[first : first + count]
+
+    def _sums(self, first: int, count: int) -> bytes:
+        size = self._spec.block_bytes
+        offsets = range(first * size, (first + count) * size, size)
+        return b"".join(joined(sum_chunks(self._memory.view(-1), offsets, self._spec)))
+
+
+class PagedBlocks:
+    """Blocks that are pages of an engine's cache: block i is the pages ``pages[i]``, in order."""
+
+    def __init__(self, device: EngineDevice, cache: PagedCache, pages: Sequence[Sequence[int]]) -> None:
+        """RAISES BadInput when they are no blocks of one size (``PagedCache.moves``), or a page is named
+        twice."""
+        self._device = device
+        self._line = _Line(cache.device)
+        self._cache = cache
+        self._pages = pages
+        self._spec = cache.spec(len(pages[0]) if pages else 1)
+        named = [page for of_block in pages for page in of_block]
+        if len(set(named)) < len(named):
+            raise _unfit("a page that is named twice", "two blocks would be written to it")
+        if pages:
+            cache.moves(range(0, len(pages) * self._spec.block_bytes, self._spec.block_bytes), pages)
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def check(self, spec: BlockSpec) -> None:
+        """RAISES BadInput."""
+        if spec != self._spec:
+            raise _unfit(f"pages that make up {self._spec}", f"a block is {spec}")
+
+    def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """RAISES Unavailable, BadInput. What is in a slot goes to the pages before anybody knows whether it
+        is right: they are a miss until the sums are."""
+        slab = self._device.whole(incarnation)
+        _slots(slab, offsets, self._spec.block_bytes)
+        with self._line.told():
+            moves = self._cache.moves(offsets, self._some(first, len(offsets)))
+            return b"".join(joined(scatter_and_sum(moves, slab)))
+
+    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
+        """As ``load``; the sums are of what was written."""
+        slab = self._device.whole(incarnation)
+        _slots(slab, offsets, self._spec.block_bytes)
+        with self._line.told():
+            moves = self._cache.moves(offsets, self._some(first, len(offsets)))
+            return b"".join(joined(gather_and_sum(moves, slab)))
+
+    def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """RAISES Unavailable."""
+        size = self._spec.block_bytes
+        step = max(1, min(len(blocks), STAGING_BYTES // size))
+        sums = b""
+        with self._line.told():
+            staging = torch.empty(step * size, dtype=torch.uint8, device=self._cache.device)
+            for at in range(0, len(blocks), step):
+                part = blocks[at : at + step]
+                offsets = range(0, len(part) * size, size)
+                for offset, block in zip(offsets, part, strict=True):
+                    staging[offset : offset + size].copy_(flat(block))
+                moves = self._cache.moves(offsets, self._some(first + at, len(part)))
+                sums += b"".join(joined(scatter_and_sum(moves, staging)))
+        return sums
+
+    def _some(self, first: int, count: int) -> Sequence[Sequence[int]]:
+        assert 0 <= first <= len(self._pages) - count
+        return self._pages[first : first + count]
+
+
+def _slots(slab: torch.Tensor, offsets: Sequence[int], block_bytes: int) -> list[torch.Tensor]:
+    """RAISES Unavailable when the node names a place that is not in its slab."""
+    for offset in offsets:
+        if not 0 <= offset <= len(slab) - block_bytes:
+            raise Unavailable(
+                "unavailable", f"a slot at {offset} of a slab of {len(slab)} bytes", "it is not in it"
+            )
+    return [slab[offset : offset + block_bytes] for offset in offsets]
+
+
+class _Line:
+    """The place in the engine's work at which it was made, whichever thread goes on from there."""
+
+    def __init__(self, device: torch.device) -> None:
+        """RAISES Unavailable."""
+        self._streams = streams_of(device)
+        self._ready = self._streams.current().mark()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Behind that place. What torch raises when the device failed is raised in our words."""
+        self._streams.current().after(self._ready)
+        try:
+            yield
+        except RuntimeError as error:
+            raise Unavailable(
+                "unavailable",
+                "the device failed under a copy",
+                str(error).partition("\n")[0],
+                "recompute; if it stays so, restart this process and look for Xid in the kernel's log",
+            ) from error
+
+
+def _unfit(what: str, why: str) -> BadInput:
+    return BadInput("bad_block", what, why, "pass blocks of the namespace that was opened")
