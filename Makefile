@@ -60,9 +60,9 @@ test-device: .venv-device/.installed  ## the HBM tier on CPU tensors, its Triton
 torture: .venv/.dev  ## the long fault runs: slow tests, FAULT_FACTOR times the examples
 	KVCACHE_FAULT_FACTOR=$(FAULT_FACTOR) $(RUN)/pytest -m "slow and $(ORDINARY)" --ignore=tests/engines --timeout=3600
 
-bench: .venv/.dev  ## every script in benchmarks/, the short form
+bench: .venv/.dev  ## every script in benchmarks/ but that for a GPU, the short form
 	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "make bench: no script in benchmarks/" >&2; exit 1; }
-	for script in benchmarks/bench_*.py; do $(RUN)/python "$$script" --json --quick; done
+	for script in $(filter-out benchmarks/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(RUN)/python "$$script" --json --quick; done
 
 demo-engine: .venv-engines/.installed  ## the demo with two real vLLM processes
 	$(RUN_ENGINES)/kvcache demo --engine

@@ -34,10 +34,11 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of output. ``ratio`` is this project over ``against``, in the same run; higher is better."""
+    """One line of output. ``ratio`` is this project over ``against``, in the same run; higher is better.
+    ``value`` None: not measured, and ``against`` says why."""
 
     name: str
-    value: float
+    value: float | None
     unit: str
     ratio: float | None
     against: str
@@ -112,6 +113,9 @@ def report(figures: Sequence[Figure], chosen: Options) -> None:
         return
     width = max(len(figure.name) for figure in figures)
     for figure in figures:
+        if figure.value is None:
+            print(f"{figure.name:{width}}  {figure.against}")
+            continue
         ratio = "" if figure.ratio is None else f"   {figure.ratio:5.2f} x {figure.against}"
         print(f"{figure.name:{width}}  {figure.value:9.3f} {figure.unit}{ratio}")
     print(f"medians of {figures[0].n} rounds; {figures[0].machine}")

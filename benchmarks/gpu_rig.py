@@ -1,0 +1,327 @@
+"""What ``bench_gpu.py`` measures on: one GPU, or the CPU with everything tiny, which proves the code paths.
+
+On a GPU seconds are between CUDA events on the engine's stream (torch's current one), so what a copy's own
+stream does is counted by holding the engine until it is done. Host memory is as in use: a memfd, registered
+for the GPU; the slab is memory of ``kvcache.device.vmm``. Where one of these cannot be had, plain memory of
+torch takes its place and a line of the output says so.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from random import Random
+from statistics import median
+from typing import Protocol
+
+import harness
+import torch
+from harness import GIB, MIB, Figure
+
+from kvcache.clock import SystemClock
+from kvcache.device.cap import Cap
+from kvcache.device.copies import Copies
+from kvcache.device.pages import PagedCache
+from kvcache.device.pinned import Pinned
+from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab
+from kvcache.device.staging import Passage, Path, Staging
+from kvcache.device.streams import Stream, Streams, streams_of
+from kvcache.device.vmm import Vmm
+from kvcache.errors import Unavailable
+
+PATIENCE_S = 60.0
+GB = 1e9
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``count`` blocks of ``pages_per_block`` pages in one request."""
+
+    pages_per_block: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the engine's cache, and of what is moved. A page of all layers is a block of one page."""
+
+    layers: int
+    heads: int
+    page_tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    pages: int
+    cases: Sequence[Case]
+    part_bytes: int
+    parts: int
+    rounds: int
+    repeats: int
+    races: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Of all layers, K and V."""
+        item = torch.empty((), dtype=self.dtype).element_size()
+        return 2 * self.layers * self.heads * self.page_tokens * self.head_dim * item
+
+    @property
+    def batch_bytes_max(self) -> int:
+        return max(case.count * case.pages_per_block for case in self.cases) * self.page_bytes
+
+
+# An 8B model's (128 KiB a token): a page of 16 tokens is 2 MiB, 16 of them 32 MiB; 4 GiB of pages.
+GPU = Sizes(
+    32, 8, 16, 128, torch.bfloat16, 2048, (Case(1, 8), Case(1, 64), Case(16, 8)), 32 * MIB, 4, 15, 10, 150
+)
+TINY = Sizes(2, 2, 4, 16, torch.float16, 64, (Case(1, 8), Case(4, 2)), 4096, 2, 2, 1, 150)
+
+
+class Place(Protocol):
+    """What a ``Mover`` moves between; ``staged`` is used in ``parts``."""
+
+    streams: Streams
+    engine: Stream
+    cache: PagedCache
+    host: torch.Tensor
+    staged: torch.Tensor
+    parts: int
+
+
+class Rig:
+    """A device with an engine's cache, a host slab and copies. ``close`` ends."""
+
+    def __init__(self, device: torch.device, *, quick: bool) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        sizes = GPU if self.is_cuda else TINY
+        self.sizes = replace(sizes, rounds=5) if quick and self.is_cuda else sizes
+        self.parts = sizes.parts
+        self.quick = quick
+        self.machine = machine(device)
+        self.notes: list[Figure] = []
+        self.random = Random(7)
+        self.memory = self._memory()
+        self.streams = streams_of(device)
+        self.engine = self.streams.current()
+        self.tensors = self._tensors()
+        self.cache = PagedCache(self.tensors, "flash_attention_nhd")
+        self.host = self._host(max(self.sizes.batch_bytes_max, MIB))
+        self.staged = torch.empty(
+            self.sizes.part_bytes * self.sizes.parts, dtype=torch.uint8, device=self.device
+        )
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def slab(self, size_bytes: int) -> Slab | None:
+        """As the node's, shared by descriptors; None where that cannot be had, which is then noted."""
+        if self.memory is None:
+            return None
+        try:
+            return Slab.create(self.memory, "bench", size_bytes)
+        except Unavailable as error:
+            self.note("slab", str(error))
+            return None
+
+    def device_bytes(self, size_bytes: int) -> torch.Tensor:
+        """A slab's bytes, or the next best thing."""
+        made = self.slab(size_bytes)
+        if made is None:
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        tensor = made.whole(made.ticket.incarnation)
+        made.close()  # The tensor keeps the memory.
+        return tensor
+
+    def pinned(self, size_bytes: int) -> torch.Tensor:
+        """Host memory of torch's own, for the ceilings and the rivals."""
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.is_cuda)
+
+    def _memory(self) -> Memory | None:
+        if not self.is_cuda:
+            return CpuMemory()
+        try:
+            vmm = Vmm()
+            return CudaMemory(vmm, vmm.uuid(self.device.index or 0))
+        except Unavailable as error:
+            self.note("slab", f"{error}; memory of torch takes its place")
+            return None
+
+    def _host(self, size_bytes: int) -> torch.Tensor:
+        size_bytes = -(-size_bytes // 4096) * 4096
+        memory, descriptor = CpuMemory().create("bench-host", size_bytes)
+        os.close(descriptor)
+        memory.zero_()
+        if self.is_cuda:
+            try:
+                self._registered = Pinned(Vmm(), self.device.index or 0, memory)
+            except Unavailable as error:
+                self.note("host_slab", f"{error}; pinned memory of torch takes its place")
+                return self.pinned(size_bytes)
+        return memory
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """An engine's, with random content: [2, page, token, head, number] a layer."""
+        sizes, made = self.sizes, []
+        generator = torch.Generator(self.device).manual_seed(1)
+        item = torch.empty((), dtype=sizes.dtype).element_size()
+        shape = (2, sizes.pages, sizes.page_tokens, sizes.heads, sizes.head_dim * item)
+        for _ in range(sizes.layers):
+            content = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device, generator=generator)
+            made.append(content.view(sizes.dtype))
+        return made
+
+    # --- what is moved ----------------------------------------------------------------------------
+
+    def pages(self, case: Case) -> list[list[int]]:
+        """Shuffled, as an engine's are: block by block."""
+        chosen = self.random.sample(range(self.sizes.pages), case.count * case.pages_per_block)
+        step = case.pages_per_block
+        return [chosen[at : at + step] for at in range(0, len(chosen), step)]
+
+    def offsets(self, case: Case) -> list[int]:
+        return [at * case.pages_per_block * self.sizes.page_bytes for at in range(case.count)]
+
+    def case_bytes(self, case: Case) -> int:
+        return case.count * case.pages_per_block * self.sizes.page_bytes
+
+    def case_name(self, case: Case) -> str:
+        return f"{harness.size_name(case.pages_per_block * self.sizes.page_bytes)}.batch{case.count}"
+
+    # --- time and figures -------------------------------------------------------------------------
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        if not self.is_cuda:
+            return harness.seconds(work)
+        torch.cuda.synchronize(self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def finish(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def finish_engine(self) -> None:
+        """As sampling does: wait for what computes, not for copies."""
+        if self.is_cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def figure(
+        self, name: str, value: float, unit: str, ratio: float | None = None, against: str = "", n: int = 0
+    ) -> Figure:
+        n = n or self.sizes.rounds
+        return Figure(
+            f"gpu.{name}", round(value, 4), unit, None if ratio is None else round(ratio, 3), against, n,
+            self.machine,
+        )  # fmt: skip
+
+    def speeds(
+        self, name: str, results: dict[str, list[float]], mine: str, others: Sequence[str]
+    ) -> list[Figure]:
+        """GB/s of ``mine``, once against each of the others, and theirs in the words."""
+        value = median(results[mine])
+        return [
+            self.figure(
+                name, value, "GB/s", harness.compare(results, mine, other),
+                f"{other} ({median(results[other]):.1f} GB/s)",
+            )
+            for other in others
+        ]  # fmt: skip
+
+    def missing(self, name: str, unit: str, why: str) -> Figure:
+        return missing(name, unit, why, self.machine)
+
+    def note(self, name: str, why: str) -> None:
+        self.notes.append(self.missing(name, "", why))
+
+    def close(self) -> None:
+        self.finish()
+        self.streams.close()
+        with suppress(AttributeError):
+            self._registered.close()
+
+
+class Mover:
+    """What a connector does with ``Path``: a request in groups of blocks that fit a part of staging."""
+
+    def __init__(self, place: Place, cap: Cap | None = None, staged: torch.Tensor | None = None) -> None:
+        """``staged``: memory of its own, in as many parts as the place's."""
+        self._engine = place.engine
+        memory = place.staged if staged is None else staged
+        self._staging = Staging(memory, len(memory) // place.parts)
+        self.copies = Copies(place.streams, SystemClock(), cap)
+        self.path = Path(self.copies, place.cache, self._staging, place.host)
+        self.failures: list[Unavailable] = []
+
+    def save(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[Passage]:
+        """Queue all; the engine's stream waits for it."""
+        return self._each(self.path.save, offsets, pages)
+
+    def load(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[Passage]:
+        return self._each(self.path.load, offsets, pages)
+
+    def one(self, ask: Callable[..., Passage], *arguments: object) -> Passage:
+        """Wait for a part, and ask. ``arguments``: offsets, pages, then planes ``first`` and ``last``."""
+        while not self._staging.free_count:
+            self.copies.pump()
+        offsets, pages, *planes = arguments
+        return ask(offsets, pages, self._engine, self._ended, *planes)
+
+    def can_take(self) -> bool:
+        return self._staging.free_count > 0
+
+    def wait(self, passages: Sequence[Passage]) -> None:
+        """RAISES SystemExit when a copy failed or never ended: there is no figure then."""
+        ended = self.copies.wait([each.copy for each in passages], PATIENCE_S)
+        if self.failures or not ended:
+            raise SystemExit(f"copies failed: {self.failures or 'they do not end'}")
+
+    def close(self) -> None:
+        self.copies.wait([], 0)
+        while self.copies.inflight_bytes:
+            self.copies.pump()
+
+    def _each(
+        self, ask: Callable[..., Passage], offsets: Sequence[int], pages: Sequence[Sequence[int]]
+    ) -> list[Passage]:
+        step = max(1, self.path.blocks_max(len(pages[0])))
+        made = [
+            self.one(ask, offsets[at : at + step], pages[at : at + step])
+            for at in range(0, len(offsets), step)
+        ]
+        for each in made:
+            self.copies.hold(each.copy, self._engine)
+        return made
+
+    def _ended(self, failure: Unavailable | None) -> None:
+        if failure is not None:
+            self.failures.append(failure)
+
+
+def missing(name: str, unit: str, why: str, machine: str) -> Figure:
+    """A line for what was not measured."""
+    reason = " ".join(why.split())[:300]
+    return Figure(f"gpu.{name}", None, unit, None, f"{NOT_MEASURED}: {reason}", 0, machine)
+
+
+def machine(device: torch.device) -> str:
+    parts = [harness.machine(), f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / GIB
+        parts.insert(0, f"{properties.name} ({memory:.0f} GiB), CUDA {torch.version.cuda}")
+    else:
+        parts.insert(0, "no GPU (tiny sizes: proves the paths, not the speed)")
+    return ", ".join(parts)
+
+
+def slug(device: torch.device) -> str:
+    """Of the file that results go to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"none-{platform.machine()}"
+    return "-".join("".join(char if char.isalnum() else " " for char in name.lower()).split())

@@ -1,0 +1,57 @@
+"""The GPU's benchmark keeps running: all of it on the CPU, tiny, and what it says where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
+KEYS = ["name", "value", "unit", "ratio", "against", "n", "machine"]
+PARTS = ["proof.race", "proof.share", "host", "hbm", "sum", "launches", "decode", "overlap", "tiers"]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+
+def test_on_the_cpu_every_part_runs_and_nothing_is_passed_over_in_silence(tmp_path: Path) -> None:
+    done = run("--device", "cpu", "--quick", "--json", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(list(line) == KEYS for line in lines)
+    for part in PARTS:
+        assert any(line["name"].startswith(f"gpu.{part}") for line in lines), part
+    proofs = [line["value"] for line in lines if line["against"].startswith("must be 0")]
+    assert len(proofs) >= 6
+    assert not any(proofs)
+    for line in lines:
+        assert "no GPU" in line["machine"]
+        assert (line["value"] is None) == line["against"].startswith("not measured: ")
+    [kept] = tmp_path.glob("gpu-*.jsonl")
+    assert kept.read_text() == done.stdout
+
+
+def test_one_part_can_be_chosen_and_a_table_names_it() -> None:
+    done = run("--device", "cpu", "--quick", "--only", "sums")
+    assert done.returncode == 0, done.stderr
+    assert "gpu.sum.1KiB.batch8" in done.stdout
+    assert "gpu.hbm" not in done.stdout
+    assert run("--device", "cpu", "--only", "nothing").returncode == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_measures_nothing() -> None:
+    done = run("--quick", "--json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "no CUDA device" in done.stderr
+    assert "not measured" in done.stderr
