@@ -5,8 +5,8 @@
     PagedBlocks    pages of the engine's paged cache  ┘  put: from host memory
 
 What ``kvcache.client.hbm`` calls ``Device`` and ``DeviceBlocks``. Work begins behind what the engine had
-queued, on its current stream, when it made the blocks, and each call returns when it is done: the sums that the store
-verifies by are of bytes that have arrived.
+queued, on its current stream, when it made the blocks, and each call returns when it is done: the sums that
+the store verifies by are of bytes that have arrived.
 
 Invariants: a slot is reached only through a slab of the incarnation that its lease names; an error of the
 device is ``Unavailable``, after which nothing of the call runs on.

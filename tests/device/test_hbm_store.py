@@ -1,0 +1,258 @@
+"""Blocks through a node's HBM: saved, found, verified where they arrive, had from below when they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
+from kvcache.device.slab import CpuMemory
+from kvcache.errors import BadInput
+from kvcache.testing.stores import SIZE, SPEC
+from tests.device.engine_cache import Engine as Cache
+from tests.device.engine_cache import Shape
+from tests.device.engine_cache import engine as cache_of
+from tests.device.hbm_rig import HBM_BLOCKS, POISON, Engine, Failing, World, hold, lose
+
+
+def paged(seed: int = 1) -> Cache:
+    """A cache one page of which is a block."""
+    shape = Shape(layers=1, pages=7, heads=SPEC.head_count, tokens=SPEC.block_tokens, row=256)
+    return cache_of("flash_attention_nhd", shape, seed=seed)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.check()
+    made.close()
+
+
+class TestThereAndBack:
+    def test_what_was_saved_is_loaded_from_hbm(self, world: World) -> None:
+        path = world.engine.path(9)
+        assert world.engine.save(path) == 9
+        assert world.engine.store.match_device(world.engine.handle, path) == 9
+        assert world.engine.load(path) == (9, frozenset())
+        assert world.engine.counted("hbm_loaded_blocks") == 9
+        stats = world.stats()
+        assert (stats["hbm_saved_blocks"], stats["hbm_hit_blocks"], stats["blocks:hbm"]) == (9, 9, 9)
+        assert not stats["hbm_leases"]
+
+    def test_the_rest_comes_from_host_memory(self, world: World) -> None:
+        path = world.engine.path(9)
+        assert world.engine.save(path[:4]) == 4
+        assert world.engine.save_below(path) == 9
+        assert world.engine.load(path) == (9, frozenset())
+        assert world.engine.counted("hbm_loaded_blocks") == 4
+        assert world.engine.counted("loaded_blocks") == 9
+
+    def test_a_part_of_a_lease(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(9)
+        engine.save(path[:4])
+        engine.save_below(path)
+        lease = engine.store.lease_device(engine.handle, path)
+        memory = torch.full((4, SIZE), POISON, dtype=torch.uint8)
+        assert engine.store.load_device(lease, engine.blocks(memory), start=2) == frozenset()
+        assert memory.equal(engine.memory(path[2:6]))
+        engine.store.release(lease)
+
+    def test_into_pages_of_an_engine(self, world: World) -> None:
+        """A page is a block's tokens, in no order."""
+        engine, path = world.engine, world.engine.path(5)
+        other = paged()
+        saved = PagedBlocks(engine.device, other.cache, [[6], [1], [4], [0], [2]])
+        assert engine.store.save_device(engine.handle, path, saved) == 5
+        into = paged(seed=2)
+        lease = engine.store.lease_device(engine.handle, path)
+        pages = [[3], [5], [0], [6], [2]]
+        assert not engine.store.load_device(lease, PagedBlocks(engine.device, into.cache, pages))
+        into.put(pages, other.blocks([[6], [1], [4], [0], [2]]), 0, SPEC.plane_count)
+        into.check_memory()
+        engine.store.release(lease)
+
+    def test_from_host_memory_into_pages(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(3)
+        engine.save_below(path)
+        into = paged()
+        lease = engine.store.lease_device(engine.handle, path)
+        assert not engine.store.load_device(lease, PagedBlocks(engine.device, into.cache, [[3], [5], [0]]))
+        into.put([[3], [5], [0]], [engine.content(block) for block in path], 0, SPEC.plane_count)
+        into.check_memory()
+        engine.store.release(lease)
+
+    def test_hbm_continues_only_what_it_holds(self, world: World) -> None:
+        path = world.engine.path(6)
+        world.engine.save_below(path[:3])
+        assert world.engine.save(path[3:], parent=path[2]) == 0
+        assert world.engine.counted("unsaved_blocks:parent") == 3
+        assert world.engine.save(path) == 6
+
+    def test_blocks_of_another_shape_are_refused(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(2)
+        with pytest.raises(BadInput, match="bytes"):
+            TensorBlocks(engine.device, torch.zeros(2, 100, dtype=torch.uint8), SPEC)
+        engine.save(path)
+        lease = engine.store.lease_device(engine.handle, path)
+        with pytest.raises(BadInput, match="not in it"):
+            engine.store.load_device(lease, engine.blocks(engine.memory([*path, path[0]])))
+        with pytest.raises(BadInput, match="do not go to host memory"):
+            engine.store.load(lease, [[bytearray(SIZE)]])
+        engine.store.release(lease)
+
+
+class TestWhatGoesWrong:
+    def test_a_flipped_byte_is_had_from_below(self, world: World) -> None:
+        path = world.engine.path(6)
+        world.engine.save(path)
+        world.engine.save_below(path)
+        world.flip(path[2])
+        assert world.engine.load(path) == (6, frozenset())
+        assert world.engine.counted("failed_blocks:checksum") == 1
+        assert world.engine.counted("fallback_blocks") == 1
+        assert world.stats()["hbm_rejected_blocks:reader"] == 1
+        assert world.in_hbm(path) == 2, "it left HBM, and with it what it was found by"
+        assert world.in_host(path) == 6
+        assert world.stats()["quarantined_blocks"] == 0
+
+    def test_a_flipped_byte_that_is_nowhere_else_is_a_miss(self, world: World) -> None:
+        path = world.engine.path(6)
+        hold(world)
+        world.engine.save(path)
+        world.flip(path[2])
+        assert world.engine.load(path) == (6, {2})
+        assert world.engine.load(path) == (2, frozenset())
+
+    def test_it_can_be_saved_anew(self, world: World) -> None:
+        path = world.engine.path(6)
+        hold(world)
+        world.engine.save(path)
+        world.flip(path[2])
+        world.engine.load(path)
+        assert world.engine.save(path) == 3, "up to where it was, as in host memory"
+        assert world.engine.save(path) == 6, "what continues it is found again"
+        assert world.engine.load(path) == (6, frozenset())
+
+    def test_other_bytes_than_below_are_refused(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(3)
+        engine.save_below(path)
+        wrong = engine.memory(path)
+        wrong[1, 7] ^= 1
+        assert engine.store.save_device(engine.handle, path, engine.blocks(wrong)) == 0
+        assert engine.counted("unsaved_blocks:refused") == 3
+        stats = world.stats()
+        assert (stats["hbm_rejected_blocks:differs"], stats["blocks:hbm"]) == (3, 0)
+        assert engine.load(path) == (3, frozenset())
+
+    def test_a_gpu_that_the_node_lost(self, world: World) -> None:
+        path = world.engine.path(6)
+        world.engine.save(path)
+        world.engine.save_below(path)
+        lease = world.engine.store.lease_device(world.engine.handle, path)
+        lose(world)
+        world.engine.store.release(lease)
+        before = world.engine.counted("hbm_loaded_blocks")
+        assert world.engine.load(path) == (6, frozenset())
+        assert world.engine.counted("hbm_loaded_blocks") == before
+        assert world.engine.save(world.engine.path(2, seed=5)) == 0
+        assert any("it was reset" in text for text in world.node.call(world.node.node.core.troubles))
+        stats = world.stats()
+        assert (stats["hbm_lost"], stats["hbm_removed_blocks:fenced"]) == (1, 6)
+
+    def test_a_gpu_that_the_engine_lost(self, world: World) -> None:
+        path = world.engine.path(6)
+        world.engine.save(path)
+        world.engine.save_below(path)
+        world.engine.device.lose("it was reset")
+        assert world.engine.load(path) == (6, frozenset())
+        assert world.engine.counted("fallback_blocks") == 6
+        assert world.engine.save(world.engine.path(2, seed=5)) == 0
+        assert world.engine.counted("unsaved_blocks:refused") == 2
+        assert not world.stats()["hbm_reservations"], "given back, as the node lives"
+
+    def test_a_lease_that_has_ended(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(3)
+        engine.save(path)
+        lease = engine.store.lease_device(engine.handle, path, duration_ms=1)
+        world.eventually(lambda: engine.store._clock.now_ns() > lease.grants[0].expires_ns)
+        memory = torch.full((3, SIZE), POISON, dtype=torch.uint8)
+        hold(world)
+        assert engine.store.load_device(lease, engine.blocks(memory)) == {0, 1, 2}
+        assert engine.counted("failed_blocks:expired") == 3
+        engine.store.release(lease)
+
+
+class TestWhoGetsWhat:
+    def test_a_gpu_goes_to_the_first_that_asks(self, world: World) -> None:
+        device = EngineDevice(CpuMemory())
+        device.gpu = b"another"
+        other = Engine(world.node.node.address, device=device)
+        assert other.save(other.path(2)) == 0
+        assert other.counted("unsaved_blocks:no_hbm") == 2
+        assert other.save_below(other.path(2)) == 2
+        assert other.load(other.path(2)) == (2, frozenset())
+        assert world.stats()["hbm_refused_maps"] == 1
+        other.close()
+
+    def test_two_engines_share_it(self, world: World) -> None:
+        other = Engine(world.node.node.address, "other")
+        path = other.path(5)
+        assert world.engine.save(path) == 5
+        assert other.load(path) == (5, frozenset())
+        assert other.save(path) == 5, "it is there"
+        other.close()
+        assert world.engine.load(path) == (5, frozenset())
+
+    def test_who_did_not_ask_for_hbm_gets_none(self, world: World) -> None:
+        path = world.engine.path(5)
+        hold(world)
+        world.engine.save(path)
+        assert world.engine.store.match(world.engine.handle, path) == 0
+        assert world.engine.store.lease(world.engine.handle, path).count == 0
+
+
+class TestWhatLeaves:
+    def test_it_goes_to_host_memory_first(self, world: World) -> None:
+        path = world.engine.path(HBM_BLOCKS)
+        assert world.engine.save(path) == HBM_BLOCKS
+        world.eventually(lambda: world.in_host(path) == HBM_BLOCKS)
+        other = world.engine.path(HBM_BLOCKS, seed=1)
+        assert world.engine.save(other) == HBM_BLOCKS
+        assert world.in_hbm(path) == 0
+        assert world.engine.load(path) == (HBM_BLOCKS, frozenset())
+        assert world.stats().get("hbm_dropped_blocks", 0) == 0
+
+    def test_what_could_not_is_a_miss_and_counted(self, world: World) -> None:
+        path = world.engine.path(HBM_BLOCKS)
+        hold(world)
+        world.engine.save(path)
+        world.engine.save(world.engine.path(HBM_BLOCKS, seed=1))
+        assert world.engine.load(path) == (0, frozenset())
+        assert world.stats()["hbm_dropped_blocks"] == HBM_BLOCKS
+
+    def test_wrong_bytes_never_go_below(self, world: World) -> None:
+        path = world.engine.path(6)
+        release = hold(world)
+        world.engine.save(path)
+        world.flip(path[3])
+        release()
+        world.eventually(lambda: world.stats().get("hbm_rejected_blocks:checksum", 0) == 1)
+        world.eventually(lambda: not world.stats()["reservations"])
+        assert world.in_host(path) == 3
+        assert world.in_hbm(path) == 3
+        assert world.engine.load(path) == (3, frozenset())
+
+    def test_a_gpu_that_fails_while_it_is_copied_from(self, world: World) -> None:
+        path = world.engine.path(6)
+        release = hold(world)
+        world.engine.save(path)
+        world.demoter()._outlet = Failing()
+        release()
+        world.eventually(lambda: world.stats()["hbm_lost"] == 1)
+        world.eventually(lambda: not world.stats()["reservations"])
+        assert world.in_host(path) == 0
+        assert world.engine.load(path) == (0, frozenset())
