@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpu_peer
-import gpu_store
 import torch
 from gpu_rig import Mover
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -33,6 +32,9 @@ from kvcache.device.slab import CpuMemory, Slab
 from kvcache.device.streams import streams_of
 from kvcache.device.sums import joined
 from kvcache.device.vmm import Vmm
+
+if TYPE_CHECKING:
+    from gpu_store import Node
 
 TAIL_TOKENS = 16
 ANSWER_TOKENS = 16
@@ -151,7 +153,7 @@ class Engine:
         self.staged = torch.empty(PARTS * part_bytes, dtype=torch.uint8, device=device)
         self.host = torch.empty(0, dtype=torch.uint8)
         self.hbm: Slab | None = None
-        self._node: gpu_store.Node | None = None
+        self._node: Node | None = None
 
     def attach(self, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """The host slab comes first, then that of HBM, if there is one."""
@@ -171,7 +173,9 @@ class Engine:
         """Another node, or the same after its restart."""
         if self._node is not None:
             self._node.close()
-        self._node = gpu_store.Node(message["socket"], self.shape)
+        from gpu_store import Node
+
+        self._node = Node(message["socket"], self.shape, self.device)
         return {}
 
     def leave(self, _message: dict[str, Any], _: list[int]) -> dict[str, Any]:
@@ -197,11 +201,12 @@ class Engine:
             whole = self.hbm.whole(self.hbm.ticket.incarnation)
             in_hbm = joined(gather_and_sum(kv.cache.moves(offsets, kv.blocks), whole))
             assert [_digest(row) for row in in_hbm] == sums
+        no_hbm = ""
         if self._node is not None:
             size = kv.spec.block_bytes
-            self._node.save(kv.spec, prompt[:tokens], [self.host[at : at + size] for at in offsets])
+            no_hbm = self._node.save(kv, prompt[:tokens], [self.host[at : at + size] for at in offsets])
         answer, _seconds = self._answer(prompt, tokens, lambda: cache)
-        return {"answer": answer, "sums": sums}
+        return {"answer": answer, "sums": sums, "no_hbm": no_hbm}
 
     def recompute(self, message: dict[str, Any], _: list[int]) -> dict[str, Any]:
         tokens, prompt = message["tokens"], self._prompt(message["tokens"])
@@ -211,48 +216,53 @@ class Engine:
     def load(self, message: dict[str, Any], _: list[int]) -> dict[str, Any]:
         """From the tier that is named; the time is that to the first token, all of loading in it."""
         tokens, prompt = message["tokens"], self._prompt(message["tokens"])
-        ways: dict[str, Callable[[Kv, list[int], list[int]], list[bytes]]] = {
-            "hbm": self._from_hbm,
-            "host": self._from_host,
-            "node": self._from_node,
-        }
-        took, wrong = 0.0, 0
+        took, wrong, tier, kept = 0.0, 0, message["tier"], []
 
         def loaded() -> DynamicCache:
             nonlocal took, wrong
             began = time.perf_counter()
             kv = Kv.empty(self, tokens)
+            kept.append(kv)
             offsets = self._offsets(message["first"], len(kv.blocks))
-            rows = ways[message["tier"]](kv, offsets, prompt[:tokens])
-            wrong = sum(_digest(row) != want for row, want in zip(rows, message["sums"], strict=True))
+            if tier.startswith("node"):
+                assert self._node is not None
+                self._node.load(tier, kv, prompt[:tokens])  # Verified by the client.
+            else:
+                rows = (self._from_hbm if tier == "hbm" else self._from_host)(kv, offsets)
+                wrong = sum(_digest(row) != want for row, want in zip(rows, message["sums"], strict=True))
             cache = kv.given(self.model)
             self._finish()
             took = time.perf_counter() - began
             return cache
 
         answer, seconds = self._answer(prompt, tokens, loaded)
+        if tier.startswith("node"):
+            wrong = sum(
+                have != want for have, want in zip(self._summed(kept[0]), message["sums"], strict=True)
+            )
         return {"answer": answer, "seconds": seconds, "load_s": took, "wrong": wrong}
 
     # --- parts ------------------------------------------------------------------------------------
 
-    def _from_hbm(self, kv: Kv, offsets: list[int], _: list[int]) -> list[bytes]:
+    def _from_hbm(self, kv: Kv, offsets: list[int]) -> list[bytes]:
         assert self.hbm is not None
         whole = self.hbm.whole(self.hbm.ticket.incarnation)
         return joined(scatter_and_sum(kv.cache.moves(offsets, kv.blocks), whole))
 
-    def _from_host(self, kv: Kv, offsets: list[int], _: list[int]) -> list[bytes]:
+    def _from_host(self, kv: Kv, offsets: list[int]) -> list[bytes]:
         """By this process's GPU, out of the registered slab."""
         mover = Mover(kv)
         passages = mover.load(offsets, kv.blocks)
         mover.wait(passages)
         return [row for each in passages for row in joined(each.sums)]
 
-    def _from_node(self, kv: Kv, offsets: list[int], prompt: list[int]) -> list[bytes]:
-        """By the client, verified, into the registered memory; then as from host memory."""
-        assert self._node is not None
-        size = kv.spec.block_bytes
-        self._node.load(kv.spec, prompt, [self.host[at : at + size] for at in offsets])
-        return self._from_host(kv, offsets, prompt)
+    def _summed(self, kv: Kv) -> list[str]:
+        """What is in the pages now, block by block."""
+        found = []
+        for block in kv.blocks:
+            [row] = joined(gather_and_sum(kv.cache.moves([0], [block]), self.staged))
+            found.append(_digest(row))
+        return found
 
     def _prompt(self, tokens: int) -> list[int]:
         """Its first token is its own, so no two prompts share a block."""

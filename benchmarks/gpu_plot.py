@@ -17,6 +17,7 @@ LOOKS = {
     "recompute": ("#000000", "computed again"),
     "node_nvme": ("#d55e00", "NVMe, through the node"),
     "node_host": ("#e69f00", "host memory, through the node"),
+    "node_hbm": ("#cc79a7", "HBM, through the node"),
     "host": ("#0072b2", "host memory, by the GPU"),
     "hbm": ("#009e73", "HBM"),
 }

@@ -1,38 +1,43 @@
-"""What ``gpu_engine.py`` does with a node: blocks between its host memory and the client.
+"""What ``gpu_engine.py`` does with a node: an engine's pages to and from HBM, host memory and NVMe.
 
-The only place here that needs the client (msgspec and msgpack), and the one to change when the client
-serves blocks of the HBM tier itself: today the node knows host memory and NVMe.
+The only place here that needs the client (msgspec and msgpack), and where a change of it is followed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvcache.block import BlockSpec
+from kvcache.device.engine import EngineDevice, PagedBlocks
 
 if TYPE_CHECKING:
     import torch
-    from gpu_engine import Shape
+    from gpu_engine import Kv, Shape
 
-    from kvcache.block import BlockSpec
+    from kvcache.client.store import Handle
 
 BATCH_BYTES = 64 << 20
 WAIT_MS = 60_000
+HBM, HOST, ANY = "node_hbm", "node_host", "node_nvme"
 
 
 class Node:
     """One connection. RAISES RuntimeError when fewer blocks are had than were asked for."""
 
-    def __init__(self, socket: str, shape: Shape) -> None:
-        from kvcache.client import connect_blocking
+    def __init__(self, socket: str, shape: Shape, device: torch.device) -> None:
+        from kvcache.client import connect_device_blocking
 
         self._shape = shape
-        self._store = connect_blocking(socket, timeout_ms=WAIT_MS)
+        self._device = EngineDevice.of(device)
+        self._store = connect_device_blocking(self._device, socket, timeout_ms=WAIT_MS)
 
-    def save(self, spec: BlockSpec, tokens: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
-        """And wait until they are durable."""
-        handle = self._handle(spec)
+    def save(self, kv: Kv, tokens: Sequence[int], blocks: Sequence[torch.Tensor]) -> str:
+        """Into host memory, and wait until they are durable; then into HBM. ``blocks`` are those of ``kv``, in
+        host memory. Returns why HBM has not all of them, if so."""
+        handle = self._handle(kv.spec)
         names = handle.hashes(tokens)
-        step = max(1, BATCH_BYTES // spec.block_bytes)
+        step = max(1, BATCH_BYTES // kv.spec.block_bytes)
         for at in range(0, len(names), step):
             parent = names[at - 1] if at else b""
             some = names[at : at + step]
@@ -42,23 +47,36 @@ class Node:
         durable = self._store.persist(handle, names, WAIT_MS)
         if durable < len(names):
             raise RuntimeError(f"{durable} of {len(names)} blocks are durable")
+        held = self._store.save_device(handle, names, self._pages(kv))
+        return "" if held == len(names) else f"HBM holds {held} of {len(names)}: {dict(self._store.counters)}"
 
-    def load(self, spec: BlockSpec, tokens: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
-        handle = self._handle(spec)
+    def load(self, tier: str, kv: Kv, tokens: Sequence[int]) -> None:
+        """Into the pages of ``kv``, verified by the client. ``ANY``: from wherever the node has them."""
+        handle = self._handle(kv.spec)
         names = handle.hashes(tokens)
-        lease = self._store.lease(handle, names, wait_ms=WAIT_MS)
+        take = self._store.lease if tier == HOST else self._store.lease_device
+        before = self._store.counters.get("hbm_loaded_blocks", 0)
+        lease = take(handle, names, wait_ms=WAIT_MS)
         try:
             if lease.count < len(names):
                 raise RuntimeError(f"{lease.count} of {len(names)} blocks leased")
-            if failed := self._store.load(lease, list(_pieces(blocks))):
+            if failed := self._store.load_device(lease, self._pages(kv)):
                 raise RuntimeError(f"{len(failed)} of {len(names)} blocks failed")
         finally:
             self._store.release(lease)
+        from_hbm = self._store.counters.get("hbm_loaded_blocks", 0) - before
+        if from_hbm != (len(names) if tier == HBM else 0):
+            raise RuntimeError(
+                f"{from_hbm} of {len(names)} blocks came from HBM: {dict(self._store.counters)}"
+            )
 
     def close(self) -> None:
         self._store.close()
 
-    def _handle(self, spec: BlockSpec) -> Any:
+    def _pages(self, kv: Kv) -> PagedBlocks:
+        return PagedBlocks(self._device, kv.cache, kv.blocks)
+
+    def _handle(self, spec: BlockSpec) -> Handle:
         from kvcache.namespace import Namespace, shape_of
 
         names = Namespace(

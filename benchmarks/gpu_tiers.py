@@ -1,16 +1,16 @@
 """A real model's prompts from each tier, in a fresh process, beside computing them again.
 
     engine 1   prefills every prompt, saves its KV to HBM, to host memory and through a node to NVMe, ends
-    engine 2   a new process with the same weights: recomputes, then loads from HBM, host, the node's host
-               memory, and, after the node was started again, from NVMe
+    engine 2   a new process with the same weights: recomputes, then loads from HBM and host memory; then
+               through the node from HBM and host memory, and, after the node was started again, from NVMe
 
 The slabs are this process's, as they would be the node's: of HBM (``HbmTier``) and of host memory, handed
-over as descriptors. Through the node go host memory and NVMe as they are today: the client copies and
-verifies on the CPU, and the GPU takes it from there. Answers must be the same tokens everywhere.
+over as descriptors: what the data path can do. Through the node the client does it (``gpu_store.py``), with
+leases, checks and an NVMe tier. Answers must be the same tokens everywhere.
 
 On paper, 16,384 tokens of an 8B model are 2 GiB of KV: prefill 250 TFLOP, 0.5 s; HBM 2 ms; pinned host memory
-over PCIe 45 ms; through the node 100 ms more (20 GB/s); NVMe of 5 GB/s 0.4 s more. So NVMe should win by
-little on such a machine, and host memory by 10 x.
+over PCIe 45 ms; through the node, whose memory is not registered in the client, 130 ms; NVMe of 5 GB/s 0.4 s
+more. So NVMe should win by little on such a machine, and host memory by 3 to 10 x.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from gpu_rig import Rig
 from harness import MIB, Figure
 
 from kvcache.device.slab import CpuMemory
+from kvcache.errors import Unavailable
+from kvcache.testing.processes import NodeProcess
 from kvcache.tiers.hbm import HbmTier
 from kvcache.tiers.space import HBM_LAYOUT, Space, slot_offset
 
 PATIENCE_S = 300.0
+NODE_NEEDS = ("aiohttp", "click", "lmdb", "msgpack", "msgspec", "prometheus_client", "xxhash")
 REPEATS, REPEATS_QUICK = 5, 2
 
 
@@ -136,7 +139,7 @@ def figures(rig: Rig, out: Path | None) -> Iterator[Figure]:
         return
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcache-gpu-")))
-        node, why = _node(plan, home, stack)
+        node, why, no_hbm = _node(rig, plan, home, stack)
         slabs = Slabs(rig, plan, stack)
         kind = "cuda" if rig.is_cuda else "cpu"
         with closing(EngineProcess(kind, plan.model)) as first:
@@ -153,7 +156,8 @@ def figures(rig: Rig, out: Path | None) -> Iterator[Figure]:
             else:
                 taken.take("hbm", {"op": "load", "tier": "hbm"})
             taken.take("host", {"op": "load", "tier": "host"})
-            _through_node(taken, second, None if why else node, why)
+            no_hbm = no_hbm or next((each["no_hbm"] for each in filled.values() if each["no_hbm"]), "")
+            _through_node(taken, second, None if why else node, why, no_hbm)
             yield from taken.figures()
         if out is not None:
             path = out / f"gpu-tiers-{plan.model}.svg"
@@ -243,46 +247,57 @@ def _fill(engine: EngineProcess, plan: Plan, node: Any) -> tuple[dict[int, dict[
     return filled, why
 
 
-def _node(plan: Plan, home: Path, stack: ExitStack) -> tuple[Any, str]:
-    """A node with host memory and NVMe for all prompts, or why there is none."""
-    try:
-        from kvcache.errors import Unavailable
-        from kvcache.testing.processes import NodeProcess
-    except ImportError as error:
-        return None, str(error)
+def _node(rig: Rig, plan: Plan, home: Path, stack: ExitStack) -> tuple[Any, str, str]:
+    """A node with HBM, host memory and NVMe for all prompts; or why there is none; and why without HBM."""
+    if absent := [name for name in NODE_NEEDS if not _is_there(name)]:
+        return None, f"a node needs {', '.join(absent)}", ""
     need = sum(plan.prompts) // plan.block_tokens * (plan.block_bytes + MIB)
     size = max(2 * need, 64 * MIB)
     if shutil.disk_usage(home).free < 2 * size:
-        return None, f"{home} has no {2 * size} bytes free"
+        return None, f"{home} has no {2 * size} bytes free", ""
     settings = {
         "socket": str(home / "node.sock"),
         "http": "none",
         "capacity": f"{size // MIB}MiB",
         "nvme": f"{home / 'nvme'}:{2 * size // MIB}MiB",
-        "nvme_segment": f"{max(64 * MIB, 4 * plan.block_bytes) // MIB}MiB"
-        if plan.model != "tiny"
-        else "8MiB",
+        "nvme_segment": f"{max(8 * MIB, 4 * plan.block_bytes) // MIB}MiB",
     }
-    node = NodeProcess(settings, home / "node.log")
+    hbm = {"hbm": f"{size // MIB}MiB", "hbm_device": "cuda" if rig.is_cuda else "cpu"}
+    log, failures = home / "node.log", []
+    for more in (hbm, {}):
+        node = NodeProcess({**settings, **more}, log)
+        try:
+            node.start()
+        except (Unavailable, OSError) as error:
+            failures.append(str(error))
+            continue
+        stack.callback(node.close)
+        return node, "", "; ".join(failures)
+    return None, f"no node: {failures[-1]}", ""
+
+
+def _is_there(module: str) -> bool:
     try:
-        node.start()
-    except (Unavailable, OSError) as error:
-        return None, f"no node: {error}"
-    stack.callback(node.close)
-    return node, ""
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
-def _through_node(taken: Taken, engine: EngineProcess, node: Any, why: str) -> None:
-    """Its host memory, then NVMe after a restart."""
+def _through_node(taken: Taken, engine: EngineProcess, node: Any, why: str, no_hbm: str) -> None:
+    """Its HBM and host memory, then NVMe after a restart."""
     if node is None:
-        taken.absent |= {"node_host": why, "node_nvme": why}
+        taken.absent |= dict.fromkeys(("node_hbm", "node_host", "node_nvme"), why)
         return
     try:
         engine.ask({"op": "node", "socket": node.socket})
-        taken.take("node_host", {"op": "load", "tier": "node"})
+        if no_hbm:
+            taken.absent["node_hbm"] = no_hbm
+        else:
+            taken.take("node_hbm", {"op": "load", "tier": "node_hbm"})
+        taken.take("node_host", {"op": "load", "tier": "node_host"})
         node.close()
         node.start()
         engine.ask({"op": "node", "socket": node.socket})
-        taken.take("node_nvme", {"op": "load", "tier": "node"}, once=True)
+        taken.take("node_nvme", {"op": "load", "tier": "node_nvme"}, once=True)
     except (RuntimeError, OSError) as error:
         taken.absent["node_nvme"] = str(error)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIERS = ["recompute", "hbm", "host", "node_host", "node_nvme"]
+TIERS = ["recompute", "hbm", "host", "node_hbm", "node_host", "node_nvme"]
 
 pytestmark = pytest.mark.engine
 
