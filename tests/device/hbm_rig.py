@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kvcache.block import BlockHash, storage_key
+from kvcache.block import HINT_BYTES, BlockHash, storage_key
 from kvcache.client.blocking_store import BlockingNodeStore
 from kvcache.client.link import Options
 from kvcache.client.store import Handle
@@ -138,6 +138,17 @@ class World:
         end_ns = SystemClock().now_ns() + PATIENCE_S * NS_PER_S
         while not holds():
             assert SystemClock().now_ns() < end_ns, "it never came to hold"
+
+    def told(self, tier: str) -> int:
+        """How many blocks of this tier followers know of."""
+
+        def ask() -> int:
+            self.node.node.core.tell_all()
+            publisher = self.node.node.core.telling._publisher
+            stored = [event for page in publisher.snapshot() for event in page.events if event.tier == tier]
+            return sum(len(event.hashes) for event in stored) // HINT_BYTES
+
+        return self.node.call(ask)
 
     def demoter(self) -> HbmDemoter:
         hbm = self.node.node.core.hbm
