@@ -312,7 +312,7 @@ def main() -> None:
     if kind == "cpu":
         torch.set_num_threads(1)
     with socket.socket(fileno=int(sys.argv[1])) as line:
-        engine = Engine(torch.device(kind), sys.argv[3])
+        engine = Engine(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), sys.argv[3])
         while True:
             data, descriptors, _, _ = socket.recv_fds(line, MESSAGE_BYTES, 2)
             if not data:

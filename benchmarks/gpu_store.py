@@ -33,7 +33,7 @@ class Node:
         self._store = connect_device_blocking(self._device, socket, timeout_ms=WAIT_MS)
 
     def save(self, kv: Kv, tokens: Sequence[int], blocks: Sequence[torch.Tensor]) -> str:
-        """Into host memory, and wait until they are durable; then into HBM. ``blocks`` are those of ``kv``, in
+        """Into host memory, and wait until they are durable; then into HBM. ``blocks`` are those of ``kv`` in
         host memory. Returns why HBM has not all of them, if so."""
         handle = self._handle(kv.spec)
         names = handle.hashes(tokens)
