@@ -12,8 +12,8 @@
 The sums are in the parts (``gpu_copies.py``, ``gpu_beside.py``, ``gpu_proofs.py``, ``gpu_tiers.py``); all
 of it should take some 6 minutes of a GPU. ``--device cpu`` runs all of it on the CPU, tiny, Triton
 interpreted: that proves the code and no figure. Results go to DIR (``benchmarks/results``), one file a kind
-of GPU, line by line as they come; what could not be measured is a line that says why. Exit status 1: there is
-no GPU, a proof failed, or a part did.
+of GPU, line by line as they come (those of parts that ``--only`` leaves out stay); what could not be measured
+is a line that says why. Exit status 1: there is no GPU, a proof failed, or a part did.
 
 Torch, Triton, xxhash and cuda-bindings are enough for all parts but the last, which needs transformers, and
 for the tiers behind a node what the node needs (README.md says which wheels).
@@ -99,18 +99,18 @@ def _measured(parsed: argparse.Namespace) -> tuple[list[Figure], list[str]]:
 
     device = torch.device(parsed.device, 0) if parsed.device == "cuda" else torch.device("cpu")
     out = parsed.out or (RESULTS if parsed.device == "cuda" else None)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    file = None if out is None else (out / f"gpu-{slug(device)}.jsonl").open("w")
+    kept = None if out is None else Kept(out / f"gpu-{slug(device)}.jsonl", add=bool(parsed.only))
     rig = Rig(device, quick=parsed.quick)
     found: list[Figure] = []
     failed: list[str] = []
 
     def keep(figure: Figure) -> None:
         found.append(figure)
-        for sink, wanted in ((file, True), (sys.stdout, parsed.json)):
-            if sink is not None and wanted:
-                print(json.dumps(asdict(figure)), file=sink, flush=True)
+        line = json.dumps(asdict(figure))
+        if kept is not None:
+            kept.add(figure.name, line)
+        if parsed.json:
+            print(line, flush=True)
 
     for name, part in _parts(rig, out, parsed.only).items():
         began = time.perf_counter()
@@ -124,10 +124,25 @@ def _measured(parsed: argparse.Namespace) -> tuple[list[Figure], list[str]]:
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     for note in rig.notes:
         keep(note)
-    if file is not None:
-        file.close()
     rig.close()
     return found, failed
+
+
+class Kept:
+    """The file of results, whole after each line. ``add``: what other parts said before stays in it."""
+
+    def __init__(self, path: Path, *, add: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        lines = path.read_text().splitlines() if add and path.exists() else []
+        self._before = [(str(json.loads(line)["name"]), line) for line in lines]
+        self._lines: list[tuple[str, str]] = []
+
+    def add(self, name: str, line: str) -> None:
+        self._lines.append((name, line))
+        fresh = {each for each, _ in self._lines}
+        old = [each for each in self._before if each[0] not in fresh]
+        self._path.write_text("".join(f"{text}\n" for _, text in [*old, *self._lines]))
 
 
 def _parts(rig: object, out: Path | None, only: str) -> dict[str, Part]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from math import floor, log10
 
-WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 76, 190, 56, 56
+WIDTH, HEIGHT = 744, 440
+LEFT, RIGHT, TOP, BOTTOM = 76, 214, 56, 56
 
 # Colours that differ for colour-blind eyes too (Okabe and Ito), from the slowest to the nearest.
 LOOKS = {

@@ -32,7 +32,7 @@ from typing import Any
 
 import gpu_peer
 import gpu_plot
-from gpu_rig import Rig
+from gpu_rig import Rig, slug
 from harness import MIB, Figure
 
 from kvcache.device.slab import CpuMemory
@@ -160,7 +160,7 @@ def figures(rig: Rig, out: Path | None) -> Iterator[Figure]:
             _through_node(taken, second, None if why else node, why, no_hbm)
             yield from taken.figures()
         if out is not None:
-            path = out / f"gpu-tiers-{plan.model}.svg"
+            path = out / f"gpu-{slug(rig.device)}-tiers.svg"
             path.write_text(gpu_plot.svg(taken.plotted(), f"{plan.model}, random weights; {rig.machine}"))
             print(f"plot: {path}", file=sys.stderr)
 

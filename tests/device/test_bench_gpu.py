@@ -40,9 +40,18 @@ def test_on_the_cpu_every_part_runs_and_nothing_is_passed_over_in_silence(tmp_pa
     assert kept.read_text() == done.stdout
 
 
-def test_one_part_can_be_chosen_and_a_table_names_it() -> None:
-    done = run("--device", "cpu", "--quick", "--only", "sums")
+def test_one_part_can_be_chosen_and_what_others_said_stays(tmp_path: Path) -> None:
+    sums = ["--device", "cpu", "--quick", "--only", "sums", "--out", str(tmp_path)]
+    assert run(*sums).returncode == 0
+    [kept] = tmp_path.glob("gpu-*.jsonl")
+    before = kept.read_text().splitlines()
+    other = json.dumps({**json.loads(before[0]), "name": "gpu.other"})
+    kept.write_text("".join(f"{line}\n" for line in [other, *before]))
+    done = run(*sums)
     assert done.returncode == 0, done.stderr
+    after = kept.read_text().splitlines()
+    assert after[0] == other
+    assert [json.loads(line)["name"] for line in after[1:]] == [json.loads(line)["name"] for line in before]
     assert "gpu.sum.1KiB.batch8" in done.stdout
     assert "gpu.hbm" not in done.stdout
     assert run("--device", "cpu", "--only", "nothing").returncode == 1
