@@ -32,6 +32,7 @@ from kvcache.device.streams import streams_of
 from kvcache.device.sums import joined, sum_chunks
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
+from kvcache.memfd import unsafe
 from kvcache.wire_hbm import HbmSlab
 
 STAGING_BYTES = 64 << 20
@@ -40,11 +41,11 @@ STAGING_BYTES = 64 << 20
 class EngineDevice:
     """One GPU of this process. Any thread; one for all stores of the process."""
 
-    def __init__(self, memory: Memory, joined: Sequence[bytes] = ()) -> None:
-        """``joined``: the GPUs whose memory this one can use."""
+    def __init__(self, memory: Memory, joined: Sequence[Memory] = ()) -> None:
+        """``joined``: that of GPUs whose memory this one can use, best first."""
         self.gpu = memory.uuid
-        self.joined = tuple(joined)
-        self._memory = memory
+        self.joined = [other.uuid for other in joined]
+        self._memories = {each.uuid: each for each in (memory, *joined)}
         self._lock = threading.Lock()
         self._slabs: dict[bytes, tuple[Slab, int]] = {}
 
@@ -53,15 +54,23 @@ class EngineDevice:
         """RAISES Unavailable when its memory cannot be shared between processes."""
         if device.type == "cpu":
             return cls(CpuMemory())
-        vmm = Vmm()
-        return cls(CudaMemory(vmm, vmm.uuid(device.index or 0), device))
+        vmm, here = Vmm(), device.index or 0
+        others = [
+            CudaMemory(vmm, vmm.uuid(other), device)
+            for other in range(torch.cuda.device_count())
+            if other != here and torch.cuda.can_device_access_peer(here, other)
+        ]
+        return cls(CudaMemory(vmm, vmm.uuid(here), device), others)
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         """As ``client.hbm.Device``. RAISES BadInput, Unavailable."""
         ticket = SlabTicket(slab.kind, slab.size_bytes, slab.gpu, slab.incarnation)
         with self._lock:
             known, count = self._slabs.get(slab.incarnation, (None, 0))
-            opened = known or Slab.open(self._memory, ticket, descriptor)
+            memory = self._memories.get(slab.gpu)
+            if memory is None:
+                raise unsafe(f"it is memory of the GPU {slab.gpu.hex()}, which was not asked for")
+            opened = known or Slab.open(memory, ticket, descriptor)
             self._slabs[slab.incarnation] = opened, count + 1
 
     def close(self, incarnation: bytes) -> None:

@@ -20,6 +20,7 @@ from kvcache.testing.pattern import Pattern
 from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from kvcache.tiers.hbm_demote import HbmDemoter
 from kvcache.tiers.space import slot_offset
+from kvcache.wire import EventBatch
 from tests.server.conftest import EmbeddedNode
 
 POISON = 0xA5
@@ -97,9 +98,14 @@ class Engine:
 class World:
     """A node and an engine on it."""
 
-    def __init__(self, folder: Path, **given: object) -> None:
+    def __init__(
+        self, folder: Path, on: EngineDevice | None = None, devices: object = None, **given: object
+    ) -> None:
+        """``on``: the engine's device. ``devices``: the node's, the CPU alone unless given."""
         self.node = EmbeddedNode(settings(folder, **given))
-        self.engine = Engine(self.node.node.address)
+        if devices is not None:
+            vars(self.node.node.core.hbm)["_devices"] = devices
+        self.engine = Engine(self.node.node.address, device=on)
 
     def stats(self) -> dict[str, float]:
         return self.node.call(self.node.node.core.stats)
@@ -139,21 +145,24 @@ class World:
         while not holds():
             assert SystemClock().now_ns() < end_ns, "it never came to hold"
 
-    def told(self, tier: str) -> int:
-        """How many blocks of this tier followers know of."""
+    def pages(self) -> list[EventBatch]:
+        """What a new follower is told."""
 
-        def ask() -> int:
+        def ask() -> list[EventBatch]:
             self.node.node.core.tell_all()
-            publisher = self.node.node.core.telling._publisher
-            stored = [event for page in publisher.snapshot() for event in page.events if event.tier == tier]
-            return sum(len(event.hashes) for event in stored) // HINT_BYTES
+            return list(self.node.node.core.telling._publisher.snapshot())
 
         return self.node.call(ask)
 
-    def demoter(self) -> HbmDemoter:
+    def told(self, tier: str) -> int:
+        """How many blocks of this tier followers know of."""
+        events = [event for page in self.pages() for event in page.events if event.tier == tier]
+        return sum(len(event.hashes) for event in events) // HINT_BYTES
+
+    def demoter(self, number: int = 0) -> HbmDemoter:
         hbm = self.node.node.core.hbm
         assert hbm is not None
-        return hbm._demoters[0]
+        return hbm._demoters[number]
 
     def check(self) -> None:
         self.node.call(self.node.node.core.check)
@@ -163,9 +172,9 @@ class World:
         self.node.close()
 
 
-def hold(world: World) -> Callable[[], None]:
-    """Nothing is copied from HBM into host memory until what is returned is called."""
-    demoter = world.demoter()
+def hold(world: World, number: int = 0) -> Callable[[], None]:
+    """Nothing is copied from that GPU into host memory until what is returned is called."""
+    demoter = world.demoter(number)
     tips = demoter._tips
 
     def stop() -> None:

@@ -1,0 +1,121 @@
+"""Several GPUs at one node: each its own slab, and what followers and routers are told of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcache.block import hints
+from kvcache.device.engine import EngineDevice
+from kvcache.device.served import Outlet
+from kvcache.device.slab import CpuMemory
+from kvcache.device.streams import streams_of
+from kvcache.errors import Unavailable
+from kvcache.locality import LocalityIndex
+from kvcache.tiers.hbm import HbmTier
+from tests.device.hbm_rig import HBM_BLOCKS, Engine, World, hold, lose
+
+ONE, TWO, THREE = b"gpu-1", b"gpu-2", b"gpu-3"
+
+
+class Gpu(CpuMemory):
+    """Memory of the CPU under the name of a GPU."""
+
+    def __init__(self, uuid: bytes) -> None:
+        super().__init__()
+        self.uuid = uuid
+
+
+class Gpus:
+    """A host with three; of the last, nothing is free."""
+
+    def arena(self, name: str, gpu: bytes, size_bytes: int, unit_bytes: int) -> HbmTier:
+        if gpu == THREE:
+            raise Unavailable("unavailable", "no memory is free", "an engine has it all")
+        made = HbmTier(unit_bytes)
+        made.add_arena(name, Gpu(gpu), size_bytes)
+        return made
+
+    def outlet(self, memory: HbmTier) -> Outlet:
+        return Outlet(streams_of(memory.device(0)))
+
+
+class Host:
+    """``one`` and ``two`` are engines on two GPUs of a node."""
+
+    def __init__(self, folder: Path) -> None:
+        self.world = World(folder, on=EngineDevice(Gpu(ONE)), devices=Gpus())
+        self.one = self.world.engine
+        self.two = self.engine(TWO)
+
+    def engine(self, gpu: bytes, *joined: bytes) -> Engine:
+        device = EngineDevice(Gpu(gpu), [Gpu(other) for other in joined])
+        return Engine(self.world.node.node.address, gpu.decode(), device)
+
+    def found(self) -> tuple[int, ...]:
+        """Of the first ten blocks of a prompt, as a router finds them at this node, by tier."""
+        index = LocalityIndex(1 << 20)
+        for page in self.world.pages():
+            index.apply(page, 0)
+        [located] = index.locate(hints(self.one.path(10)))
+        return located.blocks, *located.tiers
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    yield made
+    made.world.check()
+    made.two.close()
+    made.world.close()
+
+
+def test_each_has_what_its_engines_saved(host: Host) -> None:
+    path = host.one.path(10)
+    assert host.one.save(path) == 10
+    assert host.two.save(path[:4]) == 4
+    assert host.one.load(path) == (10, frozenset())
+    assert host.two.load(path)[0] == 4
+    assert host.world.stats()["blocks:hbm"] == 14
+    assert host.world.stats()["capacity_bytes:hbm"] == 2 * HBM_BLOCKS * 4096
+
+
+def test_followers_are_told_of_a_block_once(host: Host) -> None:
+    path = host.one.path(10)
+    hold(host.world, 0)
+    hold(host.world, 1)
+    host.one.save(path)
+    host.two.save(path[:4])
+    assert host.found() == (10, 10, 0, 0)
+    host.one.save_below(path[:6])
+    assert host.found() == (10, 10, 6, 0)
+    host.one.save(host.one.path(HBM_BLOCKS, seed=1))
+    assert host.found() == (6, 4, 6, 0), "the other GPU has four still"
+    host.two.save(host.two.path(HBM_BLOCKS, seed=1))
+    assert host.found() == (6, 0, 6, 0)
+
+
+def test_one_that_is_lost_leaves_the_other(host: Host) -> None:
+    path = host.one.path(10)
+    host.one.save(path)
+    host.two.save(path[:4])
+    hold(host.world, 0)
+    hold(host.world, 1)
+    lose(host.world)
+    assert host.two.load(path)[1] == frozenset()
+    assert host.found()[1] == 4
+    assert host.two.save(path) == 10
+    assert host.one.save(path) == 0
+
+
+def test_an_engine_that_is_joined_to_a_gpu_uses_its_slab(host: Host) -> None:
+    path = host.one.path(10)
+    host.two.save(path)
+    three = host.engine(THREE, TWO)
+    assert three.load(path) == (10, frozenset())
+    assert three.counted("hbm_loaded_blocks") == 10
+    [trouble] = host.world.node.call(host.world.node.node.core.troubles)
+    assert "an engine has it all" in trouble
+    three.close()
