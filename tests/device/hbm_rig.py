@@ -29,6 +29,7 @@ PATIENCE_S = 20
 HBM_BLOCKS = 64
 HBM = f"{HBM_BLOCKS * SIZE}"
 TIMEOUT_MS = 20_000
+WAIT_MS = 10_000
 
 
 def settings(folder: Path, **given: object) -> NodeConfig:
@@ -39,9 +40,11 @@ def settings(folder: Path, **given: object) -> NodeConfig:
 class Engine:
     """One engine process' store and device. ``path(n)`` is a prompt of n blocks, another for each seed."""
 
-    def __init__(self, address: str, name: str = "", device: EngineDevice | None = None) -> None:
+    def __init__(
+        self, address: str, name: str = "", device: EngineDevice | None = None, token: str = ""
+    ) -> None:
         self.device = device or EngineDevice(CpuMemory())
-        options = Options(address, timeout_ms=TIMEOUT_MS, name=name, device=self.device)
+        options = Options(address, token, TIMEOUT_MS, name=name, device=self.device)
         self.store = BlockingNodeStore(options, SystemClock())
         self.handle: Handle = self.store.open(EXAMPLE, SPEC)
 
@@ -73,7 +76,7 @@ class Engine:
     def load(self, path: Sequence[BlockHash]) -> tuple[int, frozenset[int]]:
         """How many were leased, and which of them could not be had. The others are what they should be, and
         nothing beside them was touched."""
-        lease = self.store.lease_device(self.handle, path)
+        lease = self.store.lease_device(self.handle, path, wait_ms=WAIT_MS)
         try:
             if not lease.count:
                 return 0, frozenset()
@@ -99,13 +102,18 @@ class World:
     """A node and an engine on it."""
 
     def __init__(
-        self, folder: Path, on: EngineDevice | None = None, devices: object = None, **given: object
+        self,
+        folder: Path,
+        on: EngineDevice | None = None,
+        devices: object = None,
+        token: str = "",
+        **given: object,
     ) -> None:
         """``on``: the engine's device. ``devices``: the node's, the CPU alone unless given."""
         self.node = EmbeddedNode(settings(folder, **given))
         if devices is not None:
             vars(self.node.node.core.hbm)["_devices"] = devices
-        self.engine = Engine(self.node.node.address, device=on)
+        self.engine = Engine(self.node.node.address, device=on, token=token)
 
     def stats(self) -> dict[str, float]:
         return self.node.call(self.node.node.core.stats)

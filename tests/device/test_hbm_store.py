@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvcache import wire
 from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
 from kvcache.device.slab import CpuMemory
 from kvcache.errors import BadInput
@@ -16,6 +17,8 @@ from tests.device.engine_cache import Engine as Cache
 from tests.device.engine_cache import Shape
 from tests.device.engine_cache import engine as cache_of
 from tests.device.hbm_rig import HBM_BLOCKS, POISON, Engine, Failing, World, hold, lose
+from tests.server.peer import credentials
+from tests.server.talk import connected, deadline
 
 
 def paged(seed: int = 1) -> Cache:
@@ -50,6 +53,22 @@ class TestThereAndBack:
         assert world.engine.load(path) == (9, frozenset())
         assert world.engine.counted("hbm_loaded_blocks") == 4
         assert world.engine.counted("loaded_blocks") == 9
+
+    def test_the_rest_comes_from_nvme(self, tmp_path: Path) -> None:
+        """With what stands before it, as host memory lacks that too."""
+        places = {"nvme": f"{tmp_path / 'nvme'}:16MiB", "nvme_segment": "1MiB"}
+        world = World(tmp_path, capacity="256KiB", **places)
+        engine, path = world.engine, world.engine.path(9)
+        engine.save_below(path)
+        assert engine.store.persist(engine.handle, path, 20_000) == 9
+        for seed in (1, 2):
+            engine.save_below(engine.path(60, seed))
+        assert world.in_host(path) == 0
+        hold(world)
+        assert engine.save(path[:4]) == 4
+        assert engine.load(path) == (9, frozenset())
+        assert engine.counted("hbm_loaded_blocks") == 4
+        world.close()
 
     def test_a_part_of_a_lease(self, world: World) -> None:
         engine, path = world.engine, world.engine.path(9)
@@ -197,6 +216,37 @@ class TestWhoGetsWhat:
         assert other.load(other.path(2)) == (2, frozenset())
         assert world.stats()["hbm_refused_maps"] == 1
         other.close()
+
+    def test_another_tenants_engine_gets_none(self, tmp_path: Path) -> None:
+        """Of the same user, on the same GPU."""
+        file = credentials(tmp_path, a=("alice", ["reader", "writer"]), b=("bob", ["reader", "writer"]))
+        world = World(tmp_path, token="a" * 16, credentials=file)
+        other = Engine(world.node.node.address, token="b" * 16)
+        assert world.engine.save(world.engine.path(3)) == 3
+        assert other.store._attached is not None
+        assert other.store._attached.link.hbm is None
+        assert other.save(other.path(3)) == 0
+        assert other.save_below(other.path(3)) == 3
+        assert other.load(other.path(3)) == (3, frozenset())
+        other.close()
+        world.close()
+
+    def test_slots_of_a_writer_that_is_gone_wait_for_its_copies(self, world: World) -> None:
+        """Until its process has ended, or says that they have."""
+        path = world.engine.path(HBM_BLOCKS)
+        namespace = world.engine.handle
+        with connected(world.node.node.address, map=True, hbm=True, client="other") as channel:
+            shape = (SPEC.plane_count, SPEC.head_count, SPEC.head_bytes)
+            channel.call(wire.Open(namespace.namespace.to_map(), *shape), deadline())
+            request = wire.Reserve(namespace.namespace_id, b"", b"".join(path), tier=wire.HBM)
+            reserved = channel.call(request, deadline())
+            assert isinstance(reserved, wire.Reserved)
+            assert reserved.count == HBM_BLOCKS
+        world.eventually(lambda: world.stats()["hbm_limbo_blocks"] == HBM_BLOCKS)
+        assert world.engine.save(world.engine.path(3, seed=1)) == 0
+        with connected(world.node.node.address, map=True, hbm=True, client="other", writes_ended=True):
+            world.eventually(lambda: not world.stats()["hbm_limbo_blocks"])
+        assert world.engine.save(world.engine.path(3, seed=1)) == 3
 
     def test_two_engines_share_it(self, world: World) -> None:
         other = Engine(world.node.node.address, "other")

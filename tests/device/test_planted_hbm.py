@@ -1,0 +1,150 @@
+"""Bugs put into the HBM tier of the node and of the client: each must turn a named test red."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.planting import Garden, Plant
+from tests.planting import garden as garden
+
+STORE = "tests/device/test_hbm_store.py"
+GPUS = "tests/device/test_hbm_gpus.py"
+CLIENT = "tests/client/test_hbm_operations.py"
+
+PLANTS = (
+    Plant(
+        "what was copied out of HBM is not verified",
+        "kvcache/tiers/hbm_demote.py",
+        "            if block_checksum(key, size, chunk_bytes, sums[at]) != checksum:\n",
+        "            if False:\n",
+        f"{STORE}::TestWhatLeaves::test_wrong_bytes_never_go_below",
+    ),
+    Plant(
+        "published below although the GPU failed",
+        "kvcache/tiers/hbm_demote.py",
+        "        arrived: list[bytes] = []\n",
+        "        arrived = [b''] * len(part.reservation.keys)\n",
+        f"{STORE}::TestWhatLeaves::test_a_gpu_that_fails_while_it_is_copied_from",
+    ),
+    Plant(
+        "nothing is saved before it leaves",
+        "kvcache/tiers/hbm_demote.py",
+        "        return [key for key in coldest if not self._below.has(key)]\n",
+        "        return []\n",
+        f"{STORE}::TestWhatLeaves::test_it_goes_to_host_memory_first",
+        waits=True,
+    ),
+    Plant(
+        "a block that a reader reported stays",
+        "server/hbm_asking.py",
+        "                gone = arena.ledger.quarantine(lease.keys[at], lease.generations[at], until_ns)\n",
+        "                gone = until_ns > 0\n",
+        f"{STORE}::TestWhatGoesWrong::test_a_flipped_byte_is_had_from_below",
+    ),
+    Plant(
+        "other bytes than below are taken",
+        "server/hbm.py",
+        "        if list(held.checksums) != list(checksums[: len(held.keys)]):\n",
+        "        if False:\n",
+        f"{STORE}::TestWhatGoesWrong::test_other_bytes_than_below_are_refused",
+    ),
+    Plant(
+        "slots of a vanished writer used again at once",
+        "server/hbm.py",
+        "            kept += arena.ledger.disconnect(owner, writes_ended=False)\n",
+        "            kept += arena.ledger.disconnect(owner, writes_ended=True)\n",
+        f"{STORE}::TestWhoGetsWhat::test_slots_of_a_writer_that_is_gone_wait_for_its_copies",
+        waits=True,
+    ),
+    Plant(
+        "slots of a vanished writer never used again",
+        "server/core.py",
+        "            self.hbm.writes_ended(owner)\n",
+        "            pass\n",
+        f"{STORE}::TestWhoGetsWhat::test_slots_of_a_writer_that_is_gone_wait_for_its_copies",
+        waits=True,
+    ),
+    Plant(
+        "any trust domain is given the slab",
+        "kvcache/tiers/hbm_arena.py",
+        "        return self.memory.nearest(name, gpu, joined) is not None\n",
+        "        return self.memory.nearest(self.name, gpu, joined) is not None\n",
+        f"{STORE}::TestWhoGetsWhat::test_another_tenants_engine_gets_none",
+    ),
+    Plant(
+        "a lost GPU is given to engines still",
+        "kvcache/tiers/hbm_arena.py",
+        "            self.ledger.withdraw_arena(ARENA, now_ns)\n",
+        "",
+        f"{STORE}::TestWhatGoesWrong::test_a_gpu_that_the_node_lost",
+    ),
+    Plant(
+        "what stands behind HBM is brought without what is before it",
+        "server/reading.py",
+        "        is_joined = hot == 0 or hot == len(keys) or self._core.ledger.has(keys[hot - 1])\n",
+        "        is_joined = True\n",
+        f"{STORE}::TestThereAndBack::test_the_rest_comes_from_nvme",
+    ),
+    Plant(
+        "a block on two GPUs is told as gone with the first",
+        "server/hbm.py",
+        "if not self._has(key)])",
+        "])",
+        f"{GPUS}::test_followers_are_told_of_a_block_once",
+    ),
+    Plant(
+        "a GPU has a slab for each who asks",
+        "server/hbm.py",
+        "        if hello.gpu not in self._of_gpu:\n",
+        "        if True:\n",
+        f"{STORE}::TestWhoGetsWhat::test_another_tenants_engine_gets_none",
+    ),
+    Plant(
+        "what failed in HBM goes to the place of another block",
+        "client/hbm_operations.py",
+        "            had = yield from _had(context, below, into, positions[0] - start)\n",
+        "            had = yield from _had(context, below, into, positions[0])\n",
+        f"{CLIENT}::test_a_part_of_the_lease_from_the_middle_of_hbm",
+    ),
+    Plant(
+        "failed blocks of HBM reported to host memory",
+        "client/leasing.py",
+        "Release(grant.lease_id, wrong, grant.tier)",
+        "Release(grant.lease_id, wrong)",
+        f"{CLIENT}::test_a_wrong_block_is_had_from_below_and_reported_to_hbm_alone",
+    ),
+    Plant(
+        "a reservation is left open when the device fails",
+        "client/hbm_operations.py",
+        '        raise BadInput("bad_block", "the device did not copy them", error.what) from error\n',
+        "        raise\n",
+        f"{CLIENT}::test_a_save_that_the_device_does_not_do_is_given_back",
+    ),
+    Plant(
+        "the lease of the tiers below is kept after a fall-back",
+        "client/hbm_operations.py",
+        "        yield from leasing.release(context, below)\n        context.tally.add",
+        "        context.tally.add",
+        f"{CLIENT}::test_a_wrong_block_is_had_from_below_and_reported_to_hbm_alone",
+    ),
+    Plant(
+        "blocks saved from pages are summed as they were in the slab before",
+        "kvcache/device/engine.py",
+        '            return b"".join(joined(gather_and_sum(moves, slab)))\n',
+        '            found = b"".join(joined(sum_chunks(slab, offsets, self._spec)))\n'
+        "            gather_and_sum(moves, slab)\n"
+        "            return found\n",
+        f"{STORE}::TestThereAndBack::test_into_pages_of_an_engine",
+    ),
+)
+
+
+@pytest.mark.slow
+def test_without_a_plant_all_is_green(garden: Garden) -> None:
+    garden.check_control()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_it_is_caught(garden: Garden, plant: Plant) -> None:
+    garden.check_caught(plant)
