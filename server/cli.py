@@ -180,7 +180,8 @@ def _say_ready(node: Node, config: NodeConfig, as_json: bool) -> None:
         line = json.dumps({**facts, **places, "data": data})
     else:
         moves = f"blocks of peers at {' '.join(data)}" if data else ""
-        said = [f"{config.capacity} for blocks", _nvme_words(node), *places.values(), moves]
+        hbm = f"{config.hbm} of each GPU" if config.hbm_bytes else ""
+        said = [f"{config.capacity} for blocks", hbm, _nvme_words(node), *places.values(), moves]
         line = "ready: " + ", ".join(text for text in said if text)
     click.echo(line)
     sys.stdout.flush()

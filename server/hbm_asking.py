@@ -1,7 +1,8 @@
 """What a connection asks of its slab of HBM: leases and reservations in it. Bytes never come this way.
 
 A block that a reader reports is withdrawn at once and nobody looks at it: whoever is right, it costs one copy
-from the tier below, and those are not touched.
+from the tier below, and those are not touched. Its slot is used again: it is not known to be bad, and who has
+bad memory of its own must not take a GPU's away from others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 
 from kvcache import wire
 from kvcache.block import HASH_BYTES, StorageKey
-from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput
 from kvcache.leases import NO_LEASE, Lease
 from kvcache.policy import RequestContext
@@ -63,14 +63,14 @@ class HbmAsking:
 
     def release(self, request: wire.Release) -> wire.Reply:
         core, owner, arena = self._core, self._identity.owner, self._needed()
-        until_ns = core.clock.now_ns() + core.config.quarantine_ms * NS_PER_MS
+        now_ns = core.clock.now_ns()
         if request.failed:
             lease = arena.ledger.leased(request.lease, owner)
             check_positions(request.failed, len(lease.keys))
             for at in sorted(set(request.failed)):
-                gone = arena.ledger.quarantine(lease.keys[at], lease.generations[at], until_ns)
+                gone = arena.ledger.quarantine(lease.keys[at], lease.generations[at], now_ns)
                 core.counters["hbm_rejected_blocks:reader"] += gone
-        intact = arena.ledger.release(request.lease, owner, core.clock.now_ns())
+        intact = arena.ledger.release(request.lease, owner, now_ns)
         core.settle()
         return wire.Released(intact and not arena.is_lost)
 

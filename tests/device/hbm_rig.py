@@ -205,9 +205,10 @@ def lose(world: World, why: str = "it was reset") -> None:
 
 
 class Failing:
-    """An outlet on a GPU that fails under each copy."""
+    """An outlet on a GPU that fails under each copy; ``is_stuck``: and may go on with it."""
 
-    is_stuck = False
+    def __init__(self, is_stuck: bool = False) -> None:
+        self.is_stuck = is_stuck
 
     def copy(self, sources: object, targets: object, chunk_bytes: int) -> list[bytes]:
         raise Unavailable("unavailable", "the device failed under a copy", "it fell off the bus")

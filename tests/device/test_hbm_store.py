@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from kvcache import wire
+from kvcache.client import connect_device
 from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
 from kvcache.device.slab import CpuMemory
 from kvcache.errors import BadInput
-from kvcache.testing.stores import SIZE, SPEC
+from kvcache.metrics import unknown_names
+from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from tests.device.engine_cache import Engine as Cache
 from tests.device.engine_cache import Shape
 from tests.device.engine_cache import engine as cache_of
@@ -146,6 +149,15 @@ class TestWhatGoesWrong:
         assert world.engine.load(path) == (6, {2})
         assert world.engine.load(path) == (2, frozenset())
 
+    def test_a_reader_takes_no_memory_away_from_others(self, world: World) -> None:
+        """Whatever it reports: once nobody holds it, its slot is used again."""
+        path = world.engine.path(HBM_BLOCKS)
+        hold(world)
+        world.engine.save(path)
+        world.flip(path[0])
+        assert world.engine.load(path)[1] == {0}
+        world.eventually(lambda: world.engine.save(path) == HBM_BLOCKS)
+
     def test_it_can_be_saved_anew(self, world: World) -> None:
         path = world.engine.path(6)
         hold(world)
@@ -193,6 +205,27 @@ class TestWhatGoesWrong:
         assert world.engine.counted("unsaved_blocks:refused") == 2
         assert not world.stats()["hbm_reservations"], "given back, as the node lives"
 
+    def test_a_gpu_that_fails_while_nobody_asks(self, world: World) -> None:
+        world.engine.save(world.engine.path(6))
+        hold(world)
+        demoter = world.demoter()
+        demoter._outlet = Failing()
+        demoter._probe_ns = 0
+        world.eventually(lambda: world.stats()["hbm_lost"] == 1)
+        assert world.engine.load(world.engine.path(6))[0] == world.in_host(world.engine.path(6))
+
+    def test_a_copy_that_does_not_end_keeps_its_slots(self, world: World) -> None:
+        """Whatever it writes later, it writes to what is nobody's."""
+        path = world.engine.path(6)
+        release = hold(world)
+        world.engine.save(path)
+        world.demoter()._outlet = Failing(is_stuck=True)
+        release()
+        world.eventually(lambda: world.stats()["hbm_lost"] == 1)
+        assert world.stats()["reservations"] == 1
+        assert world.in_host(path) == 0
+        assert world.engine.save_below(path) == 0, "they are being written, for all that is known"
+
     def test_a_lease_that_has_ended(self, world: World) -> None:
         engine, path = world.engine, world.engine.path(3)
         engine.save(path)
@@ -203,6 +236,36 @@ class TestWhatGoesWrong:
         assert engine.store.load_device(lease, engine.blocks(memory)) == {0, 1, 2}
         assert engine.counted("failed_blocks:expired") == 3
         engine.store.release(lease)
+
+
+def test_through_the_asynchronous_store(world: World) -> None:
+    async def run() -> None:
+        store = connect_device(world.engine.device, world.node.node.address)
+        handle = await store.open(EXAMPLE, SPEC)
+        path = world.engine.path(9)
+        assert (
+            await store.save_device(handle, path[:4], world.engine.blocks(world.engine.memory(path[:4]))) == 4
+        )
+        world.engine.save_below(path)
+        assert await store.match_device(handle, path) == 9
+        lease = await store.lease_device(handle, path)
+        memory = torch.full((9, SIZE), POISON, dtype=torch.uint8)
+        assert not await store.load_device(lease, world.engine.blocks(memory))
+        assert memory.equal(world.engine.memory(path))
+        assert store.counters["hbm_loaded_blocks"] == 4
+        await store.release(lease)
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(world: World) -> None:
+    path = world.engine.path(HBM_BLOCKS)
+    world.engine.save(path)
+    world.flip(path[5])
+    world.engine.load(path)
+    world.engine.save(world.engine.path(HBM_BLOCKS, seed=1))
+    assert unknown_names(world.stats()) == []
 
 
 class TestWhoGetsWhat:

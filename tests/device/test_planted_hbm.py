@@ -37,8 +37,8 @@ PLANTS = (
     Plant(
         "a block that a reader reported stays",
         "server/hbm_asking.py",
-        "                gone = arena.ledger.quarantine(lease.keys[at], lease.generations[at], until_ns)\n",
-        "                gone = until_ns > 0\n",
+        "                gone = arena.ledger.quarantine(lease.keys[at], lease.generations[at], now_ns)\n",
+        "                gone = now_ns > 0\n",
         f"{STORE}::TestWhatGoesWrong::test_a_flipped_byte_is_had_from_below",
     ),
     Plant(

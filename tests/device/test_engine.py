@@ -1,0 +1,178 @@
+"""An engine's side by itself: slabs by their incarnation, and where blocks lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
+from kvcache.device.slab import CpuMemory, Slab
+from kvcache.errors import BadInput, Unavailable
+from kvcache.sums import sum_chunks
+from kvcache.testing.stores import SIZE, SPEC
+from kvcache.wire_hbm import HbmSlab
+from tests.device.engine_cache import Shape, engine, slab_bytes
+from tests.device.hbm_rig import POISON
+
+SLOTS = 8
+
+
+class Owner:
+    """A node's slab, full of poison, as an engine is told of it."""
+
+    def __init__(self) -> None:
+        self.slab = Slab.create(CpuMemory(), "owner", SLOTS * SIZE)
+        self.memory = self.slab.tensor(0, SLOTS * SIZE)
+        self.memory.fill_(POISON)
+        ticket = self.slab.ticket
+        self.told = HbmSlab(ticket.kind, ticket.size_bytes, ticket.uuid, ticket.incarnation)
+
+    @property
+    def name(self) -> bytes:
+        return self.told.incarnation
+
+    def give(self, device: EngineDevice) -> None:
+        descriptor = os.dup(self.slab.descriptor)
+        try:
+            device.open(self.told, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    made = Owner()
+    yield made
+    made.slab.close()
+
+
+@pytest.fixture
+def device(owner: Owner) -> EngineDevice:
+    made = EngineDevice.of(torch.device("cpu"))
+    owner.give(made)
+    return made
+
+
+def content(count: int) -> torch.Tensor:
+    return (
+        torch.arange(count * SIZE, dtype=torch.int64).mul(31).remainder(251).to(torch.uint8).view(count, SIZE)
+    )
+
+
+def rows(tensor: torch.Tensor) -> list[bytes]:
+    return [row.numpy().tobytes() for row in tensor]
+
+
+class TestSlabs:
+    def test_a_stale_incarnation_is_a_miss(self, owner: Owner, device: EngineDevice) -> None:
+        blocks = TensorBlocks(device, content(2), SPEC)
+        with pytest.raises(Unavailable, match="not mapped any more"):
+            blocks.load(b"another", [0, SIZE], 0)
+        device.close(owner.name)
+        with pytest.raises(Unavailable, match="not mapped any more"):
+            blocks.load(owner.name, [0, SIZE], 0)
+
+    def test_it_is_mapped_until_the_last_store_lets_go(self, owner: Owner, device: EngineDevice) -> None:
+        owner.give(device)
+        device.close(owner.name)
+        assert device.whole(owner.name).numel() == SLOTS * SIZE
+        device.close(owner.name)
+        with pytest.raises(Unavailable):
+            device.whole(owner.name)
+
+    def test_the_next_nodes_slab_is_another(self, owner: Owner, device: EngineDevice) -> None:
+        after = Owner()
+        after.give(device)
+        after.memory.fill_(1)
+        assert int(device.whole(owner.name)[0]) == POISON
+        assert int(device.whole(after.name)[0]) == 1
+        after.slab.close()
+
+    def test_memory_of_a_gpu_that_was_not_asked_for_is_not_mapped(self, owner: Owner) -> None:
+        told = HbmSlab("cuda", SLOTS * SIZE, b"another", b"i" * 16)
+        with pytest.raises(BadInput, match="not asked for"):
+            EngineDevice.of(torch.device("cpu")).open(told, owner.slab.descriptor)
+
+    def test_a_lost_gpu_is_a_miss(self, owner: Owner, device: EngineDevice) -> None:
+        device.lose("it was reset")
+        with pytest.raises(Unavailable, match="cannot be used"):
+            device.whole(owner.name)
+
+
+class TestTensors:
+    def test_only_what_is_named_is_written(self, owner: Owner, device: EngineDevice) -> None:
+        blocks = TensorBlocks(device, content(4), SPEC)
+        sums = blocks.save(owner.name, [5 * SIZE, SIZE], 2)
+        assert sums == sum_chunks(rows(content(4)[2:]), SPEC.chunk_bytes)
+        whole = slab_bytes(SLOTS * SIZE, [5 * SIZE, SIZE], rows(content(4)[2:]))
+        assert owner.memory.numpy().tobytes() == whole
+        into = torch.full((4, SIZE), POISON, dtype=torch.uint8)
+        assert TensorBlocks(device, into, SPEC).load(owner.name, [SIZE, 5 * SIZE], 1) == sum_chunks(
+            rows(content(4)[[3, 2]]), SPEC.chunk_bytes
+        )
+        assert rows(into) == [bytes([POISON]) * SIZE, *rows(content(4)[[3, 2]]), bytes([POISON]) * SIZE]
+
+    def test_from_host_memory(self, device: EngineDevice) -> None:
+        into = torch.full((3, SIZE), POISON, dtype=torch.uint8)
+        views = [memoryview(bytearray(row)) for row in rows(content(2))]
+        assert TensorBlocks(device, into, SPEC).put(views, 1) == sum_chunks(views, SPEC.chunk_bytes)
+        assert rows(into) == [bytes([POISON]) * SIZE, *rows(content(2))]
+
+    @pytest.mark.parametrize("offset", [-1, (SLOTS - 1) * SIZE + 1, 1 << 40])
+    def test_a_slot_outside_of_the_slab(self, owner: Owner, device: EngineDevice, offset: int) -> None:
+        blocks = TensorBlocks(device, content(1), SPEC)
+        for do in (blocks.load, blocks.save):
+            with pytest.raises(Unavailable, match="not in it"):
+                do(owner.name, [offset], 0)
+        assert rows(content(1)) == rows(blocks._memory)
+
+    @pytest.mark.parametrize(
+        "memory",
+        [
+            torch.zeros(2, SIZE),
+            torch.zeros(SIZE, dtype=torch.uint8),
+            torch.zeros(2, 2 * SIZE, dtype=torch.uint8)[:, :SIZE],
+            torch.zeros(0, SIZE, dtype=torch.uint8),
+        ],
+        ids=["numbers", "flat", "apart", "none"],
+    )
+    def test_memory_that_is_none(self, device: EngineDevice, memory: torch.Tensor) -> None:
+        with pytest.raises(BadInput):
+            TensorBlocks(device, memory, SPEC)
+
+
+class TestPages:
+    SHAPE = Shape(layers=1, pages=7, heads=SPEC.head_count, tokens=SPEC.block_tokens, row=256)
+
+    def test_more_than_staging_memory_takes_at_once(
+        self, device: EngineDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kvcache.device.engine.STAGING_BYTES", 2 * SIZE)
+        cache = engine("flashinfer_hnd", self.SHAPE)
+        pages = [[6], [1], [4], [0], [2]]
+        views = [memoryview(bytearray(row)) for row in rows(content(5))]
+        blocks = PagedBlocks(device, cache.cache, pages)
+        assert blocks.put(views, 0) == sum_chunks(views, SPEC.chunk_bytes)
+        cache.put(pages, rows(content(5)), 0, SPEC.plane_count)
+        cache.check_memory()
+
+    def test_some_of_the_blocks(self, owner: Owner, device: EngineDevice) -> None:
+        cache = engine("flashinfer_hnd", self.SHAPE)
+        blocks = PagedBlocks(device, cache.cache, [[6], [1], [4]])
+        blocks.save(owner.name, [0, 3 * SIZE], 1)
+        assert owner.memory.numpy().tobytes() == slab_bytes(
+            SLOTS * SIZE, [0, 3 * SIZE], cache.blocks([[1], [4]])
+        )
+        cache.check_memory()
+
+    def test_what_is_no_block_of_the_namespace(self, device: EngineDevice) -> None:
+        cache = engine("flashinfer_hnd", self.SHAPE).cache
+        with pytest.raises(BadInput, match="named twice"):
+            PagedBlocks(device, cache, [[1], [1]])
+        with pytest.raises(BadInput, match="page 7"):
+            PagedBlocks(device, cache, [[7]])
+        with pytest.raises(BadInput, match="a block is"):
+            PagedBlocks(device, cache, [[1, 2]]).check(SPEC)
