@@ -15,6 +15,7 @@ from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
 from kvcache.device.slab import CpuMemory
 from kvcache.errors import BadInput
 from kvcache.metrics import unknown_names
+from kvcache.metrics_stats import STATS
 from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from tests.device.engine_cache import Engine as Cache
 from tests.device.engine_cache import Shape
@@ -266,6 +267,8 @@ def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(world: World) 
     world.engine.load(path)
     world.engine.save(world.engine.path(HBM_BLOCKS, seed=1))
     assert unknown_names(world.stats()) == []
+    gauges = {stat.name for stat in STATS if stat.kind == "gauge" and stat.name.startswith("hbm_")}
+    assert gauges <= set(world.stats()), "a gauge that nobody fills would always be 0"
 
 
 class TestWhoGetsWhat:

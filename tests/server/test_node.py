@@ -389,6 +389,7 @@ def test_the_node_counts_by_the_table_of_metrics_and_nothing_else(serve: Serve, 
     assert values["requests:open"] == 1
     assert values["refusals:bad_lease"] == 1
     counted = {stat.name for stat in STATS if stat.kind == "gauge" and not stat.label}
+    counted -= {name for name in counted if name.startswith("hbm_")}  # Those need torch: tests/device.
     assert counted <= set(values), "a gauge that nobody fills would always be 0"
 
 
