@@ -99,6 +99,7 @@ STATS: tuple[Stat, ...] = (
     # What is in HBM, and what went on there.
     Stat("hbm_hit_blocks", "counter", "Blocks leased in HBM."),
     Stat("hbm_saved_blocks", "counter", "Blocks published in HBM."),
+    Stat("hbm_promoted_blocks", "counter", "Those of them that a tier below held, the same bytes."),
     Stat(
         "hbm_demoted_blocks", "counter", "Blocks copied from HBM into host memory before they left, verified."
     ),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvcache.server")
 
 NO_HBM = -1
+REFUSALS_MAX = 16
 HELD = ("blocks", "block_bytes", "orphans")
 
 
@@ -73,9 +74,9 @@ class Hbm:
         """The number of the slab for an engine of this trust domain; ``NO_HBM``: none for it."""
         if hello.gpu not in self._of_gpu:
             self._make(name, hello.gpu, below)
-        for joined in ((), hello.joined):
+        for gpu in (hello.gpu, *hello.joined):
             for number, arena in enumerate(self._arenas):
-                if arena.serves(name, hello.gpu, joined):
+                if arena.serves(name, gpu):
                     return number
         self._counters["hbm_refused_maps"] += 1
         return NO_HBM
@@ -86,12 +87,14 @@ class Hbm:
         return wire.HbmSlab(ticket.kind, ticket.size_bytes, ticket.uuid, ticket.incarnation)
 
     def _make(self, name: str, gpu: bytes, below: Below) -> None:
+        memory = None
         try:
             memory = self._devices.arena(name, gpu, self._size_bytes, self._unit_bytes)
             outlet = self._devices.outlet(memory)
         except Unavailable as error:
-            self._refusals[gpu] = f"no HBM of {gpu.hex() or 'the CPU'}: {error}"
-            log.error("%s", self._refusals[gpu])
+            if memory is not None:
+                memory.close()  # Its descriptor would hold the GPU's memory for good.
+            self._refuse(gpu, f"no HBM of {gpu.hex() or 'the CPU'}: {error}")
             return
         self._refusals.pop(gpu, None)
         arena = HbmArena(memory, name, self._unit_bytes, self._make_policy)
@@ -101,6 +104,13 @@ class Hbm:
         self._demoters.append(
             HbmDemoter(arena, outlet, below, self._clock, self._counters, self._quarantine_ns)
         )
+
+    def _refuse(self, gpu: bytes, why: str) -> None:
+        """Say so, once. An engine names what it likes as its GPU, as often as it likes."""
+        is_known = gpu in self._refusals
+        if (is_known or len(self._refusals) < REFUSALS_MAX) and self._refusals.get(gpu) != why:
+            self._refusals[gpu] = why
+            log.error("%s", why)
 
     # --- time and people ------------------------------------------------------------------------
 
@@ -188,9 +198,10 @@ class Hbm:
 
 def check_same(
     ledgers: Sequence[Ledger], keys: Sequence[StorageKey], checksums: Sequence[bytes], now_ns: int
-) -> None:
-    """These blocks are what the tiers below hold under these names, as far as they hold them. RAISES
-    BadInput (bad_block): one name must not stand for two contents."""
+) -> int:
+    """These blocks are what the tiers below hold under these names, as far as they hold them. How many they
+    do. RAISES BadInput (bad_block): one name must not stand for two contents."""
+    known = 0
     for ledger in ledgers:
         held = ledger.borrow(keys, _OWNER, now_ns + 1)
         if not held.lease_id:
@@ -203,6 +214,8 @@ def check_same(
                 "they were computed anew, and a little differently, or copied wrongly",
                 "load the blocks instead; the reservation is still open",
             )
+        known = max(known, len(held.keys))
+    return known
 
 
 _OWNER = "hbm-check"

@@ -103,7 +103,7 @@ class HbmAsking:
         sums = split_sums(opened, request.sums, len(reservation.keys))
         checksums = core.checksums(opened, reservation.keys, sums)
         try:
-            check_same(core.below_hbm, reservation.keys, checksums, core.clock.now_ns())
+            promoted = check_same(core.below_hbm, reservation.keys, checksums, core.clock.now_ns())
         except BadInput:
             core.counters["hbm_rejected_blocks:differs"] += len(reservation.keys)
             raise
@@ -111,6 +111,7 @@ class HbmAsking:
             raise BadInput("bad_reservation", "the GPU is lost", "nothing in its memory counts any more")
         count = arena.ledger.commit(request.reservation, owner, checksums, sums)
         core.counters["hbm_saved_blocks"] += count
+        core.counters["hbm_promoted_blocks"] += promoted
         core.settle()
         return wire.Committed(count)
 

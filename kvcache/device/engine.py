@@ -54,13 +54,20 @@ class EngineDevice:
         """RAISES Unavailable when its memory cannot be shared between processes."""
         if device.type == "cpu":
             return cls(CpuMemory())
-        vmm, here = Vmm(), device.index or 0
+        vmm = Vmm()
+        here = torch.cuda.current_device() if device.index is None else device.index
         others = [
             CudaMemory(vmm, vmm.uuid(other), device)
             for other in range(torch.cuda.device_count())
             if other != here and torch.cuda.can_device_access_peer(here, other)
         ]
         return cls(CudaMemory(vmm, vmm.uuid(here), device), others)
+
+    @property
+    def has_slab(self) -> bool:
+        """A node has memory here for this process, and it is mapped."""
+        with self._lock:
+            return bool(self._slabs)
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         """As ``client.hbm.Device``. RAISES BadInput, Unavailable."""

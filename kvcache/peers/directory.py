@@ -25,6 +25,7 @@ from typing import Protocol
 from kvcache.block import HASH_BYTES, NamespaceId, StorageKey, hints
 from kvcache.clock import Clock
 from kvcache.errors import NotAllowed
+from kvcache.index import ALL_TIERS
 from kvcache.locality import TIERS, LocalityIndex
 from kvcache.peers.load import Load
 from kvcache.peers.peer import Arrived, Here, Peer, Plane, Sums, Wanted
@@ -37,6 +38,8 @@ BLAMED_MAX = 4_096
 STATES = ("ok", "loading", "lost")
 
 _HOST = TIERS.index("host")
+_REACHED = ALL_TIERS & ~(1 << TIERS.index("hbm"))
+"""What is only in a GPU's memory is for the engines on that GPU: a peer is not given it."""
 
 
 class Giver(Protocol):
@@ -122,7 +125,8 @@ class Directory:
         """Who holds the first of ``keys``, and how many of those behind it. ``source`` names a peer that has
         them all, whatever the index says. REQUIRES: keys of one namespace, one at least."""
         namespace = NamespaceId(keys[0][:HASH_BYTES])
-        located = {each.source: each for each in self.index.locate(_hints(keys), (namespace,))}
+        found_at = self.index.match(_hints(keys), (namespace,), tiers=_REACHED).located()
+        located = {each.source: each for each in found_at}
         current = {state.source for state in self.index.sources() if state.synced}
         blamed, now_ns = self._blamed_at(keys), self._clock.now_ns()
         found: list[Candidate] = []
@@ -147,7 +151,8 @@ class Directory:
         namespace, from the first of a prompt on."""
         if not keys:
             return []
-        located = self.index.locate(_hints(keys), (NamespaceId(keys[0][:HASH_BYTES]),))
+        namespace = NamespaceId(keys[0][:HASH_BYTES])
+        located = self.index.match(_hints(keys), (namespace,), tiers=_REACHED).located()
         held = {each.source: each.blocks for each in located}
         current = {state.source for state in self.index.sources() if state.synced}
         return [

@@ -74,6 +74,20 @@ class TestThereAndBack:
         assert engine.counted("hbm_loaded_blocks") == 4
         world.close()
 
+    def test_what_came_from_host_memory_is_promoted_by_saving_it(self, world: World) -> None:
+        engine, path = world.engine, world.engine.path(9)
+        engine.save(path[:4])
+        engine.save_below(path)
+        lease = engine.store.lease_device(engine.handle, path)
+        memory = torch.full((9, SIZE), POISON, dtype=torch.uint8)
+        assert not engine.store.load_device(lease, engine.blocks(memory))
+        engine.store.release(lease)
+        rest = engine.blocks(memory[4:])
+        assert engine.store.save_device(engine.handle, path[4:], rest, parent=path[3]) == 5
+        assert world.stats()["hbm_promoted_blocks"] == 5
+        assert engine.load(path) == (9, frozenset())
+        assert engine.counted("hbm_loaded_blocks") == 4 + 9
+
     def test_a_part_of_a_lease(self, world: World) -> None:
         engine, path = world.engine, world.engine.path(9)
         engine.save(path[:4])

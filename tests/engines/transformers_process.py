@@ -4,8 +4,10 @@
                                               ->  {"tokens", "counters", "store", "embedded"}: by it
     {"plain": {"prompts": [...]}}             ->  {"tokens"}, by the model alone
     {"names": {"prompt": [...]}}              ->  {"namespace", "hashes"}
+    {"lose": {}}                              ->  {}: its GPU fails
 
-Started as ``python -m tests.engines.transformers_process MODEL ADDRESS``.
+Started as ``python -m tests.engines.transformers_process MODEL ADDRESS [WAY]``: ``host`` (the default),
+``staged`` (as on a GPU for which the node has no HBM) and ``hbm``.
 """
 
 from __future__ import annotations
@@ -23,17 +25,24 @@ TIMEOUT_MS = 5_000
 
 
 class Engine:
-    def __init__(self, folder: str, address: str) -> None:
+    def __init__(self, folder: str, address: str, way: str = "host") -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from kvcache.client import connect_blocking
+        from kvcache.client import connect_blocking, connect_device_blocking
         from kvcache.client.connectors.transformers import PrefixCache
+        from kvcache.device.engine import EngineDevice
 
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.store = connect_blocking(address, timeout_ms=TIMEOUT_MS)
-        self.cache = PrefixCache(self.model, self.store)
+        self.gpu = EngineDevice.of(self.model.device) if way == "hbm" else None
+        if self.gpu is not None:
+            self.store = connect_device_blocking(self.gpu, address, timeout_ms=TIMEOUT_MS)
+        else:
+            self.store = connect_blocking(address, timeout_ms=TIMEOUT_MS)
+        self.cache = PrefixCache(self.model, self.store, gpu=self.gpu)
+        if way == "staged":
+            self.cache._is_staged = True
         self.embedded = 0
         self.model.get_input_embeddings().register_forward_hook(self._embed)
 
@@ -61,6 +70,11 @@ class Engine:
         handle = self.store.open(self.cache.namespace, self.cache.spec)
         hashes = [name.hex() for name in handle.hashes(prompt)]
         return {"namespace": handle.namespace_id.hex(), "hashes": hashes}
+
+    def lose(self) -> dict[str, Any]:
+        assert self.gpu is not None
+        self.gpu.lose("it was reset")
+        return {}
 
     def _answer(self, generate: Any, prompt: list[int]) -> list[int]:
         import torch

@@ -10,7 +10,7 @@ import pytest
 from kvcache.block import HASH_BYTES, BlockHash, NamespaceId, StorageKey, storage_key
 from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.errors import BadInput, NotAllowed, Unavailable
-from kvcache.events import TIER_HOST, TIER_NVME, Publisher
+from kvcache.events import TIER_HBM, TIER_HOST, TIER_NVME, Publisher
 from kvcache.ledger import Change
 from kvcache.namespace import Namespace
 from kvcache.peers import directory as module
@@ -100,6 +100,15 @@ def test_of_those_that_hold_as_much_memory_goes_before_disk_and_the_idle_before_
         world.peer("c").load.rate.add(10 << 30, NS_PER_S)
         world.peer("b").load.rate.add(1 << 20, NS_PER_S)
     assert [name for name, _ in world.found()] == ["c", "b", "a"], "it is busy, and fast"
+
+
+def test_what_is_only_in_a_peers_gpu_is_not_asked_for() -> None:
+    world = World("a", "b")
+    world.tells("a", 8, TIER_HBM)
+    assert world.found() == []
+    world.tells("a", 3)
+    assert world.found() == [("a", 3)]
+    assert [(each.name, each.held) for each in world.directory.lacking(KEYS[:4])] == [("a", 3), ("b", 0)]
 
 
 def test_one_whose_word_is_old_is_asked_last() -> None:
