@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvcache.block import hints
 from kvcache.device.engine import EngineDevice
@@ -14,10 +16,12 @@ from kvcache.device.slab import CpuMemory
 from kvcache.device.streams import streams_of
 from kvcache.errors import Unavailable
 from kvcache.locality import LocalityIndex
+from kvcache.server.hbm import REFUSALS_MAX
 from kvcache.tiers.hbm import HbmTier
 from tests.device.hbm_rig import HBM_BLOCKS, Engine, World, hold, lose
+from tests.server.talk import connected
 
-ONE, TWO, THREE = b"gpu-1", b"gpu-2", b"gpu-3"
+ONE, TWO, THREE, FOUR = b"gpu-1", b"gpu-2", b"gpu-3", b"gpu-4"
 
 
 class Gpu(CpuMemory):
@@ -27,12 +31,15 @@ class Gpu(CpuMemory):
         super().__init__()
         self.uuid = uuid
 
+    def create(self, name: str, size_bytes: int) -> tuple[torch.Tensor, int]:
+        return super().create(f"{name}-{self.uuid.decode()}", size_bytes)
+
 
 class Gpus:
-    """A host with three; of the last, nothing is free."""
+    """A host with four; of any but these, nothing is free."""
 
     def arena(self, name: str, gpu: bytes, size_bytes: int, unit_bytes: int) -> HbmTier:
-        if gpu == THREE:
+        if gpu not in (ONE, TWO, FOUR):
             raise Unavailable("unavailable", "no memory is free", "an engine has it all")
         made = HbmTier(unit_bytes)
         made.add_arena(name, Gpu(gpu), size_bytes)
@@ -40,6 +47,13 @@ class Gpus:
 
     def outlet(self, memory: HbmTier) -> Outlet:
         return Outlet(streams_of(memory.device(0)))
+
+
+class Deaf(Gpus):
+    """Memory can be had of them, and nothing be copied."""
+
+    def outlet(self, memory: HbmTier) -> Outlet:
+        raise Unavailable("unavailable", "no stream can be made", "the context is broken")
 
 
 class Host:
@@ -119,3 +133,39 @@ def test_an_engine_that_is_joined_to_a_gpu_uses_its_slab(host: Host) -> None:
     [trouble] = host.world.node.call(host.world.node.node.core.troubles)
     assert "an engine has it all" in trouble
     three.close()
+
+
+def test_of_those_joined_the_best_is_used(host: Host) -> None:
+    """The engine names it first, whichever slab was made first."""
+    three = host.engine(THREE, TWO, ONE)
+    assert three.save(three.path(3)) == 3
+    assert host.world.stats()["blocks:hbm"] == 3
+    assert host.two.store.match_device(three.handle, three.path(3)) == 3
+    three.close()
+
+
+def test_a_slab_that_nothing_can_be_copied_from_is_let_go(tmp_path: Path) -> None:
+    """However often an engine asks: a descriptor that stays open keeps the memory."""
+    world = World(tmp_path, on=EngineDevice(Gpu(ONE)), devices=Deaf())
+    for _ in range(3):
+        Engine(world.node.node.address, device=EngineDevice(Gpu(ONE))).close()
+    assert [memory for memory in open_memory() if ONE.decode() in memory] == []
+    assert world.stats()["capacity_bytes:hbm"] == 0
+    world.close()
+
+
+def test_gpus_that_are_none_are_told_of_only_so_far(host: Host) -> None:
+    """An engine may name whatever it likes."""
+    for number in range(3 * REFUSALS_MAX):
+        with connected(host.world.node.node.address, map=True, hbm=True, gpu=b"none-%d" % number):
+            pass
+    assert len(host.world.node.call(host.world.node.node.core.troubles)) == REFUSALS_MAX
+
+
+def open_memory() -> list[str]:
+    """The names of the shared memory that this process has descriptors of."""
+    targets = []
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            targets.append(str(each.readlink()))
+    return targets
