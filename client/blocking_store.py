@@ -341,6 +341,7 @@ class BlockingNodeStore:
             undo.callback(channel.close)
             slab = Slab.of(channel.slab_fd, channel.welcome)
             hbm = Mapped.of(self._options.device, channel.hbm_fd, channel.welcome)
+            self._tally.add("unmapped_hbm", hbm is None and channel.hbm_fd is not None)
             attached = _Attached(channel, Link(self._connections, channel.welcome, slab, hbm))
             undo.callback(attached.link.close)
             attached.link.opened = self._drive(attached, reopen(self._context(attached), handles))

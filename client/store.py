@@ -46,6 +46,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "refused_advances": "saves of which the node would hear nothing before their end",
     "persisted_blocks": "blocks that were found durable",
     "connects": "connections made",
+    "unmapped_hbm": "connections whose slab of HBM could not be mapped: blocks go to host memory",
     "lost_leases": "leases that had ended before wrong blocks could be reported",
     "failed_blocks:checksum": "the bytes were not those of the block asked for",
     "failed_blocks:expired": "the lease ended before the copy did",

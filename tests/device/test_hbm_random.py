@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from kvcache import wire
 from kvcache.block import BlockHash, storage_key
 from kvcache.client.store import Lease
 from kvcache.testing.stores import SPEC
-from tests.device.hbm_rig import HBM_BLOCKS, World, hold, lose
+from tests.device.hbm_rig import HBM_BLOCKS, Engine, World, hold, lose
 from tests.server.talk import connected, deadline
 
 pytestmark = pytest.mark.slow
 STEPS = 150
 PATHS = 12
 BLOCKS_MAX = 24
+TURNS = 60
 
 
 class Caller:
@@ -191,3 +193,34 @@ def test_a_random_caller(tmp_path: Path, seed: int) -> None:
         caller.run()
     finally:
         caller.world.close()
+
+
+def test_engines_side_by_side(tmp_path: Path) -> None:
+    """They save, load and throw one another's blocks out, while the node copies to host memory: whatever is
+    had is what it should be (``Engine.load``), and in the end nothing is held."""
+    world = World(tmp_path)
+    engines = [world.engine, *(Engine(world.node.node.address, str(number)) for number in range(2))]
+
+    def work(number: int) -> int:
+        choices, loaded = random.Random(number), 0
+        for _ in range(TURNS):
+            path = engines[number].path(choices.randint(1, HBM_BLOCKS // 2), choices.randrange(4))
+            if choices.random() < 0.4:
+                engines[number].save(path)
+            else:
+                count, failed = engines[number].load(path)
+                loaded += count - len(failed)
+        return loaded
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        assert all(pool.map(work, range(len(engines))))
+    world.eventually(lambda: not world.demoter().is_busy)
+    held = ("hbm_leases", "hbm_reservations", "leases", "reservations")
+    world.eventually(lambda: not any(world.stats()[name] for name in held))
+    stats = world.stats()
+    assert stats.get("hbm_rejected_blocks:reader", 0) == 0
+    assert stats.get("hbm_rejected_blocks:checksum", 0) == 0
+    world.check()
+    for engine in engines[1:]:
+        engine.close()
+    world.close()

@@ -14,6 +14,7 @@ from kvcache.client import connect_device
 from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
 from kvcache.device.slab import CpuMemory
 from kvcache.errors import BadInput
+from kvcache.memfd import unsafe
 from kvcache.metrics import unknown_names
 from kvcache.metrics_stats import STATS
 from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
@@ -327,6 +328,20 @@ class TestWhoGetsWhat:
         with connected(world.node.node.address, map=True, hbm=True, client="other", writes_ended=True):
             world.eventually(lambda: not world.stats()["hbm_limbo_blocks"])
         assert world.engine.save(world.engine.path(3, seed=1)) == 3
+
+    def test_a_slab_that_cannot_be_mapped_costs_hbm_and_no_more(self, world: World) -> None:
+        class Unable(EngineDevice):
+            def open(self, slab: wire.HbmSlab, descriptor: int) -> None:
+                raise unsafe("it is not sealed")
+
+        path = world.engine.path(3)
+        world.engine.save(path)
+        world.engine.save_below(path)
+        other = Engine(world.node.node.address, device=Unable(CpuMemory()))
+        assert other.counted("unmapped_hbm") == 1
+        assert other.load(path) == (3, frozenset())
+        assert other.counted("hbm_loaded_blocks") == 0
+        other.close()
 
     def test_two_engines_share_it(self, world: World) -> None:
         other = Engine(world.node.node.address, "other")
