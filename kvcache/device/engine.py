@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import torch
 
 from kvcache.block import BlockSpec
 from kvcache.device.gather import gather_and_sum, scatter_and_sum
-from kvcache.device.pages import PagedCache
+from kvcache.device.pages import Moves, PagedCache
 from kvcache.device.pinned import flat
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
-from kvcache.device.streams import streams_of
+from kvcache.device.streams import failed, streams_of, wait_out
 from kvcache.device.sums import joined, sum_chunks
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
@@ -187,37 +188,62 @@ class PagedBlocks:
             raise _unfit(f"pages that make up {self._spec}", f"a block is {spec}")
 
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        """RAISES Unavailable, BadInput. What is in a slot goes to the pages before anybody knows whether it
-        is right: they are a miss until the sums are."""
+        """RAISES Unavailable. What is in a slot goes to the pages before anybody knows whether it is right:
+        they are a miss until the sums are."""
         slab = self._device.whole(incarnation)
-        _slots(slab, offsets, self._spec.block_bytes)
+        slots = _slots(slab, offsets, self._spec.block_bytes)
         with self._line.told():
+            if slab.device != self._cache.device:
+                return self._loaded(slots, first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
             return b"".join(joined(scatter_and_sum(moves, slab)))
 
     def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """As ``load``; the sums are of what was written."""
         slab = self._device.whole(incarnation)
-        _slots(slab, offsets, self._spec.block_bytes)
+        slots = _slots(slab, offsets, self._spec.block_bytes)
         with self._line.told():
+            if slab.device != self._cache.device:
+                return self._saved(slots, first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
             return b"".join(joined(gather_and_sum(moves, slab)))
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
+        with self._line.told():
+            return self._loaded([flat(block) for block in blocks], first)
+
+    def _loaded(self, blocks: Sequence[torch.Tensor], first: int) -> bytes:
+        """From memory elsewhere, each uint8 [block_bytes]: of the host, or of a GPU joined to this one."""
+        sums = b""
+        for at, part, moves, staging in self._staged(blocks, first):
+            for slot, block in zip(staging, blocks[at : at + part], strict=False):
+                slot.copy_(block)
+            sums += b"".join(joined(scatter_and_sum(moves, staging.view(-1))))
+        return sums
+
+    def _saved(self, blocks: Sequence[torch.Tensor], first: int) -> bytes:
+        """Into memory elsewhere."""
+        sums = b""
+        for at, part, moves, staging in self._staged(blocks, first):
+            found = gather_and_sum(moves, staging.view(-1))
+            for slot, block in zip(staging, blocks[at : at + part], strict=False):
+                block.copy_(slot)
+            sums += b"".join(joined(found))
+        return sums
+
+    def _staged(
+        self, blocks: Sequence[torch.Tensor], first: int
+    ) -> Iterator[tuple[int, int, Moves, torch.Tensor]]:
+        """Part by part: where it begins, how many blocks it has, and their moves by way of this memory,
+        uint8 [block, block_bytes]."""
         size = self._spec.block_bytes
         step = max(1, min(len(blocks), STAGING_BYTES // size))
-        sums = b""
-        with self._line.told():
-            staging = torch.empty(step * size, dtype=torch.uint8, device=self._cache.device)
-            for at in range(0, len(blocks), step):
-                part = blocks[at : at + step]
-                offsets = range(0, len(part) * size, size)
-                for offset, block in zip(offsets, part, strict=True):
-                    staging[offset : offset + size].copy_(flat(block))
-                moves = self._cache.moves(offsets, self._some(first + at, len(part)))
-                sums += b"".join(joined(scatter_and_sum(moves, staging)))
-        return sums
+        staging = torch.empty((step, size), dtype=torch.uint8, device=self._cache.device)
+        for at in range(0, len(blocks), step):
+            part = min(step, len(blocks) - at)
+            moves = self._cache.moves(range(0, part * size, size), self._some(first + at, part))
+            yield at, part, moves, staging
 
     def _some(self, first: int, count: int) -> Sequence[Sequence[int]]:
         assert 0 <= first <= len(self._pages) - count
@@ -225,12 +251,14 @@ class PagedBlocks:
 
 
 def _slots(slab: torch.Tensor, offsets: Sequence[int], block_bytes: int) -> list[torch.Tensor]:
-    """RAISES Unavailable when the node names a place that is not in its slab."""
+    """RAISES Unavailable when the node names a place that is not in its slab, or one for two blocks."""
     for offset in offsets:
         if not 0 <= offset <= len(slab) - block_bytes:
             raise Unavailable(
                 "unavailable", f"a slot at {offset} of a slab of {len(slab)} bytes", "it is not in it"
             )
+    if any(later - sooner < block_bytes for sooner, later in pairwise(sorted(offsets))):
+        raise Unavailable("unavailable", "slots that overlap", "the node named one place for two blocks")
     return [slab[offset : offset + block_bytes] for offset in offsets]
 
 
@@ -244,17 +272,19 @@ class _Line:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Behind that place. What torch raises when the device failed is raised in our words."""
-        self._streams.current().after(self._ready)
+        """Behind that place. What torch raises when the device failed is raised in our words; whatever is
+        raised, nothing that was queued runs on."""
+        current = self._streams.current()
+        current.after(self._ready)
         try:
-            yield
-        except RuntimeError as error:
-            raise Unavailable(
-                "unavailable",
-                "the device failed under a copy",
-                str(error).partition("\n")[0],
-                "recompute; if it stays so, restart this process and look for Xid in the kernel's log",
-            ) from error
+            with torch.inference_mode():  # An engine's tensors may have been made in it.
+                yield
+        except BaseException as error:
+            with suppress(Unavailable):
+                wait_out(current.mark())
+            if isinstance(error, RuntimeError):
+                raise failed(error) from error
+            raise
 
 
 def _unfit(what: str, why: str) -> BadInput:

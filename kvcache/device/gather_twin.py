@@ -1,6 +1,7 @@
 """``kvcache/device/kernels`` in torch: the fallback where Triton is not, and the oracle for it.
 
-Works on any device. The functions are those of ``kvcache.device.gather``, which has checked what they get.
+Works on any device, and on tensors that an engine made in inference mode. The functions are those of
+``kvcache.device.gather``, which has checked what they get.
 
 The sum: an index_select and a copy a plane and a copy a block; on CUDA that is three launches a plane, on
 the CPU two passes over the bytes.
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def gather(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
-    for block, content in zip(_in_slab(moves, slab, first, last), _gathered(moves, first, last), strict=True):
-        block.copy_(content)
+    contents = _gathered(moves, first, last)
+    with torch.inference_mode():
+        for block, content in zip(_in_slab(moves, slab, first, last), contents, strict=True):
+            block.copy_(content)
 
 
 def scatter(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
@@ -65,9 +68,10 @@ def _scatter(moves: Moves, blocks: torch.Tensor, first: int) -> None:
     count, per_block = moves.pages.shape
     _, heads, tokens, row = planes[0].shape
     content = blocks.view(planes[0].dtype).view(count, len(planes), heads, per_block, tokens, row)
-    for at, plane in enumerate(planes):
-        pages = content[:, at].transpose(1, 2).reshape(count * per_block, heads, tokens, row)
-        plane[moves.pages.reshape(-1)] = pages
+    with torch.inference_mode():
+        for at, plane in enumerate(planes):
+            pages = content[:, at].transpose(1, 2).reshape(count * per_block, heads, tokens, row)
+            plane[moves.pages.reshape(-1)] = pages
 
 
 def _planes(moves: Moves, first: int, last: int) -> list[torch.Tensor]:

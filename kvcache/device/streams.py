@@ -9,7 +9,8 @@ GPU makes rarely are made at will in tests.
 
 Invariants: what is queued behind ``after(event)`` begins when the event is done, never earlier; an event is
 done when all that was queued before it is; an event whose device failed raises, each time it is asked.
-Work that failed on the CPU fails the events behind it, as on a GPU.
+Work that failed on the CPU fails the events behind it, as on a GPU. Work may write to tensors that an engine
+made in inference mode.
 
 The sum: 5 to 10 us of Python a call on CUDA; a wait asks every 0.05 to 1 ms.
 """
@@ -84,7 +85,7 @@ class CudaEvent:
         try:
             done: bool = self.event.query()
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
         return done
 
     def wait(self, timeout_s: float) -> bool:
@@ -106,25 +107,25 @@ class CudaStream:
 
     def run(self, work: Callable[[], None]) -> None:
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), torch.inference_mode():
                 work()
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def after(self, event: Event) -> None:
         try:
             if isinstance(event, CudaEvent):
                 self._stream.wait_event(event.event)
-            else:
-                event.wait(_END_S)
+            elif not event.wait(_END_S):
+                raise RuntimeError(f"a copy took over {_END_S} s")
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def mark(self) -> Event:
         try:
             return CudaEvent(self._stream)
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
 
 class CudaStreams:
@@ -137,7 +138,7 @@ class CudaStreams:
         try:
             return CudaStream(torch.cuda.Stream(self.device, priority=-1 if urgent else 0))
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def current(self) -> Stream:
         return CudaStream(torch.cuda.current_stream(self.device))
@@ -169,7 +170,7 @@ class CpuEvent:
 
     def _is_good(self) -> bool:
         if self.failure is not None:
-            raise _failed(self.failure) from self.failure
+            raise failed(self.failure) from self.failure
         return True
 
 
@@ -187,7 +188,7 @@ class CpuStream:
         self._queue.put(work)
 
     def after(self, event: Event) -> None:
-        self._queue.put(lambda: _wait_out(event))
+        self._queue.put(lambda: wait_out(event))
 
     def mark(self) -> Event:
         event = CpuEvent()
@@ -221,7 +222,8 @@ class CpuStream:
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            with torch.inference_mode():
+                work()
         except RuntimeError as error:
             self._failure = error
         except KVCacheError as error:
@@ -233,13 +235,14 @@ class CpuCaller:
 
     def run(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            with torch.inference_mode():
+                work()
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def after(self, event: Event) -> None:
         if not event.wait(_END_S):
-            raise _failed(RuntimeError(f"a copy took over {_END_S} s"))
+            raise failed(RuntimeError(f"a copy took over {_END_S} s"))
 
     def mark(self) -> Event:
         event = CpuEvent()
@@ -270,12 +273,14 @@ def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else CpuStreams()
 
 
-def _wait_out(event: Event) -> None:
+def wait_out(event: Event) -> None:
+    """Until it is done, however long. RAISES Unavailable."""
     while not event.wait(_END_S):
         pass
 
 
-def _failed(error: RuntimeError) -> Unavailable:
+def failed(error: RuntimeError) -> Unavailable:
+    """What torch raised, in our words."""
     return Unavailable(
         "unavailable",
         "the device failed under a copy",

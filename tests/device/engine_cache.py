@@ -101,7 +101,7 @@ def engine(layout: str, shape: Shape, device: str = "cpu", seed: int = 0, padded
     heads = 1 if layout == "mla" else shape.heads
     size = (shape.layers * 2, shape.pages, heads, shape.tokens, shape.row)
     content = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    memory = [torch.from_numpy(room).to(device) for room in _laid(layout, content, padded)]
+    memory = [torch.tensor(room, device=device) for room in _laid(layout, content, padded)]
     tensors, at = [], 0
     for layer in range(shape.layers):
         for laid in LAID[layout](content[2 * layer : 2 * layer + 2]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def content(count: int) -> torch.Tensor:
     return (
         torch.arange(count * SIZE, dtype=torch.int64).mul(31).remainder(251).to(torch.uint8).view(count, SIZE)
     )
+
+
+class Elsewhere(torch.Tensor):
+    """Memory of the CPU that says it is another GPU's."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 1)
 
 
 def rows(tensor: torch.Tensor) -> list[bytes]:
@@ -129,6 +138,45 @@ class TestTensors:
                 do(owner.name, [offset], 0)
         assert rows(content(1)) == rows(blocks._memory)
 
+    def test_two_blocks_at_one_place_are_a_miss(self, owner: Owner, device: EngineDevice) -> None:
+        """So are pages: whatever a node says, it is no mistake of who loads."""
+        pages = engine("flashinfer_hnd", TestPages.SHAPE)
+        for blocks in (
+            TensorBlocks(device, content(2), SPEC),
+            PagedBlocks(device, pages.cache, [[6], [1]]),
+        ):
+            for offsets in ([SIZE, SIZE], [SIZE, 2 * SIZE - 64]):
+                with pytest.raises(Unavailable, match="overlap"):
+                    blocks.load(owner.name, offsets, 0)
+        pages.check_memory()
+
+    def test_memory_that_was_made_in_inference_mode(self, owner: Owner, device: EngineDevice) -> None:
+        """As engines make theirs; who copies need not be in it."""
+        with torch.inference_mode():
+            blocks = TensorBlocks(device, content(2), SPEC)
+            into = TensorBlocks(device, torch.zeros(2, SIZE, dtype=torch.uint8), SPEC)
+        sums = blocks.save(owner.name, [0, SIZE], 0)
+        assert into.load(owner.name, [0, SIZE], 0) == sums
+        assert into.put([memoryview(bytearray(row)) for row in rows(content(2))], 0) == sums
+
+    def test_nothing_runs_on_behind_an_error(
+        self, owner: Owner, device: EngineDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else a late copy would overwrite what is computed into the same place in its stead."""
+        done: list[str] = []
+        event = SimpleNamespace(wait=lambda timeout_s: not done.append("waited"))
+        stream = SimpleNamespace(after=lambda event: None, mark=lambda: event)
+        blocks = TensorBlocks(device, content(2), SPEC)
+        monkeypatch.setattr(blocks._line, "_streams", SimpleNamespace(current=lambda: stream))
+
+        def refuse(first: int, count: int) -> bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(blocks, "_sums", refuse)
+        with pytest.raises(Unavailable, match="failed under a copy"):
+            blocks.load(owner.name, [0, SIZE], 0)
+        assert done == ["waited"]
+
     @pytest.mark.parametrize(
         "memory",
         [
@@ -157,6 +205,42 @@ class TestPages:
         blocks = PagedBlocks(device, cache.cache, pages)
         assert blocks.put(views, 0) == sum_chunks(views, SPEC.chunk_bytes)
         cache.put(pages, rows(content(5)), 0, SPEC.plane_count)
+        cache.check_memory()
+
+    def test_a_slab_on_a_gpu_that_is_joined(
+        self, owner: Owner, device: EngineDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A launch moves within one device, so its blocks go by way of memory of this one."""
+        whole = device.whole
+
+        def joined(incarnation: bytes) -> torch.Tensor:
+            return whole(incarnation).as_subclass(Elsewhere)
+
+        monkeypatch.setattr(device, "whole", joined)
+        monkeypatch.setattr("kvcache.device.engine.STAGING_BYTES", 2 * SIZE)
+        cache, pages = engine("flashinfer_hnd", self.SHAPE), [[6], [1], [4]]
+        offsets, saved = [0, 3 * SIZE, SIZE], cache.blocks([[6], [1], [4]])
+        sums = PagedBlocks(device, cache.cache, pages).save(owner.name, offsets, 0)
+        assert sums == sum_chunks(saved, SPEC.chunk_bytes)
+        assert owner.memory.numpy().tobytes() == slab_bytes(SLOTS * SIZE, offsets, saved)
+        cache.check_memory()
+        others = [[0], [3], [5]]
+        assert PagedBlocks(device, cache.cache, others).load(owner.name, offsets, 0) == sums
+        cache.put(others, saved, 0, SPEC.plane_count)
+        cache.check_memory()
+
+    def test_pages_that_were_made_in_inference_mode(self, owner: Owner, device: EngineDevice) -> None:
+        with torch.inference_mode():
+            cache = engine("flashinfer_hnd", self.SHAPE)
+        sums = PagedBlocks(device, cache.cache, [[6], [1]]).save(owner.name, [0, SIZE], 0)
+        moved = cache.blocks([[6], [1]])
+        assert PagedBlocks(device, cache.cache, [[2], [3]]).load(owner.name, [0, SIZE], 0) == sums
+        cache.put([[2], [3]], moved, 0, SPEC.plane_count)
+        assert (
+            PagedBlocks(device, cache.cache, [[4]]).put([memoryview(bytearray(moved[0]))], 0)
+            == sums[: len(sums) // 2]
+        )
+        cache.put([[4]], moved[:1], 0, SPEC.plane_count)
         cache.check_memory()
 
     def test_some_of_the_blocks(self, owner: Owner, device: EngineDevice) -> None:

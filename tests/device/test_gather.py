@@ -53,6 +53,15 @@ def check_moves(place: Place, rig: Engine, pages: list[list[int]], gap: int = 80
 
 
 @by_all
+def test_memory_that_was_made_in_inference_mode(place: Place) -> None:
+    """As engines make theirs. Rows of whole words and others."""
+    for row in (64, 12):
+        with torch.inference_mode():
+            rig = engine("flashinfer_nhd", Shape(row=row), place.device)
+        check_moves(place, rig, PAGES[2])
+
+
+@by_all
 @pytest.mark.parametrize("per_block", PAGES)
 @pytest.mark.parametrize("layout", LAID)
 def test_every_layout(place: Place, layout: str, per_block: int) -> None:

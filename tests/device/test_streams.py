@@ -42,6 +42,15 @@ def test_work_is_done_in_its_order(of: Streams) -> None:
     assert int(total) == 1 * 27 + 2 * 9 + 0 * 3 + 1
 
 
+def test_work_may_write_what_was_made_in_inference_mode(of: Streams) -> None:
+    with torch.inference_mode():
+        total = torch.zeros(1, dtype=torch.int64, device=of.device)
+    for stream in (of.new("one", urgent=False), of.current()):
+        stream.run(adder(total, 1))
+        assert stream.mark().wait(PATIENCE_S)
+    assert int(total) == 1 * 3 + 1
+
+
 def test_a_stream_waits_for_another(of: Streams) -> None:
     one, two = of.new("one", urgent=True), of.new("two", urgent=False)
     total = torch.zeros(1, dtype=torch.int64, device=of.device)
@@ -165,6 +174,15 @@ def test_cuda_work_runs_on_its_stream_and_events_join_them(cuda: Cuda) -> None:
     one.run(lambda: cuda.said("work"))
     two.after(one.mark())
     assert cuda.log == ["stream -1", "stream 0", "enter", "work", "record", "wait_event"]
+
+
+def test_nothing_comes_before_an_event_that_does_not_come(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_END_S", 0.0)
+    stream = CudaStreams(torch.device("cuda", 0)).new("one", urgent=False)
+    with pytest.raises(Unavailable, match="failed under a copy"):
+        stream.after(streams.CpuEvent())
 
 
 def test_a_cuda_event_is_asked_until_it_is_done_or_time_is_over(cuda: Cuda) -> None:
