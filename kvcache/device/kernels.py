@@ -38,6 +38,9 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 # Layer ranges and strides do not make another kernel of it: what is known of their alignment is ALIGNED.
 _NUMBERS = ["table_stride", "first", "planes", "page_stride", "head_stride", "token_stride"]
 
+# A part of the planes begins anywhere in the list of their addresses.
+_POINTERS = ["addresses"]
+
 # What a kernel is to do.
 GATHER, SCATTER, ONLY_SUM = 0, 1, 2
 _GATHER = tl.constexpr(GATHER)
@@ -115,7 +118,7 @@ def _place(
         return tl.multiple_of(rows + in_page % ROW, [ALIGNED, ALIGNED])
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _copy(
     slab, addresses, table, table_stride, first, planes, plane_words, page_stride, head_stride, token_stride,
     ROW: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, PER_BLOCK: tl.constexpr,
@@ -144,7 +147,7 @@ def _copy(
         tl.store(pages + there, tl.load(slab + here, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _copy_and_sum(
     slab, addresses, table, partials, constants, table_stride, first, planes, plane_chunks, chunk_words,
     page_stride, head_stride, token_stride,

@@ -17,6 +17,7 @@ the device, made once a request however many layers follow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -135,6 +136,14 @@ class PagedCache:
         if self.token_stride != self.row_bytes and self.page_tokens > 1:
             return self.row_bytes
         return self.page_tokens * self.row_bytes
+
+    def part(self, first: int, last: int) -> PagedCache:
+        """Planes ``first`` to ``last`` alone, as a cache of their own: its blocks are those planes of blocks.
+        REQUIRES: there are such."""
+        made = copy(self)
+        made.planes = self.planes[first:last]
+        made.addresses = self.addresses[first:last]
+        return made
 
     def spec(self, pages_per_block: int = 1) -> BlockSpec:
         """The shape of a block of so many pages. RAISES BadInput when it is none."""

@@ -24,7 +24,7 @@ from kvcache.device.checks import check_planes, check_slab, refused
 from kvcache.device.copies import Copies, Copy, Link, Step, Then, copy_steps
 from kvcache.device.gather import gather_and_sum, scatter_and_sum
 from kvcache.device.pages import Moves, PagedCache
-from kvcache.device.streams import Stream
+from kvcache.device.streams import Stream, failed
 from kvcache.errors import Unavailable
 
 _LINK: Link = "host"
@@ -83,7 +83,6 @@ class _Plan:
 
     part: int
     moves: Moves
-    last: int
     ranges: list[tuple[int, int, int]]
     sums: torch.Tensor
 
@@ -101,9 +100,10 @@ class Path:
     staging: Staging
     host: torch.Tensor
 
-    def blocks_max(self, pages_per_block: int) -> int:
-        """So many blocks fit one copy."""
-        return self.staging.part_bytes // self.cache.spec(pages_per_block).block_bytes
+    def blocks_max(self, pages_per_block: int, first: int = 0, last: int | None = None) -> int:
+        """Of so many blocks these planes fit one copy. RAISES BadInput when a block has no such planes."""
+        end = check_planes(first, last, len(self.cache.planes))
+        return self.staging.part_bytes // self.cache.part(first, end).spec(pages_per_block).block_bytes
 
     def save(
         self,
@@ -122,7 +122,7 @@ class Path:
         plan = self._plan(offsets, pages, first, last)
         out = [(host, staged, length) for host, staged, length in plan.ranges]
         steps = [
-            Step(0, lambda: plan.sum(gather_and_sum(plan.moves, self.staging.memory, first, plan.last))),
+            Step(0, lambda: plan.sum(gather_and_sum(plan.moves, self.staging.memory))),
             *copy_steps(self.host, self.staging.memory, out),
         ]
         return self._with(plan, then, lambda ended: self.copies.save(_LINK, steps, engine, ended))
@@ -146,7 +146,7 @@ class Path:
         into = [(staged, host, length) for host, staged, length in plan.ranges]
         steps = [
             *copy_steps(self.staging.memory, self.host, into),
-            Step(0, lambda: plan.sum(scatter_and_sum(plan.moves, self.staging.memory, first, plan.last))),
+            Step(0, lambda: plan.sum(scatter_and_sum(plan.moves, self.staging.memory))),
         ]
         return self._with(plan, then, lambda ended: self.copies.load(_LINK, steps, engine, ended))
 
@@ -155,25 +155,32 @@ class Path:
     ) -> _Plan:
         """All that can be wrong is found here: an error in the middle of a copy would cost more than it."""
         end = check_planes(first, last, len(self.cache.planes))
-        spec = self.cache.spec(max(1, len(pages[0]) if pages else 1))
-        check_slab(self.host, offsets, spec.block_bytes)
-        if len(offsets) * spec.block_bytes > self.staging.part_bytes:
+        per_block = max(1, len(pages[0]) if pages else 1)
+        whole = self.cache.spec(per_block)
+        check_slab(self.host, offsets, whole.block_bytes)
+        cache = self.cache.part(first, end)
+        spec = cache.spec(per_block)
+        size = spec.block_bytes
+        if len(offsets) * size > self.staging.part_bytes:
             raise refused(
-                f"{len(offsets)} blocks of {spec.block_bytes} bytes in one copy",
+                f"{size} bytes of each of {len(offsets)} blocks in one copy",
                 f"a part of the staging memory has {self.staging.part_bytes} bytes",
             )
         part = self.staging.take()
         try:
-            staged = [part + at * spec.block_bytes for at in range(len(offsets))]
-            moves = self.cache.moves(staged, pages)
-        except BaseException:
+            staged = [part + at * size for at in range(len(offsets))]
+            moves = cache.moves(staged, pages)
+            ranges = [
+                (at + first * whole.plane_bytes, via, size) for at, via in zip(offsets, staged, strict=True)
+            ]
+            shape = (len(offsets), spec.chunk_count)
+            sums = torch.empty(shape, dtype=torch.int64, pin_memory=cache.device.type == "cuda")
+        except BaseException as error:
             self.staging.give(part)
+            if isinstance(error, RuntimeError):
+                raise failed(error) from error
             raise
-        begin, length = first * spec.plane_bytes, (end - first) * spec.plane_bytes
-        ranges = [(at + begin, via + begin, length) for at, via in zip(offsets, staged, strict=True)]
-        shape = (len(offsets), length // spec.chunk_bytes)
-        sums = torch.empty(shape, dtype=torch.int64, pin_memory=self.cache.device.type == "cuda")
-        return _Plan(part, moves, end, ranges, sums)
+        return _Plan(part, moves, ranges, sums)
 
     def _with(self, plan: _Plan, then: Then, ask: Callable[[Then], Copy]) -> Passage:
         """The part is free when the copy has ended, or was not taken."""

@@ -88,6 +88,42 @@ def test_layer_by_layer_is_the_same_as_at_once(worlds: list[World], kind: str) -
     assert bytes(world.host.numpy()) == slab_bytes(HOST, offsets, world.engine.blocks(pages))
 
 
+@pytest.mark.parametrize("kind", DEVICES)
+def test_only_the_planes_that_are_copied_take_staging_memory(worlds: list[World], kind: str) -> None:
+    """Of one layer of three, thrice the blocks; poison around them stays."""
+    worlds.append(world := World(kind))
+    assert world.path.blocks_max(2, 2, 4) == 9
+    pages, offsets = [[2 * at, 2 * at + 1] for at in range(8)], [at * BLOCK for at in range(7, -1, -1)]
+    saved = world.path.save(offsets, pages, world.stream, world.rig.then("save"), 2, 4)
+    world.rig.until([saved.copy])
+    pieces = world.engine.blocks(pages, 2, 4)
+    assert bytes(world.host.numpy()) == slab_bytes(HOST, offsets, pieces, at=BLOCK // 3)
+    turned = [*pages[1:], pages[0]]
+    loaded = world.path.load(offsets, turned, world.stream, world.rig.then("load"), 2, 4)
+    world.rig.copies.hold(loaded.copy, world.stream)
+    world.rig.until([loaded.copy])
+    world.engine.put(turned, pieces, 2, 4)
+    world.engine.check_memory()
+    chunk_bytes = world.engine.cache.spec(2).chunk_bytes
+    assert saved.sums.tolist() == loaded.sums.tolist() == [chunk_sums(piece, chunk_bytes) for piece in pieces]
+    with pytest.raises(BadInput, match="planes 4 to 9"):
+        world.path.blocks_max(2, 4, 9)
+
+
+def test_a_part_comes_back_when_there_is_no_memory_for_its_sums(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds.append(world := World("cpu"))
+
+    def refuse(*given: object, **named: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kvcache.device.staging.torch.empty", refuse)
+    with pytest.raises(Unavailable, match="failed under a copy"):
+        world.path.save([0], [[0, 1]], world.stream, world.rig.then("a"))
+    assert world.staging.free_count == 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_random_caller_gets_its_bytes_and_all_parts_back(worlds: list[World], kind: str, seed: int) -> None:
