@@ -8,6 +8,7 @@ from tests.planting import Garden, Plant
 from tests.planting import garden as garden
 
 STORE = "tests/device/test_hbm_store.py"
+LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 
@@ -17,21 +18,21 @@ PLANTS = (
         "kvcache/tiers/hbm_demote.py",
         "            if block_checksum(key, size, chunk_bytes, sums[at]) != checksum:\n",
         "            if False:\n",
-        f"{STORE}::TestWhatLeaves::test_wrong_bytes_never_go_below",
+        f"{LEAVING}::test_wrong_bytes_never_go_below",
     ),
     Plant(
         "published below although the GPU failed",
         "kvcache/tiers/hbm_demote.py",
         "        arrived: list[bytes] = []\n",
         "        arrived = [b''] * len(part.reservation.keys)\n",
-        f"{STORE}::TestWhatLeaves::test_a_gpu_that_fails_while_it_is_copied_from",
+        f"{LEAVING}::test_a_gpu_that_fails_while_it_is_copied_from",
     ),
     Plant(
         "nothing is saved before it leaves",
         "kvcache/tiers/hbm_demote.py",
         "        return [key for key in coldest if not self._below.has(key)]\n",
         "        return []\n",
-        f"{STORE}::TestWhatLeaves::test_it_goes_to_host_memory_first",
+        f"{LEAVING}::test_it_goes_to_host_memory_first",
         waits=True,
     ),
     Plant(

@@ -1,0 +1,63 @@
+"""What is about to leave HBM: it goes to host memory first, verified, or is a miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.device.hbm_rig import HBM_BLOCKS, Failing, World, hold
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.check()
+    made.close()
+
+
+def test_it_goes_to_host_memory_first(world: World) -> None:
+    path = world.engine.path(HBM_BLOCKS)
+    assert world.engine.save(path) == HBM_BLOCKS
+    world.eventually(lambda: world.in_host(path) == HBM_BLOCKS)
+    other = world.engine.path(HBM_BLOCKS, seed=1)
+    assert world.engine.save(other) == HBM_BLOCKS
+    assert world.in_hbm(path) == 0
+    assert world.engine.load(path) == (HBM_BLOCKS, frozenset())
+    assert world.stats().get("hbm_dropped_blocks", 0) == 0
+
+
+def test_what_could_not_is_a_miss_and_counted(world: World) -> None:
+    path = world.engine.path(HBM_BLOCKS)
+    hold(world)
+    world.engine.save(path)
+    world.engine.save(world.engine.path(HBM_BLOCKS, seed=1))
+    assert world.engine.load(path) == (0, frozenset())
+    assert world.stats()["hbm_dropped_blocks"] == HBM_BLOCKS
+
+
+def test_wrong_bytes_never_go_below(world: World) -> None:
+    path = world.engine.path(6)
+    release = hold(world)
+    world.engine.save(path)
+    world.flip(path[3])
+    release()
+    world.eventually(lambda: world.stats().get("hbm_rejected_blocks:checksum", 0) == 1)
+    world.eventually(lambda: not world.stats()["reservations"])
+    assert world.in_host(path) == 3
+    assert world.in_hbm(path) == 3
+    assert world.engine.load(path) == (3, frozenset())
+
+
+def test_a_gpu_that_fails_while_it_is_copied_from(world: World) -> None:
+    path = world.engine.path(6)
+    release = hold(world)
+    world.engine.save(path)
+    world.demoter()._outlet = Failing()
+    release()
+    world.eventually(lambda: world.stats()["hbm_lost"] == 1)
+    world.eventually(lambda: not world.stats()["reservations"])
+    assert world.in_host(path) == 0
+    assert world.engine.load(path) == (0, frozenset())
