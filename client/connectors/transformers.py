@@ -3,13 +3,17 @@
     cache = PrefixCache(model, connect_blocking())
     output = cache.generate(input_ids, max_new_tokens=64)      # computes only what the store has not
 
+With a device (``gpu``) for which the node has HBM, blocks go to and from that: loads take each block from the
+tier that has it, saves put the whole prefix there, and what HBM does not take goes to host memory.
+
 Blocks are in the canonical axis order (``kvcache.block``): layer, K and V, head, token, dim; so a block
 is the same bytes on any device. Only full attention is served: sliding windows, latent attention and
 recurrent states are refused when the ``PrefixCache`` is made. Everything else that cannot be named
 (several sequences, padding, images) goes past the store and is counted.
 
 The sum: a block is copied twice (store to staging, staging to cache); for an 8 B model (128 KiB a token)
-at 5 GB/s that is 50 us a token, against milliseconds of prefill on the same machine.
+at 5 GB/s that is 50 us a token, against milliseconds of prefill on the same machine. That of GPUs is in
+``transformers_pages``.
 """
 
 from __future__ import annotations
@@ -18,50 +22,50 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvcache import weights
-from kvcache.block import BlockHash, BlockSpec, extra_keys
+from kvcache.block import BlockHash, extra_keys
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.transformers_pages import (
+    Shape,
+    buffers,
+    every,
+    kept,
+    load_staged,
+    paged,
+    staged,
+    unsupported,
+)
 from kvcache.client.store import SaveHints
 from kvcache.clock import SystemClock
-from kvcache.errors import BadInput
 from kvcache.namespace import Namespace, shape_of
 from kvcache.request_hints import UNKNOWN, RequestHints
+from kvcache.wire_hbm import HBM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvcache.client.store import BlockingStore, Handle
+    from kvcache.client.hbm import BlockingDeviceStore
+    from kvcache.client.store import BlockingStore, Handle, Lease
+    from kvcache.device.engine import EngineDevice
 
 SAMPLES = 1_024
-BATCH_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    layers: int
-    heads: int
-    tokens: int
-    dim: int
-
-    def blocks(self, count: int) -> tuple[int, ...]:
-        return (count, self.layers, 2, self.heads, self.tokens, self.dim)
 
 
 class PrefixCache:
     """The prefixes of one model in one store. For one thread; the store may be shared.
 
-    ``weights_id`` replaces the digest that is taken of the model's parameters; raise ``epoch`` when they
-    change in place. RAISES BadInput (unsupported_engine) for a model whose KV is not plain full attention.
+    ``gpu``: the model's; the store is then one of ``connect_device_blocking(gpu)``. ``weights_id`` replaces
+    the digest that is taken of the model's parameters; raise ``epoch`` when they change in place. RAISES
+    BadInput (unsupported_engine) for a model whose KV is not plain full attention.
     """
 
     def __init__(
@@ -69,15 +73,14 @@ class PrefixCache:
         model: PreTrainedModel,
         store: BlockingStore,
         *,
+        gpu: EngineDevice | None = None,
         block_tokens: int = 32,
         weights_id: str = "",
         epoch: int = 0,
     ) -> None:
         self._model = model
         self._shape = _shape_of(model, block_tokens)
-        item_bytes = torch.empty((), dtype=model.dtype).element_size()
-        head_bytes = block_tokens * self._shape.dim * item_bytes
-        self.spec = BlockSpec(block_tokens, 2 * self._shape.layers, self._shape.heads, head_bytes)
+        self.spec = self._shape.spec
         self.namespace = Namespace(
             model=type(model).__name__,
             weights=weights_id or weights_digest(model),
@@ -90,12 +93,14 @@ class PrefixCache:
             shape=shape_of(self.spec),
         )
         self._attachment = Attachment(lambda: store, [self.namespace], self.spec, SystemClock())
+        self._gpu = gpu
+        self._is_staged = model.device.type == "cuda"
         self._counters: Counter[str] = Counter()
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """``loaded_tokens``, ``computed_tokens`` (of prompts), ``saved_blocks``, ``passed_by:<reason>``,
-        ``errors``; the store has its own."""
+        """``loaded_tokens``, of these ``hbm_tokens``, ``computed_tokens`` (of prompts), ``saved_blocks``,
+        ``passed_by:<reason>``, ``errors``; the store has its own."""
         return dict(self._counters)
 
     def generate(
@@ -126,10 +131,11 @@ class PrefixCache:
         """A cache with the leading whole blocks of ``tokens`` that could be had: maybe none, never wrong."""
         cache = DynamicCache(config=self._model.config)
         try:
-            blocks = self._load(tokens, salt, hints)
-            if len(blocks):
-                self._fill(cache, blocks)
-            self._counters["loaded_tokens"] += len(blocks) * self.spec.block_tokens
+            whole = self._load(tokens, salt, hints)
+            if whole is not None:
+                for index, (keys, values) in enumerate(whole):
+                    cache.update(keys, values, index)
+            self._counters["loaded_tokens"] += cache.get_seq_length()
         except Exception:  # Border with the engine: what is not loaded is computed.
             self._fault("load")
             return DynamicCache(config=self._model.config)
@@ -143,7 +149,8 @@ class PrefixCache:
         start: int = 0,
         hints: RequestHints = UNKNOWN,
     ) -> int:
-        """Save the full blocks of ``tokens`` that ``cache`` holds, from block ``start`` on.
+        """Save the full blocks of ``tokens`` that ``cache`` holds, from block ``start`` on; into HBM, where
+        there is some, also those before, as it continues only what it holds.
 
         Returns how many of them the store holds afterwards. REQUIRES: the blocks before ``start`` were
         loaded or saved."""
@@ -158,71 +165,116 @@ class PrefixCache:
     def _names(self, handle: Handle, tokens: Sequence[int], salt: bytes) -> list[BlockHash]:
         return handle.hashes(tokens, [extra_keys([("salt", salt)])] if salt else ())
 
-    def _load(self, tokens: Sequence[int], salt: bytes, hints: RequestHints) -> torch.Tensor:
-        """The blocks that could be had, up to the first that could not."""
-        nothing = self._staging(0)
+    def _hbm(self) -> BlockingDeviceStore | None:
+        """The store, when a slab of its node is mapped on the model's device. REQUIRES: it is open."""
+        if self._gpu is None or not self._gpu.has_slab:
+            return None
+        return cast("BlockingDeviceStore", self._attachment.store)
+
+    def _load(self, tokens: Sequence[int], salt: bytes, hints: RequestHints) -> torch.Tensor | None:
+        """What could be had, up to the first block that could not: [layer, part, 1, head, token, dim]."""
         handles = self._attachment.handles()
         if not handles:
-            return nothing
-        store = self._attachment.store
-        lease = store.lease(handles[0], self._names(handles[0], tokens, salt), hints=hints)
+            return None
+        names = self._names(handles[0], tokens, salt)
+        store, hbm = self._attachment.store, self._hbm()
+        if hbm is not None:
+            lease = hbm.lease_device(handles[0], names, hints=hints)
+        else:
+            lease = store.lease(handles[0], names, hints=hints)
         if not lease.count:
-            return nothing
-        staging = self._staging(lease.count)
+            return None
         try:
-            failed = store.load(lease, [[_bytes(block)] for block in staging])
+            whole, failed = self._whole(lease, hbm)
         finally:
             store.release(lease)
-        return staging[: min(failed, default=lease.count)]
+        count = min(failed, default=lease.count)
+        if in_hbm := sum(grant.count for grant in lease.grants if grant.tier == HBM):
+            self._counters["hbm_tokens"] += min(in_hbm, count) * self.spec.block_tokens
+        return whole[..., : count * self.spec.block_tokens, :] if count else None
 
-    def _fill(self, cache: DynamicCache, blocks: torch.Tensor) -> None:
-        count = len(blocks)
-        shape = self._shape
+    def _whole(self, lease: Lease, hbm: BlockingDeviceStore | None) -> tuple[torch.Tensor, frozenset[int]]:
+        """All blocks of the lease, and the positions of those that could not be had."""
+        shape, store = self._shape, self._attachment.store
+        if hbm is not None or self._is_staged:
+            whole = shape.room(lease.count, self._model.device)
+            pages = paged(list(whole.flatten(0, 1)), shape)
+            if hbm is not None:
+                assert self._gpu is not None
+                return whole, hbm.load_device(lease, every(pages, self._gpu))
+            return whole, load_staged(store, lease, pages, shape)
+        rows = shape.rows(lease.count)
+        failed = store.load(lease, buffers(rows))
         # [block, layer, part, head, token, dim] -> [layer, part, batch of 1, head, token, dim]
-        whole = blocks.permute(1, 2, 3, 0, 4, 5).reshape(
-            shape.layers, 2, 1, shape.heads, count * shape.tokens, shape.dim
+        whole = rows.permute(1, 2, 3, 0, 4, 5).reshape(
+            shape.layers, 2, 1, shape.heads, lease.count * shape.tokens, shape.dim
         )
-        for index, (keys, values) in enumerate(whole.to(self._model.device)):
-            cache.update(keys, values, index)
+        return whole.to(self._model.device), failed
 
     def _save(
         self, tokens: Sequence[int], cache: DynamicCache, salt: bytes, start: int, hints: SaveHints
     ) -> int:
         handles = self._attachment.handles()
         count = min(len(tokens), cache.get_seq_length()) // self.spec.block_tokens
-        if not handles or count <= start:
+        hbm = self._hbm() if handles else None
+        if not handles or not count or (count <= start and hbm is None):
             return 0
         names = self._names(handles[0], tokens[: count * self.spec.block_tokens], salt)
-        step = max(1, BATCH_BYTES // self.spec.block_bytes)
-        saved = 0
-        for at in range(start, count, step):
-            blocks = self._blocks(cache, at, min(at + step, count))
-            parent = names[at - 1] if at else b""
-            pieces = [[_bytes(block)] for block in blocks]
-            fresh = names[at : at + len(blocks)]
-            held = self._attachment.store.save(handles[0], fresh, pieces, parent, hints)
-            saved += held
-            if held < len(blocks):
-                break
+        planes = kept(cache, self._shape, count)
+        if hbm is None:
+            saved = self._save_below(handles[0], names, planes, start, hints)
+        else:
+            saved = max(0, self._save_hbm(hbm, handles[0], names, planes, hints) - start)
         self._counters["saved_blocks"] += saved
         return saved
 
-    def _blocks(self, cache: DynamicCache, start: int, end: int) -> torch.Tensor:
-        """Blocks ``start`` to ``end`` of the cache, in canonical order, in host memory."""
-        shape, span = self._shape, slice(start * self._shape.tokens, end * self._shape.tokens)
-        blocks = self._staging(end - start)
-        wanted = (1, shape.heads, (end - start) * shape.tokens, shape.dim)
-        for index, layer in enumerate(cache.layers):
-            for part, source in enumerate((layer.keys, layer.values)):
-                states = source[:, :, span]
-                if tuple(states.shape) != wanted or states.dtype != blocks.dtype:
-                    raise _unsupported(f"layer {index} holds {tuple(states.shape)} {states.dtype}")
-                split = states.reshape(shape.heads, end - start, shape.tokens, shape.dim)
-                blocks[:, index, part] = split.permute(1, 0, 2, 3).to(blocks.device)
-        return blocks
+    def _save_hbm(
+        self,
+        hbm: BlockingDeviceStore,
+        handle: Handle,
+        names: Sequence[BlockHash],
+        planes: Sequence[torch.Tensor],
+        hints: SaveHints,
+    ) -> int:
+        """How many leading blocks HBM holds now, or else the tiers below, which get what it does not take."""
+        assert self._gpu is not None
+        held = hbm.save_device(handle, names, every(paged(planes, self._shape), self._gpu), hints=hints)
+        if held == len(names):
+            return held
+        below = hbm.match(handle, names)  # Blocks before may be in HBM alone, and host memory needs them all.
+        return max(held, below + self._save_below(handle, names, planes, below, hints))
 
-    def _staging(self, count: int) -> torch.Tensor:
-        return torch.empty(self._shape.blocks(count), dtype=self._model.dtype)
+    def _save_below(
+        self,
+        handle: Handle,
+        names: Sequence[BlockHash],
+        planes: Sequence[torch.Tensor],
+        start: int,
+        hints: SaveHints,
+    ) -> int:
+        """Blocks ``start`` and on into host memory, in batches."""
+        count, step, saved = len(names), self._shape.batch(), 0
+        for at in range(start, count, step):
+            end = min(at + step, count)
+            parent = names[at - 1] if at else b""
+            blocks = buffers(self._rows(planes, at, end))
+            held = self._attachment.store.save(handle, names[at:end], blocks, parent, hints)
+            saved += held
+            if held < end - at:
+                break
+        return saved
+
+    def _rows(self, planes: Sequence[torch.Tensor], start: int, end: int) -> torch.Tensor:
+        """Blocks ``start`` to ``end``, in canonical order, in host memory."""
+        shape, count = self._shape, end - start
+        if self._is_staged:
+            return staged(paged(planes, shape), start, end, shape)
+        rows = shape.rows(count)
+        for at, plane in enumerate(planes):
+            states = plane[0, :, start * shape.tokens : end * shape.tokens]
+            split = states.reshape(shape.heads, count, shape.tokens, shape.dim)
+            rows[:, at // 2, at % 2] = split.permute(1, 0, 2, 3).to(rows.device)
+        return rows
 
     def _passed_by(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> str:
         """Why this call cannot use the store, if so."""
@@ -282,22 +334,22 @@ def _sample(tensor: torch.Tensor) -> bytes:
     return bytes(flat.contiguous().cpu().view(torch.uint8).numpy()) if count else b""
 
 
-def _shape_of(model: PreTrainedModel, block_tokens: int) -> _Shape:
+def _shape_of(model: PreTrainedModel, block_tokens: int) -> Shape:
     """RAISES BadInput for anything but full attention."""
     config = model.config
     if config.is_encoder_decoder:
-        raise _unsupported("it is an encoder-decoder model")
+        raise unsupported("it is an encoder-decoder model")
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
-        raise _unsupported("it has multi-head latent attention (MLA)")
+        raise unsupported("it has multi-head latent attention (MLA)")
     for index, layer in enumerate(_layers(model)):
         if type(layer) is not DynamicLayer:
-            raise _unsupported(f"layer {index} keeps a {type(layer).__name__}; only full attention is served")
+            raise unsupported(f"layer {index} keeps a {type(layer).__name__}; only full attention is served")
     if kinds := _length_dependent(text.to_dict()):
-        raise _unsupported(f"its position encoding ({kinds[0]}) follows the length of the whole prompt")
+        raise unsupported(f"its position encoding ({kinds[0]}) follows the length of the whole prompt")
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return _Shape(text.num_hidden_layers, heads, block_tokens, dim)
+    return Shape(text.num_hidden_layers, heads, block_tokens, dim, model.dtype)
 
 
 def _length_dependent(config: object) -> list[str]:
@@ -313,24 +365,10 @@ def _layers(model: PreTrainedModel) -> Iterator[object]:
     try:
         yield from DynamicCache(config=model.config).layers
     except (KeyError, AttributeError, ValueError) as error:
-        raise _unsupported(f"its cache cannot be made from its configuration ({error})") from error
+        raise unsupported(f"its cache cannot be made from its configuration ({error})") from error
 
 
 def _config_digest(model: PreTrainedModel) -> str:
     """Of the whole configuration: position encoding and all else that shapes the numbers."""
     text = model.config.get_text_config(decoder=True)
     return weights.config_digest(json.loads(json.dumps(text.to_dict(), default=str)))
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous host tensor, as a flat buffer of bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def _unsupported(why: str) -> BadInput:
-    return BadInput(
-        "unsupported_engine",
-        f"kvcache cannot serve this model: {why}",
-        "its blocks would be wrong or incomplete",
-        "generate without kvcache; docs/transformers.md lists what is served",
-    )

@@ -66,9 +66,9 @@ class EngineDevice:
 
     @property
     def has_slab(self) -> bool:
-        """A node has memory here for this process, and it is mapped."""
+        """Memory of a node is mapped here, and not known to be lost."""
         with self._lock:
-            return bool(self._slabs)
+            return any(not slab.trouble for slab, _ in self._slabs.values())
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         """As ``client.hbm.Device``. RAISES BadInput, Unavailable."""
