@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def gather(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
-    contents = _gathered(moves, first, last)
-    with torch.inference_mode():
-        for block, content in zip(_in_slab(moves, slab, first, last), contents, strict=True):
-            block.copy_(content)
+    _fill(_in_slab(moves, slab, first, last), _gathered(moves, first, last))
 
 
 def scatter(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
@@ -32,14 +29,21 @@ def scatter(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
 
 
 def gather_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    gather(moves, slab, first, last)
-    return sums.sum_blocks(_in_slab(moves, slab, first, last), moves.spec.chunk_bytes)
+    contents = _gathered(moves, first, last)  # Others may write to the slab.
+    _fill(_in_slab(moves, slab, first, last), contents)
+    return sums.sum_blocks(list(contents), moves.spec.chunk_bytes)
 
 
 def scatter_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
     blocks = torch.stack(_in_slab(moves, slab, first, last))  # What is summed is what is written.
     _scatter(moves, blocks, first)
     return sums.sum_blocks(list(blocks), moves.spec.chunk_bytes)
+
+
+def _fill(blocks: list[torch.Tensor], contents: torch.Tensor) -> None:
+    with torch.inference_mode():
+        for block, content in zip(blocks, contents, strict=True):
+            block.copy_(content)
 
 
 def _in_slab(moves: Moves, slab: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:

@@ -65,20 +65,20 @@ def scatter(moves: Moves, slab: torch.Tensor, first: int, last: int) -> None:
 
 
 def gather_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """As ``kvcache.device.gather.gather_and_sum``. Two launches; three where rows are not whole stripes."""
+    """As ``kvcache.device.gather.gather_and_sum``. Two launches; more where rows are not whole stripes."""
     if sums_in_passing(moves, slab):
         return _launch_copy_and_sum(moves, slab, first, last, GATHER)
     gather(moves, slab, first, last)
-    return sum_chunks(slab, moves.offsets, moves.alignment, moves.spec, first, last)
+    return _sum_pages(moves, first, last)
 
 
 def scatter_and_sum(moves: Moves, slab: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """As ``kvcache.device.gather.scatter_and_sum``. Where rows are not whole stripes the slab is read twice:
-    REQUIRES then that nobody writes to it meanwhile."""
+    """As ``kvcache.device.gather.scatter_and_sum``. Where rows are not whole stripes, what is in the pages
+    then is summed."""
     if sums_in_passing(moves, slab):
         return _launch_copy_and_sum(moves, slab, first, last, SCATTER)
     scatter(moves, slab, first, last)
-    return sum_chunks(slab, moves.offsets, moves.alignment, moves.spec, first, last)
+    return _sum_pages(moves, first, last)
 
 
 def sum_chunks(
@@ -296,6 +296,14 @@ def _launch_sum(
             partials, sums, constants, count, spec.chunk_bytes, rounds, FINISH_CHUNKS, num_warps=1
         )
     return sums.view(len(table), -1)
+
+
+def _sum_pages(moves: Moves, first: int, last: int) -> torch.Tensor:
+    """By way of memory that is nobody else's: others may write to a slab between two looks at it."""
+    alone = moves.alone(first, last)
+    blocks = torch.empty(alone.end, dtype=torch.uint8, device=alone.cache.device)
+    gather(alone, blocks, 0, last - first)
+    return sum_chunks(blocks, alone.offsets, alone.alignment, alone.spec, 0, last - first)
 
 
 def _can_sum(aligned: int, spec: BlockSpec) -> bool:

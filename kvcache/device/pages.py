@@ -81,6 +81,16 @@ class Moves:
     def pages(self) -> torch.Tensor:
         return self.table[:, 1:]
 
+    def alone(self, first: int, last: int) -> Moves:
+        """The same pages, of these planes alone, and blocks one behind the other from byte 0 on. Ready on the
+        current stream."""
+        cache = self.cache.part(first, last)
+        spec = cache.spec(self.pages_per_block)
+        offsets = torch.arange(self.block_count, device=self.table.device) * spec.block_bytes
+        table = torch.cat((offsets[:, None], self.pages), 1)
+        end = self.block_count * spec.block_bytes
+        return Moves(cache, spec, table, alignment(spec.block_bytes), end, self.pages_differ)
+
 
 class PagedCache:
     """An engine's pages, as ``planes`` (uint8 ``[page, head, token, row]``), all of one shape and strides.

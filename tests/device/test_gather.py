@@ -6,6 +6,7 @@ not touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -59,6 +60,39 @@ def test_memory_that_was_made_in_inference_mode(place: Place) -> None:
         with torch.inference_mode():
             rig = engine("flashinfer_nhd", Shape(row=row), place.device)
         check_moves(place, rig, PAGES[2])
+
+
+@by_all
+@pytest.mark.parametrize("row", [64, 40])
+@pytest.mark.parametrize("way", ["gather_and_sum", "scatter_and_sum"])
+def test_who_writes_to_the_slab_meanwhile_is_not_summed(
+    place: Place, way: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of his bytes would publish them, or pass for those in the pages."""
+    rig = engine("flashinfer_nhd", Shape(row=row), place.device)
+    size = rig.cache.spec(2).block_bytes
+    moves = rig.cache.moves([0, size], PAGES[2][:2])
+    blocks, chunk_bytes = rig.blocks(PAGES[2][:2], 1, 3), moves.spec.chunk_bytes
+    slab = slab_of(2 * size, place.device)
+    place.made.gather(moves, slab, 0, len(rig.cache.planes))
+    for name in ("_launch_copy", "_launch_copy_and_sum", "_fill", "_scatter"):
+        if done := getattr(place.made, name, None):
+            monkeypatch.setattr(place.made, name, scribbling(done, slab))
+    found = getattr(place.made, way)(moves, slab, 1, 3)
+    assert found.tolist() == [chunk_sums(block, chunk_bytes) for block in blocks]
+    assert slab[0] == 0xEE, "else nobody has written to it"
+    rig.check_memory()
+
+
+def scribbling(done: Callable[..., object], slab: torch.Tensor) -> Callable[..., object]:
+    """The same, and then somebody writes to the slab."""
+
+    def do(*given: object) -> object:
+        result = done(*given)
+        slab.fill_(0xEE)
+        return result
+
+    return do
 
 
 @by_all
