@@ -113,8 +113,7 @@ class Vmm:
         Its content is whatever was there before. ``size_bytes`` is rounded up to the granularity.
         RAISES Unavailable, and then nothing is held."""
         self._check_support(ordinal)
-        step = self.granularity(ordinal)
-        size_bytes = -(-size_bytes // step) * step
+        size_bytes = self._whole(ordinal, size_bytes)
         handle = self._call("cuMemCreate", size_bytes, self._properties(ordinal), 0)
         descriptor = -1
         try:
@@ -131,8 +130,7 @@ class Vmm:
     def open(self, descriptor: int, size_bytes: int, ordinal: int, readers: Sequence[int] = ()) -> Mapping:
         """Map memory that another process created on GPU ``ordinal``; ``readers``, GPUs joined to it by
         NVLink or PCIe, may use it too. The descriptor stays the caller's, and may be closed afterwards.
-
-        RAISES Unavailable, and then nothing is held."""
+        ``size_bytes`` is rounded up as by ``create``. RAISES Unavailable, and then nothing is held."""
         ordinals = [ordinal, *(each for each in readers if each != ordinal)]
         for reader in ordinals[1:]:
             if not self._call("cuDeviceCanAccessPeer", self._device(reader), self._device(ordinal)):
@@ -141,6 +139,7 @@ class Vmm:
                     "no path joins them",
                     "use the HBM tier of its own GPU, or the host tier",
                 )
+        size_bytes = self._whole(ordinal, size_bytes)
         handle = self._call("cuMemImportFromShareableHandle", descriptor, self._descriptor_type())
         try:
             return self._map(handle, size_bytes, ordinals)
@@ -225,6 +224,11 @@ class Vmm:
                     f"its driver does not do {words}",
                     _ADVICE["CUDA_ERROR_NOT_SUPPORTED"],
                 )
+
+    def _whole(self, ordinal: int, size_bytes: int) -> int:
+        """So many bytes have to be allocated and mapped for these."""
+        step = self.granularity(ordinal)
+        return -(-size_bytes // step) * step
 
     def _device(self, ordinal: int) -> object:
         device: object = self._call("cuDeviceGet", ordinal)

@@ -189,6 +189,18 @@ def test_what_the_machine_does_not_do_is_said_in_words(machine: Machine) -> None
     assert driver.is_clean()
 
 
+def test_a_slab_of_a_size_that_no_map_has(machine: Machine) -> None:
+    """A small one: its units are smaller than what a GPU maps at once."""
+    owner, engine = memory(FakeDriver(machine)), memory(FakeDriver(machine))
+    theirs = Slab.create(owner, "one", SIZE - GRANULARITY // 2)
+    ours = Slab.open(engine, theirs.ticket, theirs.descriptor)
+    assert ours.size_bytes == SIZE - GRANULARITY // 2
+    theirs.tensor(ours.size_bytes - 1, 1).fill_(7)
+    assert ours.tensor(ours.size_bytes - 1, 1).tolist() == [7]
+    for slab in (ours, theirs):
+        slab.close()
+
+
 def test_a_slab_that_is_smaller_than_its_ticket_is_not_mapped(machine: Machine) -> None:
     owner, engine = FakeDriver(machine), FakeDriver(machine)
     theirs = Slab.create(memory(owner), "one", SIZE)
