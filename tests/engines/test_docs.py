@@ -41,7 +41,12 @@ def node(tmp_path: Path) -> Iterator[NodeProcess]:
 
 
 def run(script: str, node: NodeProcess) -> str:
-    environment = {**os.environ, **SETTINGS, "KVCACHE_SOCKET": node.socket.removeprefix("unix://")}
+    environment = {
+        **os.environ,
+        **SETTINGS,
+        "KVCACHE_SOCKET": node.socket.removeprefix("unix://"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -62,6 +67,18 @@ def test_the_transformers_example(model: Path, node: NodeProcess) -> None:
     printed = run(patient.replace("MODEL", str(model)), node)
     assert "'loaded_tokens': 288" in printed
     assert node_stats(node.socket)["blocks:host"] == 9
+
+
+def test_the_example_of_transformers_and_hbm(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (script,) = examples("hbm.md", "py")
+    patient = script.replace("_blocking(gpu)", f"_blocking(gpu, timeout_ms={PATIENT_MS})")
+    assert patient != script
+    settings = {"socket": str(tmp_path / "node.sock"), "capacity": "64MiB", "http": "none", "hbm": "16MiB"}
+    with NodeProcess({**settings, "hbm_device": "cpu"}, tmp_path / "node.log") as node:
+        printed = run(patient.replace("MODEL", str(model)), node)
+        assert "'hbm_tokens': 288" in printed
+        assert node_stats(node.socket)["hbm_hit_blocks"] == 9
 
 
 def test_the_vllm_example(model: Path, node: NodeProcess) -> None:
