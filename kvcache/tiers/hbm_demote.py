@@ -185,11 +185,13 @@ class HbmDemoter:
 
     async def _demote_all(self) -> None:
         tried: set[StorageKey] = set()
-        while fresh := [tip for tip in self._tips() if tip not in tried and not self._is_closed]:
+        while fresh := [tip for tip in self._tips() if tip not in tried]:
             tried.add(fresh[0])
             while (part := self._reserve(fresh[0])) is not None and await self._copy(part):
-                if self._below.host.has(fresh[0]):
+                if self._is_closed or self._below.host.has(fresh[0]):
                     break
+            if self._is_closed:
+                break
 
     async def _copy(self, part: _Part) -> bool:
         """Did all of it arrive? What did is published below."""

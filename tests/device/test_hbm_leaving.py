@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvcache.testing.stores import SIZE
 from tests.device.hbm_rig import HBM_BLOCKS, Failing, World, hold
 
 
@@ -27,6 +29,29 @@ def test_it_goes_to_host_memory_first(world: World) -> None:
     assert world.in_hbm(path) == 0
     assert world.engine.load(path) == (HBM_BLOCKS, frozenset())
     assert world.stats().get("hbm_dropped_blocks", 0) == 0
+
+
+def test_a_node_that_ends_copies_no_more_than_it_has_begun(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path may be all of a GPU's memory."""
+    monkeypatch.setattr("kvcache.tiers.hbm_demote.BATCH_BYTES_MAX", SIZE)
+    path = world.engine.path(HBM_BLOCKS)
+    release = hold(world)
+    world.engine.save(path)
+    demoter = world.demoter()
+    copy = demoter._outlet.copy
+
+    def closing(
+        sources: Sequence[torch.Tensor], targets: Sequence[memoryview], chunk_bytes: int
+    ) -> list[bytes]:
+        world.node.call(lambda: setattr(demoter, "_is_closed", True))
+        return copy(sources, targets, chunk_bytes)
+
+    monkeypatch.setattr(demoter._outlet, "copy", closing)
+    release()
+    world.eventually(lambda: not demoter.is_busy)
+    assert world.in_host(path) == 1
 
 
 def test_what_could_not_is_a_miss_and_counted(world: World) -> None:
