@@ -62,7 +62,7 @@ class EngineDevice:
             for other in range(torch.cuda.device_count())
             if other != here and torch.cuda.can_device_access_peer(here, other)
         ]
-        return cls(CudaMemory(vmm, vmm.uuid(here), device), others)
+        return cls(CudaMemory(vmm, vmm.uuid(here), mine), others)
 
     @property
     def has_slab(self) -> bool:

@@ -105,6 +105,17 @@ class TestSlabs:
         with pytest.raises(BadInput, match="not asked for"):
             EngineDevice.of(torch.device("cpu")).open(told, owner.slab.descriptor)
 
+    def test_cuda_without_a_number_is_the_current_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpus = [b"gpu-0", b"gpu-1", b"gpu-2"]
+        monkeypatch.setattr(
+            "kvcache.device.engine.Vmm", lambda: SimpleNamespace(uuid=gpus.__getitem__, ordinal=gpus.index)
+        )
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: (here, other) == (1, 2))
+        made = EngineDevice.of(torch.device("cuda"))
+        assert (made.gpu, made.joined) == (b"gpu-1", [b"gpu-2"])
+
     def test_a_lost_gpu_is_a_miss(self, owner: Owner, device: EngineDevice) -> None:
         device.lose("it was reset")
         with pytest.raises(Unavailable, match="cannot be used"):
