@@ -3,7 +3,7 @@
     Hello with a GPU ──► admit: the slab of that GPU, made at first use ──► its descriptor, with Welcome
     written, time passes ──► cool: what is about to leave goes to host memory (``tiers.hbm_demote``)
 
-A block that several GPUs hold is told to followers once: as stored by the first, as removed by the last.
+A block that several GPUs hold is one to followers: they are told that it is gone when the last lets it go.
 
 Invariants: a GPU has at most one arena in the life of the node, so the memory that the operator gave is never
 exceeded; a lost one stays lost (its CUDA context is gone with it: the node must be restarted).
