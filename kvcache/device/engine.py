@@ -57,8 +57,9 @@ class EngineDevice:
             return cls(CpuMemory())
         vmm = Vmm()
         here = torch.cuda.current_device() if device.index is None else device.index
+        mine = torch.device("cuda", here)  # With its number: what is joined is mapped for it.
         others = [
-            CudaMemory(vmm, vmm.uuid(other), device)
+            CudaMemory(vmm, vmm.uuid(other), mine)
             for other in range(torch.cuda.device_count())
             if other != here and torch.cuda.can_device_access_peer(here, other)
         ]

@@ -115,6 +115,7 @@ class TestSlabs:
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: (here, other) == (1, 2))
         made = EngineDevice.of(torch.device("cuda"))
         assert (made.gpu, made.joined) == (b"gpu-1", [b"gpu-2"])
+        assert {memory.device for memory in made._memories.values()} == {torch.device("cuda", 1)}
 
     def test_a_lost_gpu_is_a_miss(self, owner: Owner, device: EngineDevice) -> None:
         device.lose("it was reset")
