@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 NEW_TOKENS = 8
+STAGED_BLOCKS = 5
 TIMEOUT_MS = 5_000
 """Of each call: a node that is stopped costs it once, a machine that looks away for less costs nothing."""
 
@@ -30,6 +31,7 @@ class Engine:
         from transformers import AutoModelForCausalLM
 
         from kvcache.client import connect_blocking, connect_device_blocking
+        from kvcache.client.connectors import transformers_pages
         from kvcache.client.connectors.transformers import PrefixCache
         from kvcache.device.engine import EngineDevice
 
@@ -43,6 +45,7 @@ class Engine:
         self.cache = PrefixCache(self.model, self.store, gpu=self.gpu)
         if way == "staged":
             self.cache._is_staged = True
+            transformers_pages.BATCH_BYTES = STAGED_BLOCKS * self.cache.spec.block_bytes
         self.embedded = 0
         self.model.get_input_embeddings().register_forward_hook(self._embed)
 
