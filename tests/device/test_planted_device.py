@@ -78,6 +78,20 @@ PLANTS = (
         f"{SUMS}::test_the_kernel_sums_every_chunk_of_some_planes[256]",
     ),
     Plant(
+        "what another wrote to the slab is summed",
+        "kvcache/device/gather_twin.py",
+        "    return sums.sum_blocks(list(contents), moves.spec.chunk_bytes)\n",
+        "    return sums.sum_blocks(_in_slab(moves, slab, first, last), moves.spec.chunk_bytes)\n",
+        f"{GATHER}::test_who_writes_to_the_slab_meanwhile_is_not_summed[gather_and_sum-64-torch]",
+    ),
+    Plant(
+        "what was queued runs on behind an error",
+        "kvcache/device/engine.py",
+        "                wait_out(current.mark())\n",
+        "                pass\n",
+        "tests/device/test_engine.py::TestTensors::test_nothing_runs_on_behind_an_error",
+    ),
+    Plant(
         "a page written twice in no order",
         "kvcache/device/pages.py",
         "            len(set(used)) == len(used),\n",
