@@ -76,7 +76,7 @@ class Hbm:
             self._make(name, hello.gpu, below)
         for gpu in (hello.gpu, *hello.joined):
             for number, arena in enumerate(self._arenas):
-                if arena.serves(name, gpu, ()):
+                if arena.serves(name, gpu):
                     return number
         self._counters["hbm_refused_maps"] += 1
         return NO_HBM

@@ -287,11 +287,12 @@ def copy_steps(
         for at in range(0, length, step_bytes):
             size = min(step_bytes, length - at)
             views = target[into + at : into + at + size], source[out_of + at : out_of + at + size]
-            steps.append(Step(size, _copying(*views)))
+            steps.append(Step(size, copying(*views)))
     return steps
 
 
-def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+def copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    """The work of a step that copies all of one to the other."""
     return lambda: void(target.copy_(source, non_blocking=True))
 
 

@@ -11,12 +11,12 @@ side of host memory is not registered, ``kvcache.device.pinned`` says why).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from kvcache.clock import SystemClock
-from kvcache.device.copies import Copies, Step, void
+from kvcache.device.copies import Copies, Step, copying
 from kvcache.device.pinned import flat
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory
 from kvcache.device.streams import Streams, streams_of
@@ -73,13 +73,13 @@ class Outlet:
         """Fill the targets; of each, the sums of its chunks as they arrived. RAISES Unavailable when the
         device failed, or did not do it in time."""
         pairs = [(flat(target), source) for target, source in zip(targets, sources, strict=True)]
-        self._run([Step(source.numel(), _copying(target, source)) for target, source in pairs])
+        self._run([Step(source.numel(), copying(target, source)) for target, source in pairs])
         return [sum_chunks([target], chunk_bytes) for target in targets]
 
     def probe(self, source: torch.Tensor) -> None:
         """Does the device still answer? RAISES Unavailable."""
         found = torch.empty(1, dtype=torch.uint8)
-        self._run([Step(1, _copying(found, source[:1]))])
+        self._run([Step(1, copying(found, source[:1]))])
 
     def close(self) -> None:
         """May be called twice."""
@@ -93,7 +93,3 @@ class Outlet:
             raise Unavailable("unavailable", "a copy out of the device's memory", f"it took over {COPY_S} s")
         if failures[0] is not None:
             raise failures[0]
-
-
-def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
-    return lambda: void(target.copy_(source, non_blocking=True))

@@ -19,7 +19,7 @@ The sum: nothing after the start; bytes are copied by those who use them (``kvca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,17 +59,14 @@ class HbmTier:
         self._arenas.append(Arena(name, Slab.create(memory, name, size_bytes)))
         return len(self._arenas) - 1
 
-    def nearest(self, name: str, uuid: bytes, joined: Collection[bytes] = ()) -> int | None:
-        """The arena of that trust domain for an engine on GPU ``uuid``: on it, else on one of ``joined``, the
-        GPUs whose memory it can use. None when there is none, or it is lost."""
-        mine = [
-            (number, arena.slab.ticket.uuid)
+    def on(self, uuid: bytes, name: str) -> int | None:
+        """The arena on this GPU of that trust domain. None when there is none, or it is lost."""
+        found = (
+            number
             for number, arena in enumerate(self._arenas)
-            if arena.name == name and not arena.slab.trouble
-        ]
-        here = [number for number, other in mine if other == uuid]
-        near = [number for number, other in mine if other in joined]
-        return next(iter(here + near), None)
+            if arena.name == name and arena.slab.ticket.uuid == uuid and not arena.slab.trouble
+        )
+        return next(found, None)
 
     def descriptor(self, arena: int) -> int:
         """To be handed, with the ticket, to who may map it. REQUIRES: not closed."""

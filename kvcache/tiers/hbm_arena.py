@@ -13,7 +13,7 @@ The sum: as ``kvcache.ledger``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvcache.block import StorageKey
@@ -60,9 +60,9 @@ class HbmArena:
     def descriptor(self) -> int:
         return self.memory.descriptor(ARENA)
 
-    def serves(self, name: str, gpu: bytes, joined: Collection[bytes]) -> bool:
-        """May an engine on this GPU, or one joined to these, map it?"""
-        return self.memory.nearest(name, gpu, joined) is not None
+    def serves(self, name: str, gpu: bytes) -> bool:
+        """Is it that GPU's, and may this trust domain map it?"""
+        return self.memory.on(gpu, name) is not None
 
     def match(self, keys: Sequence[StorageKey]) -> int:
         """How many leading blocks can be found."""

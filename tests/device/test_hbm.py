@@ -98,15 +98,14 @@ class TestPlaces:
         machine.close()
 
     def test_an_engine_gets_the_slab_of_its_gpu(self, tier: HbmTier) -> None:
-        assert tier.nearest("alice", self.zero) == 0
-        assert tier.nearest("alice", self.one) == 1
-        assert tier.nearest("bob", self.one, joined=[self.zero]) == 3
+        assert tier.on(self.zero, "alice") == 0
+        assert tier.on(self.one, "alice") == 1
+        assert tier.on(self.one, "bob") == 3
         assert tier.capacity_bytes == 8 * UNIT
 
-    def test_else_one_of_a_gpu_that_is_joined_to_it(self, tier: HbmTier) -> None:
-        assert tier.nearest("alice", b"another") is None
-        assert tier.nearest("alice", b"another", joined=[self.one]) == 1
-        assert tier.nearest("carol", self.zero) is None
+    def test_else_none(self, tier: HbmTier) -> None:
+        assert tier.on(b"another", "alice") is None
+        assert tier.on(self.zero, "carol") is None
 
     def test_what_is_lost_is_a_miss_and_nobody_gets_it(self, tier: HbmTier) -> None:
         space = Space(8 * UNIT, UNIT, HBM_LAYOUT)
@@ -118,7 +117,8 @@ class TestPlaces:
         tier.lose(0, "later, something else")
         with pytest.raises(Unavailable, match="fell off the bus"):
             tier.tensor(slot, 4096)
-        assert tier.nearest("alice", self.zero, joined=[self.one]) == 1
+        assert tier.on(self.zero, "alice") is None
+        assert tier.on(self.one, "alice") == 1
         assert tier.troubles() == ["HBM arena alice: it fell off the bus"]
 
     def test_a_slot_that_was_not_granted_is_a_bug(self, tier: HbmTier) -> None:

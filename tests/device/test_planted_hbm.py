@@ -68,8 +68,8 @@ PLANTS = (
     Plant(
         "any trust domain is given the slab",
         "kvcache/tiers/hbm_arena.py",
-        "        return self.memory.nearest(name, gpu, joined) is not None\n",
-        "        return self.memory.nearest(self.name, gpu, joined) is not None\n",
+        "        return self.memory.on(gpu, name) is not None\n",
+        "        return self.memory.on(gpu, self.name) is not None\n",
         f"{STORE}::TestWhoGetsWhat::test_another_tenants_engine_gets_none",
     ),
     Plant(
