@@ -32,7 +32,11 @@ STORED_TOKENS = STORED_BLOCKS * BLOCK_TOKENS
 FLIPPED = 7
 """A block of the second prompt."""
 BLOCKS_BEFORE_FLIPPED = STORED_BLOCKS - (LENGTHS[1] - 1) // BLOCK_TOKENS + FLIPPED
-LITTLE_BYTES = 10 << 16
+BLOCK_BYTES = 1 << 16
+LITTLE_BYTES = 10 * BLOCK_BYTES
+LARGER = PROMPTS[1:]
+"""Each larger than that."""
+LARGER_TOKENS = sum((len(each) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for each in LARGER)
 PATIENCE_S = 60.0
 HBM = {"capacity": "64MiB", "http": "none", "hbm": "16MiB", "hbm_device": "cpu"}
 
@@ -209,23 +213,38 @@ def test_a_node_without_hbm(tmp_path: Path, model: Path, expected: list[list[int
 def test_what_hbm_has_no_room_for_goes_to_host_memory(
     tmp_path: Path, model: Path, expected: list[list[int]]
 ) -> None:
-    """Each prompt is larger than HBM. The node may be copying the same blocks: then they come with the next
-    save."""
+    """With what stands before it, which is in HBM alone. The node copies nothing there by itself."""
     node = served(tmp_path, {**HBM, "hbm": str(LITTLE_BYTES)})
-    longer = PROMPTS[1:]
-    wanted = sum((len(each) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for each in longer)
+    with start(model, node.node.address, "hbm") as engine:
+        engine.ask("names", prompt=PROMPTS[0])  # It is connected, and the slab made.
+        hbm = node.node.core.hbm
+        assert hbm is not None
+        demoter = hbm._demoters[0]
+        node.call(lambda: setattr(demoter, "_tips", lambda: []))
+        assert engine.ask("generate", prompts=LARGER)["tokens"] == expected[1:]
+        stats = node.call(node.node.core.stats)
+        assert stats["hbm_saved_blocks"] >= LITTLE_BYTES // BLOCK_BYTES
+        assert stats["blocks:host"] * BLOCK_TOKENS >= LARGER_TOKENS
+        answer = engine.ask("generate", prompts=LARGER)
+    assert answer["tokens"] == expected[1:]
+    assert answer["counters"]["loaded_tokens"] == LARGER_TOKENS
+    node.close()
+
+
+def test_hbm_that_is_too_small_beside_a_node_that_copies_out_of_it(
+    tmp_path: Path, model: Path, expected: list[list[int]]
+) -> None:
+    """What the node is copying itself, an engine cannot save meanwhile: then it comes with the next save."""
+    node = served(tmp_path, {**HBM, "hbm": str(LITTLE_BYTES)})
 
     def loads_all(engine: EngineProcess) -> bool:
-        answer = engine.ask("generate", prompts=longer)
+        answer = engine.ask("generate", prompts=LARGER)
         assert answer["tokens"] == expected[1:]
-        return bool(answer["counters"].get("loaded_tokens", 0) == wanted)
+        return bool(answer["counters"].get("loaded_tokens", 0) == LARGER_TOKENS)
 
     for _ in range(2):
         with start(model, node.node.address, "hbm") as engine:
             until(partial(loads_all, engine))
-    stats = node.call(node.node.core.stats)
-    assert stats["hbm_saved_blocks"] > 0
-    assert stats["blocks:host"] * BLOCK_TOKENS >= wanted
     node.close()
 
 
