@@ -150,7 +150,7 @@ class TensorBlocks:
         """RAISES Unavailable."""
         with self._line.told():
             for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
-                row.copy_(flat(block))
+                row.copy_(flat(block), non_blocking=True)
             return self._sums(first, len(blocks))
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
@@ -219,7 +219,7 @@ class PagedBlocks:
         sums = b""
         for at, part, moves, staging in self._staged(blocks, first):
             for slot, block in zip(staging, blocks[at : at + part], strict=False):
-                slot.copy_(block)
+                slot.copy_(block, non_blocking=True)
             sums += b"".join(joined(scatter_and_sum(moves, staging.view(-1))))
         return sums
 
@@ -229,7 +229,7 @@ class PagedBlocks:
         for at, part, moves, staging in self._staged(blocks, first):
             found = gather_and_sum(moves, staging.view(-1))
             for slot, block in zip(staging, blocks[at : at + part], strict=False):
-                block.copy_(slot)
+                block.copy_(slot, non_blocking=True)
             sums += b"".join(joined(found))
         return sums
 
