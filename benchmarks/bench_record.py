@@ -21,17 +21,14 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where the project is not installed.
 
 import harness
+from bench_replay import opened
 from harness import Figure
 
-from kvcache.cli_simulate import MADE
-from kvcache.eviction.generate import generate
 from kvcache.eviction.record import Recorder
 from kvcache.eviction.record_format import packed_chunk
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import open_trace
 from kvcache.wire import BATCH_BLOCKS_MAX
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 BLOCK_TOKENS = 16
 HASH_BYTES = 16
 FLUSH_BYTES = 32 << 10
@@ -94,8 +91,7 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", type=Path)
     parsed = parser.parse_args()
     chosen = harness.choose(parsed)
-    paths = parsed.traces or sorted(SHARED.glob("*.npz"))
-    traces = [(path.stem, open_trace(path)) for path in paths] or [("generated", generate(MADE))]
+    traces = list(opened(parsed.traces))
     machine = harness.machine()
     for name, trace in traces:
         for sample in (1.0, 0.1):

@@ -29,6 +29,7 @@ from kvcache.eviction.replay import BELADY, replay
 from kvcache.eviction.replay_tiers import replay_tiers
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.spill import Below
+from kvcache.eviction.trace import Trace
 from kvcache.eviction.trace_files import open_trace
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
@@ -57,12 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     harness.report(figures, chosen)
 
 
-def traces(paths: Sequence[Path]) -> Iterator[tuple[str, Forest]]:
+def opened(paths: Sequence[Path]) -> Iterator[tuple[str, Trace]]:
+    """These, else the published ones, else one that is made up."""
     paths = paths or sorted(SHARED.glob("*.npz"))
     if not paths:
-        yield "generated", Forest(generate(MADE))
+        yield "generated", generate(MADE)
     for path in paths:
-        yield path.stem, Forest(open_trace(path))
+        yield path.stem, open_trace(path)
+
+
+def traces(paths: Sequence[Path]) -> Iterator[tuple[str, Forest]]:
+    for name, trace in opened(paths):
+        yield name, Forest(trace)
 
 
 def found(name: str, forest: Forest, policies: Sequence[str], percents: Sequence[float]) -> Iterator[Figure]:

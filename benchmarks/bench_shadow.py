@@ -30,27 +30,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Also where the project is not installed.
 
 import harness
+from bench_replay import opened
 from harness import Figure
 
 from kvcache import wire
 from kvcache.block import BlockSpec, StorageKey
-from kvcache.cli_simulate import MADE
 from kvcache.config import NodeConfig
 from kvcache.eviction.choice import Choice
-from kvcache.eviction.generate import generate
 from kvcache.eviction.leaf_lru import LeafLru
 from kvcache.eviction.replay import Contexts, LeafCache, replay
 from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.shadows import Cell, Shadows
 from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import open_trace
 from kvcache.namespace import Namespace, shape_of
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, Peer
 from kvcache.server.node import Node
 from kvcache.sums import SUM_BYTES
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 SPEC = BlockSpec(block_tokens=16, plane_count=1, head_count=1, head_bytes=1_024)
 NAMESPACE = Namespace(
     model="m", weights="w", dtype="float32", layout="canonical", block_tokens=16, shape=shape_of(SPEC)
@@ -211,8 +208,7 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", type=Path)
     parsed = parser.parse_args()
     chosen = harness.choose(parsed)
-    paths = parsed.traces or sorted(SHARED.glob("*.npz"))
-    traces = [(path.stem, open_trace(path)) for path in paths] or [("generated", generate(MADE))]
+    traces = list(opened(parsed.traces))
     machine = harness.machine()
     asked = next((trace for name, trace in traces if "conversation" in name), traces[0][1])
     requests = QUICK_REQUESTS if chosen.quick else COST_REQUESTS

@@ -15,11 +15,11 @@ import click
 import msgspec
 
 from kvcache.address import default_address
-from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
-from kvcache.errors import BadInput, Unavailable
+from kvcache.errors import BadInput
 from kvcache.eviction.choice import parse_params
-from kvcache.wire import PROTOCOL_VERSION, Hello, Tune, Tuned
+from kvcache.node_channel import connected
+from kvcache.wire import Tune, Tuned
 from kvcache.wire_tuning import SET, TELL, InForce
 
 DEADLINE_S = 10
@@ -75,20 +75,12 @@ def tell_command(address: str, as_json: bool) -> None:
 
 def ask(address: str, request: Tune) -> Tuned:
     """RAISES Unavailable, BadInput, NotAllowed."""
-    where = address or default_address()
+    where, token = address or default_address(), os.environ.get("KVCACHE_TOKEN", "")
     deadline_ns = SystemClock().now_ns() + DEADLINE_S * NS_PER_S
-    hello = Hello(PROTOCOL_VERSION, token=os.environ.get("KVCACHE_TOKEN", ""), client="kvcache tune")
-    try:
-        channel = BlockingChannel.connect(where, hello, deadline_ns)
-    except Unavailable as error:
-        todo = "start one with kvcache serve, or name its address with --address"
-        raise Unavailable("unavailable", f"no node answers at {where}", error.why, todo) from error
-    try:
+    with connected(where, token, "kvcache tune", deadline_ns) as channel:
         reply = channel.call(request, deadline_ns)
         assert isinstance(reply, Tuned), reply
         return reply
-    finally:
-        channel.close()
 
 
 def _show(told: Tuned, as_json: bool, tiers: list[str] | None = None) -> None:

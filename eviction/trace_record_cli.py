@@ -13,12 +13,12 @@ from pathlib import Path
 import click
 
 from kvcache.address import default_address
-from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.config import parse_size
-from kvcache.errors import BadInput, Unavailable
+from kvcache.errors import BadInput
 from kvcache.eviction.trace_edit import parse_share
-from kvcache.wire import PROTOCOL_VERSION, Hello, Record, StatsReply
+from kvcache.node_channel import connected
+from kvcache.wire import Record, StatsReply
 from kvcache.wire_record import BEGIN, END, SAMPLE_ALL, TELL
 
 DEADLINE_S = 10
@@ -69,15 +69,7 @@ def _millionths(sample: str) -> int:
 def ask(address: str, token: str, request: Record) -> StatsReply:
     """RAISES Unavailable, BadInput, NotAllowed."""
     deadline_ns = SystemClock().now_ns() + DEADLINE_S * NS_PER_S
-    hello = Hello(PROTOCOL_VERSION, token=token, client="kvcache trace record")
-    try:
-        channel = BlockingChannel.connect(address, hello, deadline_ns)
-    except Unavailable as error:
-        todo = "start one with kvcache serve, or name its address with --address"
-        raise Unavailable("unavailable", f"no node answers at {address}", error.why, todo) from error
-    try:
+    with connected(address, token, "kvcache trace record", deadline_ns) as channel:
         reply = channel.call(request, deadline_ns)
         assert isinstance(reply, StatsReply), reply
         return reply
-    finally:
-        channel.close()

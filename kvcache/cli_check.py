@@ -24,10 +24,11 @@ from kvcache.channel import BlockingChannel
 from kvcache.cli_info import readable
 from kvcache.clock import NS_PER_S
 from kvcache.errors import BadInput, KVCacheError, Unavailable
+from kvcache.node_channel import connected
 from kvcache.tiers import nvme_check
 from kvcache.tiers.nvme import DeviceFault
 from kvcache.tiers.nvme_check import WORDS, Report
-from kvcache.wire import PROTOCOL_VERSION, Hello, Scrub, Stats, StatsReply
+from kvcache.wire import Scrub, Stats, StatsReply
 
 DEADLINE_S = 10
 LOOK_S = 0.5
@@ -191,18 +192,12 @@ class Scrubbed:
 
 
 def _check_node(address: str, as_json: bool) -> bool:
-    hello = Hello(PROTOCOL_VERSION, token=os.environ.get("KVCACHE_TOKEN", ""), client="kvcache check")
-    try:
-        channel = BlockingChannel.connect(address, hello, _deadline_ns())
-    except Unavailable as error:
-        todo = "give the address of a running node, or check its directories: kvcache check PATH..."
-        raise Unavailable("unavailable", f"no node answers at {address}", error.why, todo) from error
-    began_s = time.monotonic()
-    try:
+    token = os.environ.get("KVCACHE_TOKEN", "")
+    todo = "give the address of a running node, or check its directories: kvcache check PATH..."
+    with connected(address, token, "kvcache check", _deadline_ns(), todo) as channel:
+        began_s = time.monotonic()
         with Bar(not as_json) as bar:
             done = follow(ChannelNode(channel), bar.show, time.sleep)
-    finally:
-        channel.close()
     seconds = time.monotonic() - began_s
     if as_json:
         told = {"ok": not done.bad, "node": address, "blocks": done.blocks, "bad_blocks": done.bad}

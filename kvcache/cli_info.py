@@ -9,10 +9,9 @@ from collections.abc import Mapping
 import click
 
 from kvcache.address import default_address
-from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S, SystemClock
-from kvcache.errors import Unavailable
-from kvcache.wire import PROTOCOL_VERSION, Hello, Stats, StatsReply, Welcome
+from kvcache.node_channel import connected
+from kvcache.wire import Stats, StatsReply, Welcome
 
 DEADLINE_S = 5
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -40,18 +39,10 @@ def info(address: str, as_json: bool) -> None:
 def ask(address: str, token: str) -> tuple[Welcome, StatsReply]:
     """One Stats call. RAISES Unavailable, BadInput, NotAllowed."""
     deadline_ns = SystemClock().now_ns() + DEADLINE_S * NS_PER_S
-    hello = Hello(PROTOCOL_VERSION, token=token, client="kvcache info")
-    try:
-        channel = BlockingChannel.connect(address, hello, deadline_ns)
-    except Unavailable as error:
-        todo = "start one with kvcache serve, or name its address with --address"
-        raise Unavailable("unavailable", f"no node answers at {address}", error.why, todo) from error
-    try:
+    with connected(address, token, "kvcache info", deadline_ns) as channel:
         reply = channel.call(Stats(), deadline_ns)
         assert isinstance(reply, StatsReply), reply
         return channel.welcome, reply
-    finally:
-        channel.close()
 
 
 def table(address: str, welcome: Welcome, values: Mapping[str, float]) -> str:
