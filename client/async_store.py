@@ -95,7 +95,7 @@ class AsyncNodeStore:
         return self._node
 
     async def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
-        attached = await self._enter(self._options.timeout_ms * NS_PER_MS, patient=True)
+        attached = await self._enter(self._options.greeting_ms * NS_PER_MS, patient=True)
         if attached is None:
             raise self._refusal or away(self._options.address)
         try:
@@ -344,7 +344,7 @@ class AsyncNodeStore:
         """RAISES BadInput, NotAllowed, Unavailable."""
         again = self._connections > 0
         self._connections += 1
-        deadline_ns = self._options.deadline_ns(self._clock.now_ns())
+        deadline_ns = self._clock.now_ns() + self._options.greeting_ms * NS_PER_MS
         hello = self._options.hello(self._name, again)
         channel = await AsyncChannel.connect(self._options.address, hello, deadline_ns, self._clock)
         with contextlib.ExitStack() as undo:

@@ -95,7 +95,7 @@ class BlockingNodeStore:
         return self._node
 
     def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
-        attached = self._enter(self._options.timeout_ms * NS_PER_MS, patient=True)
+        attached = self._enter(self._options.greeting_ms * NS_PER_MS, patient=True)
         if attached is None:
             raise self._refusal or away(self._options.address)
         try:
@@ -334,7 +334,7 @@ class BlockingNodeStore:
         with self._changed:
             again, handles = self._connections > 0, list(self._handles.values())
             self._connections += 1
-        deadline_ns = self._options.deadline_ns(self._clock.now_ns())
+        deadline_ns = self._clock.now_ns() + self._options.greeting_ms * NS_PER_MS
         hello = self._options.hello(self._name, again)
         channel = BlockingChannel.connect(self._options.address, hello, deadline_ns, self._clock)
         with contextlib.ExitStack() as undo:

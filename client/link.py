@@ -30,7 +30,7 @@ from kvcache.client.steps import BadReply, Call, Post
 from kvcache.client.store import Handle, Lease
 from kvcache.clock import NS_PER_MS, Clock
 from kvcache.errors import BadInput, KVCacheError, Unavailable
-from kvcache.wire import PROTOCOL_VERSION, Hello, Welcome
+from kvcache.wire import HBM_WAIT_MS, PROTOCOL_VERSION, Hello, Welcome
 
 BACKOFF_NS_MIN = 50 * NS_PER_MS
 BACKOFF_NS_MAX = 2_000 * NS_PER_MS
@@ -56,6 +56,11 @@ class Options:
 
     def deadline_ns(self, now_ns: int, payload_bytes: int = 0, wait_ms: int = 0) -> int:
         return now_ns + (self.timeout_ms + wait_ms) * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
+
+    @property
+    def greeting_ms(self) -> int:
+        """How long a connection may take. The first engine of a GPU waits until its memory is there."""
+        return self.timeout_ms + (HBM_WAIT_MS if self.device is not None else 0)
 
     def hello(self, client: str, again: bool) -> Hello:
         """``again``: this store had a connection before, and no copy over its map runs any more."""

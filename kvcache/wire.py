@@ -44,6 +44,7 @@ from kvcache.wire_frame import frame as frame
 from kvcache.wire_greeting import Hello as Hello
 from kvcache.wire_greeting import Welcome as Welcome
 from kvcache.wire_hbm import HBM as HBM
+from kvcache.wire_hbm import HBM_WAIT_MS as HBM_WAIT_MS
 from kvcache.wire_hbm import HOST as HOST
 from kvcache.wire_hbm import NO_SLAB as NO_SLAB
 from kvcache.wire_hbm import NOTHING_LEASED as NOTHING_LEASED

@@ -11,6 +11,8 @@ import msgspec
 from kvcache.wire_base import Unsigned
 
 HOST, HBM = "host", "hbm"
+HBM_WAIT_MS = 5_000
+"""So long a node keeps a Hello that asks for HBM waiting for the GPU's memory: the first engine of a GPU."""
 
 
 class HbmSlab(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,18 +1,21 @@
 """The HBM tier of a node: one slab a GPU, given to the first trust domain whose engine asks for it.
 
     Hello with a GPU ──► admit: the slab of that GPU, made at first use ──► its descriptor, with Welcome
+                           └── in a thread; after ``WAIT_S``: host memory now, HBM at the next Hello
     written, time passes ──► cool: what is about to leave goes to host memory (``tiers.hbm_demote``)
 
 A block that several GPUs hold is one to followers: they are told that it is gone when the last lets it go.
 
 Invariants: a GPU has at most one arena in the life of the node, so the memory that the operator gave is never
-exceeded; a lost one stays lost (its CUDA context is gone with it: the node must be restarted).
+exceeded; a lost one stays lost (its CUDA context is gone with it: the node must be restarted). A GPU that
+answers nobody takes one thread and nothing of the others' time.
 
-The sum: a slab is made in milliseconds, on the event loop (one of the CPU, which is for trying: 0.3 s a GiB).
+The sum: a slab is made once, in 1 to 5 s (CUDA's context, and torch's; of the CPU, for trying: 0.3 s a GiB).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvcache import wire
 from kvcache.block import StorageKey
-from kvcache.clock import NS_PER_MS, Clock
+from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput, Unavailable
 from kvcache.leases import Owner
@@ -28,14 +31,20 @@ from kvcache.ledger import Change, Ledger
 from kvcache.policy import MakePolicy
 from kvcache.tiers.hbm_arena import HbmArena
 from kvcache.tiers.hbm_demote import Below, HbmDemoter
+from kvcache.tiers.threads import Threads
 
 if TYPE_CHECKING:
-    from kvcache.device.served import Devices
+    from kvcache.device.served import Devices, Outlet
+    from kvcache.tiers.hbm import HbmTier
 
 log = logging.getLogger("kvcache.server")
 
 NO_HBM = -1
 REFUSALS_MAX = 16
+MAKINGS_MAX = 16
+"""Slabs that are being made at once: no host has more GPUs that hang."""
+WAIT_S = wire.HBM_WAIT_MS / 1_000
+CLOSE_S = 6.0
 HELD = ("blocks", "block_bytes", "orphans")
 
 
@@ -64,16 +73,22 @@ class Hbm:
         self._demoters: list[HbmDemoter] = []
         self._of_gpu: dict[bytes, HbmArena] = {}
         self._refusals: dict[bytes, str] = {}
+        self._threads = Threads("kvcache-hbm-open", MAKINGS_MAX, clock, int(WAIT_S * NS_PER_S))
+        self._making: dict[bytes, asyncio.Task[None]] = {}
+        self._late: set[bytes] = set()  # Those of them that nobody waits for any more.
+        self._is_closed = False
+        self.is_stuck = False
+        """After ``close``: a thread hangs in a GPU's driver still."""
 
     def __getitem__(self, number: int) -> HbmArena:
         return self._arenas[number]
 
     # --- who gets what --------------------------------------------------------------------------
 
-    def admit(self, name: str, hello: wire.Hello, below: Below) -> int:
-        """The number of the slab for an engine of this trust domain; ``NO_HBM``: none for it."""
+    async def admit(self, name: str, hello: wire.Hello, below: Below) -> int:
+        """The number of the slab for an engine of this trust domain; ``NO_HBM``: none for it, or not yet."""
         if hello.gpu not in self._of_gpu:
-            self._make(name, hello.gpu, below)
+            await self._made(name, hello.gpu, below)
         for gpu in (hello.gpu, *hello.joined):
             for number, arena in enumerate(self._arenas):
                 if arena.serves(name, gpu):
@@ -86,15 +101,28 @@ class Hbm:
         ticket = self._arenas[number].ticket
         return wire.HbmSlab(ticket.kind, ticket.size_bytes, ticket.uuid, ticket.incarnation)
 
-    def _make(self, name: str, gpu: bytes, below: Below) -> None:
-        memory = None
+    async def _made(self, name: str, gpu: bytes, below: Below) -> None:
+        """Wait until it is, or cannot be made, or for ``WAIT_S`` since that was begun; who is cancelled
+        meanwhile leaves it to the next."""
+        if self._is_closed or gpu in self._late:
+            return
+        if gpu not in self._making:
+            if len(self._making) >= MAKINGS_MAX:
+                return
+            task = asyncio.get_running_loop().create_task(self._make(name, gpu, below))
+            self._making[gpu] = task
+            task.add_done_callback(lambda _: self._ended(gpu, task))
+            task.get_loop().call_later(WAIT_S, self._is_late, gpu, task)
+        await asyncio.wait([self._making[gpu]], timeout=WAIT_S)
+
+    async def _make(self, name: str, gpu: bytes, below: Below) -> None:
         try:
-            memory = self._devices.arena(name, gpu, self._size_bytes, self._unit_bytes)
-            outlet = self._devices.outlet(memory)
+            memory, outlet = await self._threads.run(lambda: self._take(name, gpu))
         except Unavailable as error:
-            if memory is not None:
-                memory.close()  # Its descriptor would hold the GPU's memory for good.
-            self._refuse(gpu, f"no HBM of {gpu.hex() or 'the CPU'}: {error}")
+            self._refuse(gpu, f"no HBM of {_named(gpu)}: {error}; give the tier less (hbm), or the engine")
+            return
+        if self._is_closed:
+            memory.close()
             return
         self._refusals.pop(gpu, None)
         arena = HbmArena(memory, name, self._unit_bytes, self._make_policy)
@@ -104,6 +132,29 @@ class Hbm:
         self._demoters.append(
             HbmDemoter(arena, outlet, below, self._clock, self._counters, self._quarantine_ns)
         )
+
+    def _take(self, name: str, gpu: bytes) -> tuple[HbmTier, Outlet]:
+        """In a thread. RAISES Unavailable."""
+        memory = self._devices.arena(name, gpu, self._size_bytes, self._unit_bytes)
+        try:
+            return memory, self._devices.outlet(memory)
+        except Unavailable:
+            memory.close()  # Its descriptor would hold the GPU's memory for good.
+            raise
+
+    def _ended(self, gpu: bytes, task: asyncio.Task[None]) -> None:
+        del self._making[gpu]
+        self._late.discard(gpu)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Our own code is wrong: as with any task of the node, the command ends the process.
+            task.get_loop().call_exception_handler({"message": "making a slab", "exception": error})
+
+    def _is_late(self, gpu: bytes, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            self._late.add(gpu)
+            self._refuse(
+                gpu, f"no HBM of {_named(gpu)} yet: its driver does not answer; look for Xid in dmesg"
+            )
 
     def _refuse(self, gpu: bytes, why: str) -> None:
         """Say so, once. An engine names what it likes as its GPU, as often as it likes."""
@@ -141,6 +192,11 @@ class Hbm:
 
     async def close(self) -> None:
         """Wait for what is copied, and let the memory go. May be called twice."""
+        self._is_closed = True
+        if self._making:
+            await asyncio.wait(self._making.values(), timeout=CLOSE_S)
+        self.is_stuck = bool(self._making)
+        self._threads.close()
         for demoter in self._demoters:
             await demoter.close()
         for arena in self._arenas:
@@ -186,14 +242,20 @@ class Hbm:
         """In plain words, what does not work as it should."""
         lost = [text for arena in self._arenas for text in arena.troubles()]
         return [f"{text}; restart the node when the GPU works again" for text in lost] + [
-            f"{text}; give the tier less (hbm), or the engine" for text in self._refusals.values()
+            *self._refusals.values()
         ]
 
     def check(self) -> None:
         """Assert every invariant."""
         for arena in self._arenas:
             arena.check()
-        assert len(self._of_gpu) == len(self._arenas)
+        assert len(self._of_gpu) == len(self._arenas) == len(self._demoters)
+        assert self._late <= self._making.keys()
+        assert not self._of_gpu.keys() & self._making.keys()
+
+
+def _named(gpu: bytes) -> str:
+    return f"GPU {gpu.hex()}" if gpu else "the CPU"
 
 
 def check_same(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -111,7 +112,7 @@ class Node:
     @property
     def is_stuck(self) -> bool:
         """After ``close``: does a thread still hang in a device? Then the process does not end by itself."""
-        return self.core.stack is not None and self.core.stack.is_stuck
+        return any(each is not None and each.is_stuck for each in (self.core.stack, self.core.hbm))
 
     async def start(self) -> None:
         """Bind, populate, serve. RAISES BadInput when another node serves here or memory runs out."""
@@ -215,7 +216,7 @@ class Node:
                 async with asyncio.timeout(self.config.handshake_ms / 1000):
                     call, hello = await self._hello(connection)
                 _check_version(hello)
-                identity = self._identify(connection, hello, owner)
+                identity = await self._with_hbm(self._identify(connection, hello, owner), hello)
                 self._answer_hello(connection, call, hello, identity)
                 await self._serve(connection, identity)
                 undo.pop_all()
@@ -258,15 +259,16 @@ class Node:
         if "writer" in credential.roles:
             # Bytes that come over the wire are written by the node: they share the node's own arena.
             arena = self.core.arena(peer.uid if mapped else os.getuid(), credential.tenant)
-        hbm = self._hbm_for(hello, peer.uid, credential.tenant, arena) if mapped and hello.hbm else NO_HBM
-        return Identity(
-            owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node, hbm
-        )
+        return Identity(owner, credential.tenant, credential.roles, arena, mapped, peer, inside, hello.node)
 
-    def _hbm_for(self, hello: wire.Hello, uid: int, tenant: str, arena: int) -> int:
-        """The slab for who maps host memory too, of the same trust domain."""
+    async def _with_hbm(self, identity: Identity, hello: wire.Hello) -> Identity:
+        """With the slab for who maps host memory too, of the same trust domain, if it asks for one."""
         core = self.core
-        return core.hbm.admit(f"{uid}-{tenant}", hello, below_hbm(core, arena)) if core.hbm else NO_HBM
+        if core.hbm is None or not (identity.mapped and hello.hbm):
+            return identity
+        domain = f"{identity.peer.uid}-{identity.tenant}"
+        number = await core.hbm.admit(domain, hello, below_hbm(core, identity.arena))
+        return dataclasses.replace(identity, hbm=number)
 
     def _answer_hello(
         self, connection: socket.socket, call: int, hello: wire.Hello, identity: Identity

@@ -10,6 +10,7 @@ from tests.planting import garden as garden
 STORE = "tests/device/test_hbm_store.py"
 LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
+MAKING = "tests/device/test_hbm_making.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 
 PLANTS = (
@@ -99,6 +100,21 @@ PLANTS = (
         "        if hello.gpu not in self._of_gpu:\n",
         "        if True:\n",
         f"{STORE}::TestWhoGetsWhat::test_another_tenants_engine_gets_none",
+    ),
+    Plant(
+        "two who ask at once make two slabs",
+        "server/hbm.py",
+        "        if gpu not in self._making:\n",
+        "        if True:\n",
+        f"{MAKING}::test_two_who_ask_at_once_share_one",
+    ),
+    Plant(
+        "engines wait for a GPU that did not answer again and again",
+        "server/hbm.py",
+        "        if self._is_closed or gpu in self._late:\n",
+        "        if self._is_closed:\n",
+        f"{MAKING}::test_who_waited_too_long_has_host_memory_now_and_hbm_next_time",
+        waits=True,
     ),
     Plant(
         "what failed in HBM goes to the place of another block",
