@@ -85,3 +85,22 @@ def connect_device_blocking(
     from kvcache.clock import SystemClock
 
     return BlockingNodeStore(options_for(address, token, timeout_ms, True, name, device), SystemClock())
+
+
+def connect_planning_blocking(
+    gpu: bytes,
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_ms: int = TIMEOUT_MS,
+    name: str = "",
+) -> BlockingDeviceStore:
+    """As ``connect_blocking``, for who plans what an engine loads, in another process perhaps, and loads
+    nothing: it maps no memory, and leases what lies in the HBM that the engine has mapped on this GPU (its
+    UUID; empty: the CPU). Only for engines of the same user and tenant, over a unix socket."""
+    from kvcache.client.blocking_store import BlockingNodeStore
+    from kvcache.client.link import options_for
+    from kvcache.clock import SystemClock
+
+    options = options_for(address, token, timeout_ms, False, name, None, gpu)
+    return BlockingNodeStore(options, SystemClock())

@@ -175,10 +175,14 @@ class AsyncNodeStore:
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
         hints: RequestHints = UNKNOWN,
     ) -> Lease:
         return await self._run(
-            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, hints=hints, hbm=True),
+            lambda c: leasing.lease(
+                c, handle, prefix, request, duration_ms, wait_ms, source, pushed, hints, hbm=True
+            ),
             leasing.release,
         )
 
@@ -352,7 +356,9 @@ class AsyncNodeStore:
             slab = Slab.of(channel.slab_fd, channel.welcome)
             hbm = Mapped.of(self._options.device, channel.hbm_fd, channel.welcome)
             self._tally.add("unmapped_hbm", hbm is None and channel.hbm_fd is not None)
-            attached = _Attached(channel, Link(self._connections, channel.welcome, slab, hbm))
+            plans = self._options.plans_for is not None
+            link = Link(self._connections, channel.welcome, slab, hbm, plans=plans)
+            attached = _Attached(channel, link)
             undo.callback(attached.link.close)
             operation = reopen(self._context(attached), list(self._handles.values()))
             attached.link.opened = await self._drive(attached, operation)

@@ -170,10 +170,14 @@ class BlockingNodeStore:
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
         hints: RequestHints = UNKNOWN,
     ) -> Lease:
         return self._run(
-            lambda c: leasing.lease(c, handle, prefix, request, duration_ms, wait_ms, hints=hints, hbm=True)
+            lambda c: leasing.lease(
+                c, handle, prefix, request, duration_ms, wait_ms, source, pushed, hints, hbm=True
+            )
         )
 
     def load_device(self, lease: Lease, into: DeviceBlocks, start: int = 0) -> frozenset[int]:
@@ -342,7 +346,9 @@ class BlockingNodeStore:
             slab = Slab.of(channel.slab_fd, channel.welcome)
             hbm = Mapped.of(self._options.device, channel.hbm_fd, channel.welcome)
             self._tally.add("unmapped_hbm", hbm is None and channel.hbm_fd is not None)
-            attached = _Attached(channel, Link(self._connections, channel.welcome, slab, hbm))
+            plans = self._options.plans_for is not None
+            link = Link(self._connections, channel.welcome, slab, hbm, plans=plans)
+            attached = _Attached(channel, link)
             undo.callback(attached.link.close)
             attached.link.opened = self._drive(attached, reopen(self._context(attached), handles))
             self._node = channel.welcome.node

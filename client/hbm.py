@@ -82,9 +82,12 @@ class DeviceStore(BlockStore, Protocol):
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
         hints: RequestHints = UNKNOWN,
     ) -> Lease:
-        """As ``lease``; the leading blocks are in HBM, as far as it has them. For ``load_device``."""
+        """As ``lease``; the leading blocks are in HBM, as far as it has them. For ``load_device``; who plans
+        for an engine (``connect_planning_blocking``) holds them for it, under the same ``request``."""
 
     async def load_device(self, lease: Lease, into: DeviceBlocks, start: int = 0) -> frozenset[int]:
         """Fill ``into`` with blocks ``start`` and on of the lease, whatever tier each is in. Returns the
@@ -114,6 +117,8 @@ class BlockingDeviceStore(BlockingStore, Protocol):
         request: str = "",
         duration_ms: int = LEASE_MS,
         wait_ms: int = LEASE_WAIT_MS,
+        source: str = "",
+        pushed: bool = False,
         hints: RequestHints = UNKNOWN,
     ) -> Lease: ...
 

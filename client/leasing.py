@@ -60,11 +60,11 @@ def lease(
     hints: RequestHints = UNKNOWN,
     hbm: bool = False,
 ) -> Operation[Lease]:
-    """``hbm``: of the connection's slab of HBM first, if there is one."""
+    """``hbm``: of the connection's slab of HBM first, if there is one, or of that for which it plans."""
     check_lease(request, duration_ms, source)
     check_wait(wait_ms)
     joined_hashes(prefix)
-    terms = _Terms(request, duration_ms, source, pushed, hints, hbm and context.link.hbm is not None)
+    terms = _Terms(request, duration_ms, source, pushed, hints, hbm and context.link.leases_hbm)
     patience = Patience(context, wait_ms)
     grants: list[Grant] = []
     held = coming = 0

@@ -45,7 +45,8 @@ LeaseName = tuple[str, int]
 class Options:
     """How a store behaves. ``timeout_ms`` bounds each call to the node, with 10 ns more a byte that
     crosses the wire in it, and the time that the node was asked to wait; ``mapped`` false keeps to the wire
-    even where the slab could be mapped; ``device`` is the engine's GPU, None: blocks go to host memory."""
+    even where the slab could be mapped; ``device`` is the engine's GPU, None: blocks go to host memory.
+    ``plans_for`` is the GPU of the engine for which leases are taken, by who maps nothing; None: for none."""
 
     address: str
     token: str = field(default="", repr=False)
@@ -53,6 +54,7 @@ class Options:
     mapped: bool = True
     name: str = ""
     device: Device | None = None
+    plans_for: bytes | None = None
 
     def deadline_ns(self, now_ns: int, payload_bytes: int = 0, wait_ms: int = 0) -> int:
         return now_ns + (self.timeout_ms + wait_ms) * NS_PER_MS + payload_bytes * NS_PER_PAYLOAD_BYTE
@@ -64,16 +66,18 @@ class Options:
 
     def hello(self, client: str, again: bool) -> Hello:
         """``again``: this store had a connection before, and no copy over its map runs any more."""
-        wants_map = self.mapped and isinstance(parse(self.address), UnixAddress)
+        is_local = isinstance(parse(self.address), UnixAddress)
+        wants_map = self.mapped and is_local
         device = self.device if wants_map else None
+        plans_for = None if wants_map or not is_local else self.plans_for
         return Hello(
             PROTOCOL_VERSION,
             self.token,
             wants_map,
             client,
             writes_ended=again,
-            hbm=device is not None,
-            gpu=device.gpu if device is not None else b"",
+            hbm=device is not None or plans_for is not None,
+            gpu=device.gpu if device is not None else plans_for or b"",
             joined=list(device.joined) if device is not None else [],
         )
 
@@ -81,11 +85,21 @@ class Options:
 class Link:
     """What holds while one connection lasts. Any thread of the store may use it. Number 0: ``nowhere``."""
 
-    def __init__(self, number: int, welcome: Welcome, slab: Slab | None, hbm: Mapped | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        welcome: Welcome,
+        slab: Slab | None,
+        hbm: Mapped | None = None,
+        *,
+        plans: bool = False,
+    ) -> None:
+        """``plans``: blocks in HBM are leased for others."""
         self.number = number
         self.welcome = welcome
         self.slab = slab
         self.hbm = hbm
+        self._plans = plans
         self.opened: frozenset[NamespaceId] = frozenset()
         self.broken = ""  # Set by an operation: why nothing the node says can be relied on.
         self.running = 0  # Set by the driver: how many operations are under way on it.
@@ -93,6 +107,10 @@ class Link:
         self._lock = threading.Lock()
         self._holders: Counter[LeaseName] = Counter()  # how many Lease values name it
         self._wrong: dict[LeaseName, set[int]] = {}  # positions whose bytes failed their check
+
+    @property
+    def leases_hbm(self) -> bool:
+        return self._plans or self.hbm is not None
 
     def hold(self, name: LeaseName) -> None:
         with self._lock:
@@ -233,10 +251,11 @@ def options_for(
     mapped: bool,
     name: str,
     device: Device | None = None,
+    plans_for: bytes | None = None,
 ) -> Options:
     """RAISES BadInput for an address that is none, or a timeout that ends before it begins."""
     if timeout_ms < 1:
         raise BadInput("bad_config", f"a timeout of {timeout_ms} ms", "no node answers so fast")
     chosen = str(parse(address)) if address else default_address()
     secret = os.environ.get("KVCACHE_TOKEN", "") if token is None else token
-    return Options(chosen, secret, timeout_ms, mapped, name, device)
+    return Options(chosen, secret, timeout_ms, mapped, name, device, plans_for)

@@ -16,7 +16,8 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     ``writes_ended`` acknowledges that this ``client`` of the process has no copy in flight from any
     connection it had before, so that slots reserved through those can be used again.
     ``hbm`` asks, beside the map, for memory of the GPU ``gpu`` (its UUID; empty: of the CPU), else of one of
-    ``joined``, whose memory it can use.
+    ``joined``, whose memory it can use. Without the map: to match and lease in that GPU's slab for engines of
+    the same trust domain that have mapped it, as soon as one has.
     """
 
     version: Unsigned

@@ -96,6 +96,12 @@ class Hbm:
         self._counters["hbm_refused_maps"] += 1
         return NO_HBM
 
+    def find(self, name: str, gpu: bytes) -> int:
+        """The number of the slab that engines of this trust domain on that GPU were given; ``NO_HBM``: none
+        was, or it is lost."""
+        arena = self._of_gpu.get(gpu)
+        return self._arenas.index(arena) if arena is not None and arena.serves(name, gpu) else NO_HBM
+
     def slab(self, number: int) -> wire.HbmSlab:
         """What Welcome says of it."""
         ticket = self._arenas[number].ticket

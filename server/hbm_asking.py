@@ -3,6 +3,9 @@
 A block that a reader reports is withdrawn at once and nobody looks at it: whoever is right, it costs one copy
 from the tier below, and those are not touched. Its slot is used again: it is not known to be bad, and who has
 bad memory of its own must not take a GPU's away from others.
+
+Who plans for others (``Identity.plans_for``) maps nothing, so it leases and releases, and neither writes nor
+reports. Its slab is looked for when it asks, as those who map it may come later; then it is that for good.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class HbmAsking:
     def __init__(self, core: Core, identity: Identity) -> None:
         self._core = core
         self._identity = identity
+        self._number = identity.hbm
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -62,9 +66,10 @@ class HbmAsking:
         )
 
     def release(self, request: wire.Release) -> wire.Reply:
-        core, owner, arena = self._core, self._identity.owner, self._needed()
+        core, owner, arena = self._core, self._identity.owner, self._needed(self._arena())
         now_ns = core.clock.now_ns()
         if request.failed:
+            self._mapped()
             lease = arena.ledger.leased(request.lease, owner)
             check_positions(request.failed, len(lease.keys))
             for at in sorted(set(request.failed)):
@@ -83,7 +88,7 @@ class HbmAsking:
         keys: Sequence[StorageKey],
         context: RequestContext,
     ) -> wire.Reply:
-        core, arena = self._core, self._needed()
+        core, arena = self._core, self._mapped()
         reservation = arena.reserve(parent, keys, opened.spec.block_bytes, self._identity.owner, context)
         core.settle()
         core.cool_hbm(self._identity.hbm)
@@ -97,7 +102,7 @@ class HbmAsking:
         )
 
     def commit(self, request: wire.Commit) -> wire.Reply:
-        core, owner, arena = self._core, self._identity.owner, self._needed()
+        core, owner, arena = self._core, self._identity.owner, self._mapped()
         reservation = arena.ledger.reserved(request.reservation, owner)
         opened = core.namespaces.of(reservation.keys[0][:HASH_BYTES], self._identity.tenant)
         sums = split_sums(opened, request.sums, len(reservation.keys))
@@ -116,17 +121,24 @@ class HbmAsking:
         return wire.Committed(count)
 
     def abort(self, request: wire.Abort) -> wire.Reply:
-        self._needed().ledger.abort(request.reservation, self._identity.owner)
+        self._mapped().ledger.abort(request.reservation, self._identity.owner)
         self._core.settle()
         return wire.Done()
 
     def _arena(self) -> HbmArena | None:
         hbm: Hbm | None = self._core.hbm
-        return hbm[self._identity.hbm] if hbm is not None and self._identity.hbm != NO_HBM else None
+        if hbm is None:
+            return None
+        if self._number == NO_HBM and self._identity.plans_for is not None:
+            self._number = hbm.find(*self._identity.plans_for)
+        return hbm[self._number] if self._number != NO_HBM else None
 
-    def _needed(self) -> HbmArena:
+    def _mapped(self) -> HbmArena:
+        """RAISES BadInput when this connection maps no slab."""
+        return self._needed(self._arena() if self._identity.hbm != NO_HBM else None)
+
+    def _needed(self, arena: HbmArena | None) -> HbmArena:
         """RAISES BadInput when this connection has no slab."""
-        arena = self._arena()
         if arena is None:
             raise BadInput(
                 "bad_tier",

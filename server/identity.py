@@ -8,10 +8,11 @@ from __future__ import annotations
 import hmac
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcache.credentials import Credential, Credentials
 from kvcache.errors import NotAllowed
+from kvcache.wire import Hello
 
 ROLES_INSIDE = frozenset({"router", "operator"})
 
@@ -30,7 +31,8 @@ class Peer:
 class Identity:
     """One connection's rights. ``owner`` names the connection to the ledger. ``inside`` marks the
     node's own HTTP process, which sees the events of all tenants. ``node`` names the node that asks; empty
-    for all but nodes. ``hbm`` is the slab of HBM that was given to it, -1: none."""
+    for all but nodes. ``hbm`` is the slab of HBM that was given to it, -1: none; ``plans_for`` the trust
+    domain and the GPU in whose slab it may lease for others, who map it; None: in none."""
 
     owner: int
     tenant: str
@@ -41,6 +43,7 @@ class Identity:
     inside: bool = False
     node: str = ""
     hbm: int = -1
+    plans_for: tuple[str, bytes] | None = None
 
     def require(self, *roles: str) -> None:
         """RAISES NotAllowed unless the credential has one of ``roles``."""
@@ -51,6 +54,13 @@ class Identity:
                 f"it needs the role {' or '.join(roles)}",
                 "ask the operator for a credential with that role",
             )
+
+
+def planning(identity: Identity, hello: Hello) -> Identity:
+    """With what it asks to plan for: only where who maps is of the same user and tenant (a unix socket)."""
+    if not hello.hbm or hello.map or identity.peer.uid < 0:
+        return identity
+    return replace(identity, plans_for=(f"{identity.peer.uid}-{identity.tenant}", hello.gpu))
 
 
 def peer_of(connection: socket.socket) -> Peer:

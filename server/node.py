@@ -41,7 +41,7 @@ from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.hbm import NO_HBM
 from kvcache.server.hbm_opening import below_hbm, open_hbm
-from kvcache.server.identity import Identity, credential_for, peer_of
+from kvcache.server.identity import Identity, credential_for, peer_of, planning
 from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
 from kvcache.server.recording import Plan as RecordPlan
@@ -217,6 +217,7 @@ class Node:
                     call, hello = await self._hello(connection)
                 _check_version(hello)
                 identity = await self._with_hbm(self._identify(connection, hello, owner), hello)
+                identity = planning(identity, hello)
                 self._answer_hello(connection, call, hello, identity)
                 await self._serve(connection, identity)
                 undo.pop_all()

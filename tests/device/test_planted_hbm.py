@@ -12,6 +12,7 @@ LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
 MAKING = "tests/device/test_hbm_making.py"
 CLIENT = "tests/client/test_hbm_operations.py"
+PLANNING = "tests/device/test_hbm_planning.py"
 
 PLANTS = (
     Plant(
@@ -115,6 +116,27 @@ PLANTS = (
         "        if self._is_closed:\n",
         f"{MAKING}::test_who_waited_too_long_has_host_memory_now_and_hbm_next_time",
         waits=True,
+    ),
+    Plant(
+        "who plans leases in anybody's slab",
+        "server/hbm.py",
+        "is not None and arena.serves(name, gpu) else NO_HBM\n",
+        "is not None else NO_HBM\n",
+        f"{PLANNING}::test_another_trust_domain_has_nothing",
+    ),
+    Plant(
+        "the lease of who plans is not that of the engine",
+        "server/hbm_asking.py",
+        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, request)\n",
+        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, '')\n",
+        f"{PLANNING}::test_its_lease_is_the_engines",
+    ),
+    Plant(
+        "who maps nothing reports blocks",
+        "server/hbm_asking.py",
+        "            self._mapped()\n            lease",
+        "            lease",
+        f"{PLANNING}::test_it_neither_writes_nor_reports",
     ),
     Plant(
         "what failed in HBM goes to the place of another block",
