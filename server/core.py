@@ -328,4 +328,5 @@ class Core:
     def close(self) -> None:
         self.recording.close()
         self._summing.shutdown(wait=True, cancel_futures=True)
-        self.host.close()
+        if self.hbm is None or not self.hbm.is_stuck:  # Else a copy may write to it until the process ends.
+            self.host.close()

@@ -197,16 +197,23 @@ class Hbm:
         self._demoters[number].lose(why)
 
     async def close(self) -> None:
-        """Wait for what is copied, and let the memory go. May be called twice."""
+        """Wait for what is copied, and let the memory go; for a while. May be called twice."""
+        if self._is_closed:
+            return
         self._is_closed = True
-        if self._making:
-            await asyncio.wait(self._making.values(), timeout=CLOSE_S)
-        self.is_stuck = bool(self._making)
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                if self._making:
+                    await asyncio.wait(self._making.values())
+                await asyncio.gather(*(demoter.close() for demoter in self._demoters))
+                if any(demoter.is_stuck for demoter in self._demoters):
+                    raise TimeoutError
+                for arena in self._arenas:
+                    await self._threads.run(arena.close)  # It waits for the GPU's work on it.
+        except (TimeoutError, Unavailable):
+            log.error("a GPU does not answer: the node leaves its memory as it is")
+            self.is_stuck = True
         self._threads.close()
-        for demoter in self._demoters:
-            await demoter.close()
-        for arena in self._arenas:
-            arena.close()
 
     # --- what it tells --------------------------------------------------------------------------
 

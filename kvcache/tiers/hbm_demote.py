@@ -9,7 +9,7 @@ itself.
 
 Invariants: a block is published below only when the bytes that arrived have the checksum under which HBM
 held it; one batch a GPU at a time, of ``BATCH_BYTES_MAX``; a slot that a copy may still write to is not used
-again.
+again. A GPU that does not answer in ``ANSWER_S`` is lost: whatever its driver does, it does to a thread.
 
 The sum: 64 MiB take 1 to 4 ms of the link; on the event loop a batch takes 10 us a block.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import HASH_BYTES, BlockSpec, NamespaceId, StorageKey
 from kvcache.clock import NS_PER_S, Clock
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvcache.hbm")
 
+T = TypeVar("T")
+
 BATCH_BYTES_MAX = 64 << 20
 COLD_BLOCKS = 64
 SHORT_PARTS = 8
@@ -47,6 +49,8 @@ SHORT_PARTS = 8
 HOLD_NS = 3_600 * NS_PER_S
 PROBE_NS = 5 * NS_PER_S
 PROBE_BYTES = 1
+ANSWER_S = 30.0
+"""Longer than an ``Outlet`` waits for a copy: then the driver itself hangs."""
 OWNER = "hbm-demote"
 
 
@@ -93,10 +97,16 @@ class HbmDemoter:
         self._task: asyncio.Task[None] | None = None
         self._probe_ns = clock.now_ns() + PROBE_NS
         self._is_closed = False
+        self._is_working = False
 
     @property
     def is_busy(self) -> bool:
         return self._task is not None
+
+    @property
+    def is_stuck(self) -> bool:
+        """May something still be written to host memory, or read from the GPU's, for all that is known?"""
+        return self._is_working or self._outlet.is_stuck
 
     def cool(self) -> None:
         """Something was written, or time has passed: begin, unless it is under way or there is nothing."""
@@ -108,13 +118,14 @@ class HbmDemoter:
             self._begin(self._probe())
 
     async def close(self) -> None:
-        """Wait for what is being copied: a thread writes into host memory until then. May be called twice."""
+        """Wait for what is being copied: a thread writes into host memory until then. May be cancelled, and
+        called twice. RAISES Unavailable when it does not end."""
         self._is_closed = True
         if self._task is not None:
             await asyncio.wait([self._task])
+        if not self.is_stuck:
+            await self._done(self._outlet.close)
         self._pool.shutdown(wait=False)
-        if not self._outlet.is_stuck:
-            self._outlet.close()
 
     # --- what is to go --------------------------------------------------------------------------
 
@@ -203,7 +214,7 @@ class HbmDemoter:
             self.lose(failure.why or failure.what)
         finally:
             self._arena.ledger.release(part.lease.lease_id, OWNER, self._clock.now_ns())
-            if not self._outlet.is_stuck:
+            if not self.is_stuck:
                 self._publish(part, arrived)
             self._below.settle()
         return len(arrived) == len(part.reservation.keys)
@@ -213,8 +224,7 @@ class HbmDemoter:
         size, chunk_bytes = part.reservation.block_bytes, part.spec.chunk_bytes
         sources = [self._arena.memory.tensor(slot, size) for slot in part.lease.slots]
         targets = [self._below.memory.view(slot, size) for slot in part.reservation.slots]
-        loop = asyncio.get_running_loop()
-        sums = await loop.run_in_executor(self._pool, self._outlet.copy, sources, targets, chunk_bytes)
+        sums = await self._done(lambda: self._outlet.copy(sources, targets, chunk_bytes))
         for at, (key, checksum) in enumerate(zip(part.lease.keys, part.lease.checksums, strict=True)):
             if block_checksum(key, size, chunk_bytes, sums[at]) != checksum:
                 self._reject(key, part.lease.generations[at])
@@ -241,12 +251,30 @@ class HbmDemoter:
         self._probe_ns = self._clock.now_ns() + PROBE_NS
         try:
             source = self._arena.memory.start(ARENA, PROBE_BYTES)
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._outlet.probe, source)
+            await self._done(lambda: self._outlet.probe(source))
         except Unavailable as failure:
             self.lose(failure.why or failure.what)
+
+    async def _done(self, work: Callable[[], T]) -> T:
+        """What the thread gives. RAISES Unavailable, also when it does not return: then it is left alone, as
+        it is when nobody waits for it any more."""
+        running = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        running.add_done_callback(_seen)
+        self._is_working = True
+        done, _ = await asyncio.wait([running], timeout=ANSWER_S)
+        self._is_working = not done
+        if not done:
+            raise Unavailable("unavailable", "a GPU", f"its driver has not answered for {ANSWER_S} s")
+        return running.result()
 
     def lose(self, why: str) -> None:
         """The GPU failed or was reset."""
         log.error("the HBM of %s is lost: %s", self._arena.name, why)
         self._arena.lose(why, self._clock.now_ns())
         self._below.settle()
+
+
+def _seen(running: asyncio.Future[T]) -> None:
+    """Whoever waited has what it raised; if nobody does any more, it is no news."""
+    if not running.cancelled():
+        running.exception()

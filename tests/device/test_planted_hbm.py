@@ -11,6 +11,7 @@ STORE = "tests/device/test_hbm_store.py"
 LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
 MAKING = "tests/device/test_hbm_making.py"
+HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 PLANNING = "tests/device/test_hbm_planning.py"
 
@@ -137,6 +138,21 @@ PLANTS = (
         "            self._mapped()\n            lease",
         "            lease",
         f"{PLANNING}::test_it_neither_writes_nor_reports",
+    ),
+    Plant(
+        "a GPU that does not answer is waited for",
+        "kvcache/tiers/hbm_demote.py",
+        "asyncio.wait([running], timeout=ANSWER_S)",
+        "asyncio.wait([running])",
+        f"{HANGS}::test_a_gpu_that_hangs_while_nobody_asks",
+        waits=True,
+    ),
+    Plant(
+        "what a copy may still write to is used again",
+        "kvcache/tiers/hbm_demote.py",
+        "        return self._is_working or self._outlet.is_stuck\n",
+        "        return self._outlet.is_stuck\n",
+        f"{HANGS}::test_what_it_may_still_write_to_is_nobodys",
     ),
     Plant(
         "what failed in HBM goes to the place of another block",
