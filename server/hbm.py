@@ -4,6 +4,7 @@
                            └── in a thread; after ``WAIT_S``: host memory now, HBM at the next Hello
     written, time passes ──► cool: what is about to leave goes to host memory (``tiers.hbm_demote``)
 
+A slab never changes hands, and what another process left in the GPU's memory is cleared before it is given.
 A block that several GPUs hold is one to followers: they are told that it is gone when the last lets it go.
 
 Invariants: a GPU has at most one arena in the life of the node, so the memory that the operator gave is never

@@ -27,6 +27,8 @@ from kvcache.errors import Unavailable
 
 GRANULARITY = 2 << 20
 SIZE_MAX = 1 << 40
+LEFT = b"another's secret"
+"""Found at both ends of new memory: the manual promises nothing of what is in it."""
 TAKEN: set[tuple[object, ...]] = set()
 """Calls, by the types of their arguments, that the real bindings take: each is asked once, it is slow."""
 Result = tuple[Any, ...]
@@ -186,6 +188,8 @@ class FakeDriver(ModuleType):
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
         memory = os.memfd_create("fake-cuda")
         os.ftruncate(memory, size)
+        for at in (0, size - len(LEFT)):
+            os.pwrite(memory, LEFT, at)
         allocation = Allocation(memory, size, self.visible[properties.location.id])
         self.machine.allocations.append(allocation)
         return OK, self._handle(allocation)

@@ -15,6 +15,13 @@ NUMBER = f"{GATHER}::test_every_kind_of_number"
 
 PLANTS = (
     Plant(
+        "what another process left in the GPU's memory is given to engines",
+        "kvcache/device/slab.py",
+        "            clear(memory)\n",
+        "",
+        "tests/device/test_slab.py::test_new_memory_of_a_gpu_has_nothing_of_who_had_it_before",
+    ),
+    Plant(
         "tokens and heads of a page taken for one another",
         "kvcache/device/pages.py",
         '"flashinfer_nhd": "NPTHD",',

@@ -18,7 +18,7 @@ import pytest
 from kvcache.device.slab import CpuMemory, CudaMemory, Slab, SlabTicket
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
-from tests.device.driver_double import FakeDriver, Machine, over_double
+from tests.device.driver_double import LEFT, FakeDriver, Machine, over_double
 from tests.device.rigs import BLOCK, DEVICES, PATIENCE_S, SLOTS, memory_of, value_of
 from tests.device.slab_process import packed, unpacked
 
@@ -89,6 +89,22 @@ def test_a_gpu_slab_is_not_mapped_as_cpu_memory_nor_another_gpus(slab: Slab) -> 
     for mine in (memory, CpuMemory()):
         with pytest.raises(BadInput, match="unsafe_slab"):
             Slab.open(mine, theirs, slab.descriptor)
+    machine.close()
+
+
+def test_new_memory_of_a_gpu_has_nothing_of_who_had_it_before() -> None:
+    """Not in the process that made it, nor in one that maps it."""
+    machine = Machine()
+    memory = CudaMemory(Vmm(FakeDriver(machine)), machine.uuids[0], over=over_double)
+    made = Slab.create(memory, "test", SIZE)
+    other = CudaMemory(Vmm(FakeDriver(machine)), machine.uuids[0], over=over_double)
+    mapped = Slab.open(other, made.ticket, made.descriptor)
+    for slab in (made, mapped):
+        assert not slab.whole(made.ticket.incarnation).any()
+    [allocation] = machine.allocations
+    assert os.pread(allocation.memory, len(LEFT), allocation.size_bytes - len(LEFT)) == bytes(len(LEFT))
+    for each in (made, mapped):
+        each.close()
     machine.close()
 
 
