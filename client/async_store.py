@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
-from kvcache.client import hbm_operations, layered, leasing, operations
+from kvcache.client import hbm_operations, hbm_saving, layered, leasing, operations
 from kvcache.client.hbm import DeviceBlocks, Mapped
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
@@ -197,7 +197,7 @@ class AsyncNodeStore:
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        return await self._run(lambda c: hbm_operations.save(c, handle, prefix, blocks, parent, hints))
+        return await self._run(lambda c: hbm_saving.save(c, handle, prefix, blocks, parent, hints))
 
     async def release(self, lease: Lease) -> None:
         if lease.grants:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import BlockingChannel
-from kvcache.client import hbm_operations, layered, leasing, operations
+from kvcache.client import hbm_operations, hbm_saving, layered, leasing, operations
 from kvcache.client.hbm import DeviceBlocks, Mapped
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
@@ -191,7 +191,7 @@ class BlockingNodeStore:
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        return self._run(lambda c: hbm_operations.save(c, handle, prefix, blocks, parent, hints))
+        return self._run(lambda c: hbm_saving.save(c, handle, prefix, blocks, parent, hints))
 
     def release(self, lease: Lease) -> None:
         if lease.grants:

@@ -6,7 +6,8 @@ is what it offers who brought a device. Nothing here knows torch.
     lease_device ──► blocks in HBM, leading ──► load_device: device to device ──┐ sums on the device
                 └──► the rest as by lease ─────► load_device: host to device ───┴──► failed in HBM? the copy
                                                                                      below, block by block
-    save_device ──► into HBM; the node copies on into host memory what would leave
+    save_device ──► into HBM, which the node copies on into host memory before it leaves
+                └──► what HBM does not take, over the link into host memory: sums on both sides of it
 
 The rules of ``store`` hold: what ``load_device`` does not report is on the device, verified where it arrived.
 """
@@ -48,6 +49,9 @@ class Device(Protocol):
     def close(self, incarnation: bytes) -> None:
         """Unmap it, as soon as no copy runs over it. Once for each ``open``."""
 
+    def is_lost(self, incarnation: bytes) -> bool:
+        """Nothing in it counts any more, as far as this process knows."""
+
 
 class DeviceBlocks(Protocol):
     """Where blocks lie in the engine's memory, in order. One call at a time; each returns, after the device
@@ -67,6 +71,10 @@ class DeviceBlocks(Protocol):
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """Fill those from ``first`` on from host memory, a view a block."""
+
+    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """Copy those from ``first`` on into host memory, a view a block. The sums are taken on the device,
+        before the link: whether the same arrived is for the caller to find out."""
 
 
 class DeviceStore(BlockStore, Protocol):
@@ -101,8 +109,9 @@ class DeviceStore(BlockStore, Protocol):
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        """Save into HBM. Returns how many leading blocks of ``prefix`` HBM holds now; the parent must be held
-        there. RAISES BadInput. REQUIRES: as ``save``."""
+        """Save into HBM as far as it takes them, and what it does not take into host memory. Returns how many
+        leading blocks of ``prefix`` one of them holds now: a tier takes only what continues what it holds.
+        RAISES BadInput. REQUIRES: as ``save``."""
 
 
 class BlockingDeviceStore(BlockingStore, Protocol):
@@ -151,6 +160,11 @@ class Mapped:
         with contextlib.suppress(KVCacheError):
             return cls(device, welcome.hbm, descriptor)
         return None
+
+    @property
+    def is_lost(self) -> bool:
+        """Blocks are neither to be had from it nor to be written there."""
+        return self._device is None or self._device.is_lost(self.incarnation)
 
     def close(self) -> None:
         device, self._device = self._device, None

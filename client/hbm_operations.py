@@ -1,4 +1,4 @@
-"""Loading to a device and saving from it, as operations: the rules of ``operations``, and one more.
+"""Loading to a device, as an operation: the rules of ``operations``, and one more.
 
 A block that cannot be had from HBM, for whatever reason, is had from below: it is leased again without HBM,
 and copied from host memory. So a flipped byte, a slab that is gone or a device that will not copy from it
@@ -10,29 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import Final
 
-from kvcache.block import BlockHash
 from kvcache.client import leasing, remote
-from kvcache.client.checks import batches, check_save, joined_hashes
+from kvcache.client.checks import batches
 from kvcache.client.hbm import DeviceBlocks
+from kvcache.client.hbm_saving import BATCH_BYTES
 from kvcache.client.link import Context
-from kvcache.client.operations import (
-    blocks_a_batch,
-    count_saved,
-    fill,
-    reserve,
-    split_sums,
-    unsaved_by,
-    verified,
-)
+from kvcache.client.operations import split_sums, verified
 from kvcache.client.steps import Operation, work
-from kvcache.client.store import LEASE_MS, LEASE_WAIT_MS, Grant, Handle, Lease, SaveHints
-from kvcache.errors import BadInput, KVCacheError, Unavailable
-from kvcache.wire import HBM, Reserved
-
-BATCH_BYTES: Final = 256 << 20
-"""What is copied in one step: an interrupt waits for no more."""
+from kvcache.client.store import LEASE_MS, LEASE_WAIT_MS, Grant, Lease
+from kvcache.errors import BadInput
+from kvcache.wire import HBM
 
 
 def load(context: Context, held: Lease, into: DeviceBlocks, start: int) -> Operation[frozenset[int]]:
@@ -60,32 +48,6 @@ def load(context: Context, held: Lease, into: DeviceBlocks, start: int) -> Opera
     context.tally.add("loaded_blocks", loaded)
     context.tally.add("loaded_bytes", loaded * held.handle.spec.block_bytes)
     return frozenset(failed)
-
-
-def save(
-    context: Context,
-    handle: Handle,
-    prefix: Sequence[BlockHash],
-    blocks: DeviceBlocks,
-    parent: bytes,
-    hints: SaveHints,
-) -> Operation[int]:
-    blocks.check(handle.spec)
-    joined_hashes(prefix)
-    check_save(prefix, range(len(blocks)), parent)
-    if context.link.hbm is None or not context.reaches(handle):
-        context.tally.add(f"unsaved_blocks:{'unavailable' if context.away else 'no_hbm'}", len(prefix))
-        return 0
-    held = 0
-    step = min(blocks_a_batch(handle.spec), max(1, BATCH_BYTES // handle.spec.block_bytes))
-    for batch in batches(prefix, step):
-        count, reason = yield from _save_batch(context, handle, batch, blocks, held, parent, hints)
-        held += count
-        if count < len(batch):
-            context.tally.add(f"unsaved_blocks:{reason}", len(prefix) - held)
-            break
-        parent = batch[-1]
-    return held
 
 
 # --- load ---------------------------------------------------------------------------------------------
@@ -176,43 +138,3 @@ def _had(context: Context, below: Lease, into: DeviceBlocks, at: int) -> Operati
         if missed:
             break
     return had
-
-
-# --- save ---------------------------------------------------------------------------------------------
-
-
-def _save_batch(
-    context: Context,
-    handle: Handle,
-    batch: Sequence[BlockHash],
-    blocks: DeviceBlocks,
-    at: int,
-    parent: bytes,
-    hints: SaveHints,
-) -> Operation[tuple[int, str]]:
-    """How many leading blocks of the batch, which are those of ``blocks`` from ``at`` on, HBM holds now, and
-    if not all, why."""
-    try:
-        reserved = yield from reserve(handle, batch, parent, hints, HBM)
-    except (Unavailable, BadInput) as error:
-        context.missed(error)
-        return 0, unsaved_by(error)
-    if reserved.count:
-        writing = _written(context, reserved, blocks, at + reserved.start)
-        reason = yield from fill(context, reserved, writing, HBM)
-        if reason:
-            return reserved.start, reason
-        count_saved(context, handle, reserved.count)
-        context.tally.add("hbm_saved_blocks", reserved.count)
-    end = reserved.start + reserved.count
-    return end, reserved.reason if reserved.reason in ("busy", "full") else "full"
-
-
-def _written(context: Context, reserved: Reserved, blocks: DeviceBlocks, at: int) -> Operation[bytes]:
-    """RAISES BadInput when the device did not copy them: the node lives, and is to be told."""
-    mapped = context.link.hbm
-    assert mapped is not None
-    try:
-        return (yield from work(partial(blocks.save, mapped.incarnation, reserved.offsets, at)))
-    except KVCacheError as error:
-        raise BadInput("bad_block", "the device did not copy them", error.what) from error

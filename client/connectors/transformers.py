@@ -3,8 +3,8 @@
     cache = PrefixCache(model, connect_blocking())
     output = cache.generate(input_ids, max_new_tokens=64)      # computes only what the store has not
 
-With a device (``gpu``) for which the node has HBM, blocks go to and from that: loads take each block from the
-tier that has it, saves put the whole prefix there, and what HBM does not take goes to host memory.
+With a device (``gpu``) blocks go straight between the model's memory and the store's: loads take each block
+from the tier that has it, saves put the whole prefix into HBM, and what that does not take into host memory.
 
 Blocks are in the canonical axis order (``kvcache.block``): layer, K and V, head, token, dim; so a block
 is the same bytes on any device. Only full attention is served: sliding windows, latent attention and
@@ -149,8 +149,8 @@ class PrefixCache:
         start: int = 0,
         hints: RequestHints = UNKNOWN,
     ) -> int:
-        """Save the full blocks of ``tokens`` that ``cache`` holds, from block ``start`` on; into HBM, where
-        there is some, also those before, as it continues only what it holds.
+        """Save the full blocks of ``tokens`` that ``cache`` holds, from block ``start`` on; with a device
+        also those before that are not held any more, as a tier continues only what it holds.
 
         Returns how many of them the store holds afterwards. REQUIRES: the blocks before ``start`` were
         loaded or saved."""
@@ -165,11 +165,9 @@ class PrefixCache:
     def _names(self, handle: Handle, tokens: Sequence[int], salt: bytes) -> list[BlockHash]:
         return handle.hashes(tokens, [extra_keys([("salt", salt)])] if salt else ())
 
-    def _hbm(self) -> BlockingDeviceStore | None:
-        """The store, when a slab of its node is mapped on the model's device. REQUIRES: it is open."""
-        if self._gpu is None or not self._gpu.has_slab:
-            return None
-        return cast("BlockingDeviceStore", self._attachment.store)
+    def _near(self) -> tuple[EngineDevice, BlockingDeviceStore] | None:
+        """The model's device, and the store that was given it."""
+        return (self._gpu, cast("BlockingDeviceStore", self._attachment.store)) if self._gpu else None
 
     def _load(self, tokens: Sequence[int], salt: bytes, hints: RequestHints) -> torch.Tensor | None:
         """What could be had, up to the first block that could not: [layer, part, 1, head, token, dim]."""
@@ -177,15 +175,15 @@ class PrefixCache:
         if not handles:
             return None
         names = self._names(handles[0], tokens, salt)
-        store, hbm = self._attachment.store, self._hbm()
-        if hbm is not None:
-            lease = hbm.lease_device(handles[0], names, hints=hints)
+        store, near = self._attachment.store, self._near()
+        if near is not None and near[0].has_slab:
+            lease = near[1].lease_device(handles[0], names, hints=hints)
         else:
             lease = store.lease(handles[0], names, hints=hints)
         if not lease.count:
             return None
         try:
-            whole, failed = self._whole(lease, hbm)
+            whole, failed = self._whole(lease)
         finally:
             store.release(lease)
         count = min(failed, default=lease.count)
@@ -193,15 +191,14 @@ class PrefixCache:
             self._counters["hbm_tokens"] += min(in_hbm, count) * self.spec.block_tokens
         return whole[..., : count * self.spec.block_tokens, :] if count else None
 
-    def _whole(self, lease: Lease, hbm: BlockingDeviceStore | None) -> tuple[torch.Tensor, frozenset[int]]:
+    def _whole(self, lease: Lease) -> tuple[torch.Tensor, frozenset[int]]:
         """All blocks of the lease, and the positions of those that could not be had."""
-        shape, store = self._shape, self._attachment.store
-        if hbm is not None or self._is_staged:
+        shape, store, near = self._shape, self._attachment.store, self._near()
+        if near is not None or self._is_staged:
             whole = shape.room(lease.count, self._model.device)
             pages = paged(list(whole.flatten(0, 1)), shape)
-            if hbm is not None:
-                assert self._gpu is not None
-                return whole, hbm.load_device(lease, every(pages, self._gpu))
+            if near is not None:
+                return whole, near[1].load_device(lease, every(pages, near[0]))
             return whole, load_staged(store, lease, pages, shape)
         rows = shape.rows(lease.count)
         failed = store.load(lease, buffers(rows))
@@ -216,33 +213,18 @@ class PrefixCache:
     ) -> int:
         handles = self._attachment.handles()
         count = min(len(tokens), cache.get_seq_length()) // self.spec.block_tokens
-        hbm = self._hbm() if handles else None
-        if not handles or not count or (count <= start and hbm is None):
+        near = self._near()
+        if not handles or not count or (count <= start and near is None):
             return 0
         names = self._names(handles[0], tokens[: count * self.spec.block_tokens], salt)
         planes = kept(cache, self._shape, count)
-        if hbm is None:
+        if near is None:
             saved = self._save_below(handles[0], names, planes, start, hints)
         else:
-            saved = max(0, self._save_hbm(hbm, handles[0], names, planes, hints) - start)
+            pages = every(paged(planes, self._shape), near[0])
+            saved = max(0, near[1].save_device(handles[0], names, pages, hints=hints) - start)
         self._counters["saved_blocks"] += saved
         return saved
-
-    def _save_hbm(
-        self,
-        hbm: BlockingDeviceStore,
-        handle: Handle,
-        names: Sequence[BlockHash],
-        planes: Sequence[torch.Tensor],
-        hints: SaveHints,
-    ) -> int:
-        """How many leading blocks HBM holds now, or else the tiers below, which get what it does not take."""
-        assert self._gpu is not None
-        held = hbm.save_device(handle, names, every(paged(planes, self._shape), self._gpu), hints=hints)
-        if held == len(names):
-            return held
-        below = hbm.match(handle, names)  # Blocks before may be in HBM alone, and host memory needs them all.
-        return max(held, below + self._save_below(handle, names, planes, below, hints))
 
     def _save_below(
         self,

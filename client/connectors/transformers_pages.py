@@ -1,7 +1,7 @@
 """The KV of a prefix in a transformers model as pages of its device: block i is page i, each layer's keys and
 values are planes.
 
-    HBM        slab of the node ◄─ one launch ─► planes                   kvcache.device.engine
+    device     memory of the node, HBM or host ◄─ one launch ─► planes    kvcache.device.engine
     staged     store ◄─► locked host memory ◄─ one copy ─► GPU memory ◄─ one launch ─► planes
 
 The planes are the cache's own tensors, [1, head, token, dim], and are only looked at. On its way to host

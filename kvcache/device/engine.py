@@ -2,7 +2,7 @@
 
     EngineDevice ── open ──► a slab by its incarnation ── close ──► unmapped, with the last tensor over it
     TensorBlocks   flat memory, a block a row         ┐  load, save: from and to slots of the slab
-    PagedBlocks    pages of the engine's paged cache  ┘  put: from host memory
+    PagedBlocks    pages of the engine's paged cache  ┘  put, take: from and to host memory
 
 What ``kvcache.client.hbm`` calls ``Device`` and ``DeviceBlocks``. Work begins behind what the engine had
 queued, on its current stream, when it made the blocks, and each call returns when it is done: the sums that
@@ -100,6 +100,11 @@ class EngineDevice:
             )
         return slab.whole(incarnation)
 
+    def is_lost(self, incarnation: bytes) -> bool:
+        with self._lock:
+            slab, _ = self._slabs.get(incarnation, (None, 0))
+        return slab is None or bool(slab.trouble)
+
     def lose(self, why: str) -> None:
         """The GPU failed: nothing in the slabs counts any more."""
         with self._lock:
@@ -151,6 +156,13 @@ class TensorBlocks:
         with self._line.told():
             for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
                 row.copy_(flat(block), non_blocking=True)
+            return self._sums(first, len(blocks))
+
+    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """RAISES Unavailable."""
+        with self._line.told():
+            for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
+                flat(block).copy_(row, non_blocking=True)
             return self._sums(first, len(blocks))
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
@@ -213,6 +225,11 @@ class PagedBlocks:
         """RAISES Unavailable."""
         with self._line.told():
             return self._loaded([flat(block) for block in blocks], first)
+
+    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
+        """RAISES Unavailable."""
+        with self._line.told():
+            return self._saved([flat(block) for block in blocks], first)
 
     def _loaded(self, blocks: Sequence[torch.Tensor], first: int) -> bytes:
         """From memory elsewhere, each uint8 [block_bytes]: of the host, or of a GPU joined to this one."""

@@ -121,7 +121,9 @@ def test_one_that_is_lost_leaves_the_other(host: Host) -> None:
     assert host.two.load(path)[1] == frozenset()
     assert host.found()[1] == 4
     assert host.two.save(path) == 10
-    assert host.one.save(path) == 0
+    assert host.found() == (10, 10, 0, 0)
+    assert host.one.save(path) == 10, "in host memory"
+    assert host.found() == (10, 10, 10, 0)
 
 
 def test_an_engine_that_is_joined_to_a_gpu_uses_its_slab(host: Host) -> None:

@@ -11,6 +11,9 @@ import torch
 
 from kvcache import wire
 from kvcache.client import connect_device
+from kvcache.client.blocking_store import BlockingNodeStore
+from kvcache.client.link import Options
+from kvcache.clock import SystemClock
 from kvcache.device.engine import EngineDevice, PagedBlocks, TensorBlocks
 from kvcache.device.slab import CpuMemory
 from kvcache.errors import BadInput
@@ -21,7 +24,7 @@ from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from tests.device.engine_cache import Engine as Cache
 from tests.device.engine_cache import Shape
 from tests.device.engine_cache import engine as cache_of
-from tests.device.hbm_rig import HBM_BLOCKS, POISON, Engine, Failing, World, hold, lose
+from tests.device.hbm_rig import HBM_BLOCKS, POISON, TIMEOUT_MS, Engine, Failing, World, hold, lose
 from tests.server.peer import credentials
 from tests.server.talk import connected, deadline
 
@@ -124,11 +127,40 @@ class TestThereAndBack:
         engine.store.release(lease)
 
     def test_hbm_continues_only_what_it_holds(self, world: World) -> None:
+        """The rest goes to where the blocks before it are."""
         path = world.engine.path(6)
         world.engine.save_below(path[:3])
-        assert world.engine.save(path[3:], parent=path[2]) == 0
-        assert world.engine.counted("unsaved_blocks:parent") == 3
+        assert world.engine.save(path[3:], parent=path[2]) == 3
+        assert world.engine.counted("hbm_unsaved_blocks:parent") == 3
+        assert (world.in_hbm(path), world.in_host(path)) == (0, 6)
         assert world.engine.save(path) == 6
+        assert world.in_hbm(path) == 6
+        assert world.engine.load(path) == (6, frozenset())
+
+    def test_what_does_not_fit_hbm_goes_to_host_memory(self, tmp_path: Path) -> None:
+        """With what stands before it: both hold whole prefixes."""
+        world = World(tmp_path, capacity="4MiB")
+        path = world.engine.path(HBM_BLOCKS + 20)
+        hold(world)
+        assert world.engine.save(path) == len(path)
+        assert world.in_host(path) == len(path)
+        assert world.engine.load(path) == (len(path), frozenset())
+        world.close()
+
+    @pytest.mark.parametrize("mapped", [True, False], ids=["map", "wire"])
+    def test_from_pages_of_an_engine_to_host_memory(self, world: World, mapped: bool) -> None:
+        options = Options(world.node.node.address, "", TIMEOUT_MS, mapped=mapped)
+        store = BlockingNodeStore(options, SystemClock())
+        engine, path, cache = world.engine, world.engine.path(4), paged()
+        pages = [[6], [1], [4], [0]]
+        saved = PagedBlocks(engine.device, cache.cache, pages)
+        assert store.save_device(store.open(EXAMPLE, SPEC), path, saved) == 4
+        assert (world.in_hbm(path), world.in_host(path)) == (0, 4)
+        lease, into = engine.store.lease(engine.handle, path), [bytearray(SIZE) for _ in path]
+        assert not engine.store.load(lease, [[each] for each in into])
+        assert [bytes(each) for each in into] == cache.blocks(pages)
+        engine.store.release(lease)
+        store.close()
 
     def test_blocks_of_another_shape_are_refused(self, world: World) -> None:
         engine, path = world.engine, world.engine.path(2)
@@ -180,8 +212,9 @@ class TestWhatGoesWrong:
         world.engine.save(path)
         world.flip(path[2])
         world.engine.load(path)
-        assert world.engine.save(path) == 3, "up to where it was, as in host memory"
-        assert world.engine.save(path) == 6, "what continues it is found again"
+        assert world.engine.save(path) == 6
+        assert world.in_hbm(path) == 6, "what continues it is found again"
+        assert world.in_host(path) == 0
         assert world.engine.load(path) == (6, frozenset())
 
     def test_other_bytes_than_below_are_refused(self, world: World) -> None:
@@ -189,8 +222,8 @@ class TestWhatGoesWrong:
         engine.save_below(path)
         wrong = engine.memory(path)
         wrong[1, 7] ^= 1
-        assert engine.store.save_device(engine.handle, path, engine.blocks(wrong)) == 0
-        assert engine.counted("unsaved_blocks:refused") == 3
+        assert engine.store.save_device(engine.handle, path, engine.blocks(wrong)) == 3, "as they are below"
+        assert engine.counted("hbm_unsaved_blocks:refused") == 3
         stats = world.stats()
         assert (stats["hbm_rejected_blocks:differs"], stats["blocks:hbm"]) == (3, 0)
         assert engine.load(path) == (3, frozenset())
@@ -205,7 +238,8 @@ class TestWhatGoesWrong:
         before = world.engine.counted("hbm_loaded_blocks")
         assert world.engine.load(path) == (6, frozenset())
         assert world.engine.counted("hbm_loaded_blocks") == before
-        assert world.engine.save(world.engine.path(2, seed=5)) == 0
+        fresh = world.engine.path(2, seed=5)
+        assert world.engine.save(fresh) == world.in_host(fresh) == 2
         assert any("it was reset" in text for text in world.node.call(world.node.node.core.troubles))
         stats = world.stats()
         assert (stats["hbm_lost"], stats["hbm_removed_blocks:fenced"]) == (1, 6)
@@ -217,8 +251,9 @@ class TestWhatGoesWrong:
         world.engine.device.lose("it was reset")
         assert world.engine.load(path) == (6, frozenset())
         assert world.engine.counted("fallback_blocks") == 6
-        assert world.engine.save(world.engine.path(2, seed=5)) == 0
-        assert world.engine.counted("unsaved_blocks:refused") == 2
+        fresh = world.engine.path(2, seed=5)
+        assert world.engine.save(fresh) == world.in_host(fresh) == 2
+        assert not world.in_hbm(fresh)
         assert not world.stats()["hbm_reservations"], "given back, as the node lives"
 
     def test_a_gpu_that_fails_while_nobody_asks(self, world: World) -> None:
@@ -291,9 +326,8 @@ class TestWhoGetsWhat:
         device = EngineDevice(CpuMemory())
         device.gpu = b"another"
         other = Engine(world.node.node.address, device=device)
-        assert other.save(other.path(2)) == 0
-        assert other.counted("unsaved_blocks:no_hbm") == 2
-        assert other.save_below(other.path(2)) == 2
+        assert other.save(other.path(2)) == world.in_host(other.path(2)) == 2
+        assert not other.counted("hbm_saved_blocks")
         assert other.load(other.path(2)) == (2, frozenset())
         assert world.stats()["hbm_refused_maps"] == 1
         other.close()
@@ -306,8 +340,8 @@ class TestWhoGetsWhat:
         assert world.engine.save(world.engine.path(3)) == 3
         assert other.store._attached is not None
         assert other.store._attached.link.hbm is None
-        assert other.save(other.path(3)) == 0
-        assert other.save_below(other.path(3)) == 3
+        assert other.save(other.path(3)) == 3
+        assert not other.counted("hbm_saved_blocks")
         assert other.load(other.path(3)) == (3, frozenset())
         other.close()
         world.close()
@@ -324,10 +358,12 @@ class TestWhoGetsWhat:
             assert isinstance(reserved, wire.Reserved)
             assert reserved.count == HBM_BLOCKS
         world.eventually(lambda: world.stats()["hbm_limbo_blocks"] == HBM_BLOCKS)
-        assert world.engine.save(world.engine.path(3, seed=1)) == 0
+        assert world.engine.save(world.engine.path(3, seed=1)) == 3, "in host memory"
+        assert not world.in_hbm(world.engine.path(3, seed=1))
         with connected(world.node.node.address, map=True, hbm=True, client="other", writes_ended=True):
             world.eventually(lambda: not world.stats()["hbm_limbo_blocks"])
         assert world.engine.save(world.engine.path(3, seed=1)) == 3
+        assert world.in_hbm(world.engine.path(3, seed=1)) == 3
 
     def test_a_slab_that_cannot_be_mapped_costs_hbm_and_no_more(self, world: World) -> None:
         class Unable(EngineDevice):

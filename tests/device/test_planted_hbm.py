@@ -13,6 +13,7 @@ GPUS = "tests/device/test_hbm_gpus.py"
 MAKING = "tests/device/test_hbm_making.py"
 HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
+SAVING = "tests/client/test_hbm_saving.py"
 PLANNING = "tests/device/test_hbm_planning.py"
 
 PLANTS = (
@@ -170,10 +171,31 @@ PLANTS = (
     ),
     Plant(
         "a reservation is left open when the device fails",
-        "client/hbm_operations.py",
-        '        raise BadInput("bad_block", "the device did not copy them", error.what) from error\n',
-        "        raise\n",
-        f"{CLIENT}::test_a_save_that_the_device_does_not_do_is_given_back",
+        "client/hbm_saving.py",
+        '    return BadInput("bad_block", "the device did not copy them", error.what)\n',
+        '    return Unavailable("unavailable", "the device did not copy them", error.what)  # type: ignore\n',
+        f"{SAVING}::test_a_save_that_the_device_does_not_do_is_given_back",
+    ),
+    Plant(
+        "what came over the link is believed",
+        "client/hbm_saving.py",
+        "    if meant != found:\n",
+        "    if False:\n",
+        f"{SAVING}::test_what_the_link_gives_wrong_is_never_committed",
+    ),
+    Plant(
+        "what HBM has no room for is not saved",
+        "client/hbm_saving.py",
+        "    if held < len(prefix):\n        below, reason",
+        "    if held < 0:\n        below, reason",
+        f"{STORE}::TestThereAndBack::test_what_does_not_fit_hbm_goes_to_host_memory",
+    ),
+    Plant(
+        "saved to a GPU that this engine cannot read",
+        "client/hbm_saving.py",
+        "    if mapped is not None and not mapped.is_lost:\n",
+        "    if mapped is not None:\n",
+        f"{SAVING}::test_a_device_that_is_lost_is_not_saved_to",
     ),
     Plant(
         "the lease of the tiers below is kept after a fall-back",
