@@ -122,9 +122,10 @@ STATS: tuple[Stat, ...] = (
     Stat(
         "hbm_rejected_blocks",
         "counter",
-        "Blocks in HBM whose bytes were wrong (checksum, reader), or not those of the tiers below (differs).",
+        "Blocks in HBM whose bytes were wrong (checksum, reader), or not those that the tiers below have "
+        "(differs) or were given later (overruled).",
         "reason",
-        ("checksum", "reader", "differs"),
+        ("checksum", "reader", "differs", "overruled"),
     ),
     Stat("hbm_refused_maps", "counter", "Engines that asked for HBM where there is none for them."),
     Stat("hbm_leases", "gauge", "Leases held in HBM now."),

@@ -198,6 +198,8 @@ class Core:
             self.progress.bell.ring(change.keys)
             self.bringing.arriving.bell.ring(change.keys)
             self._untold.append((TIER_HOST, change))
+            if self.hbm is not None and change.kind == "stored":
+                self.hbm.overrule(change.keys, self.ledger)
         for change in self.stack.take_changes() if self.stack is not None else ():
             if change.kind == "removed":
                 self.counters[f"nvme_removed_blocks:{change.reason}"] += len(change.keys)

@@ -189,6 +189,14 @@ class Hbm:
             arena.ledger.expire(self._clock.now_ns())
             self.cool(number)
 
+    def overrule(self, keys: Sequence[StorageKey], below: Ledger) -> None:
+        """``below`` has been given these blocks: one name must not stand for two contents, and what all
+        engines can read counts. It costs those on the GPU one copy."""
+        for arena in self._arenas:
+            count = arena.overrule(keys, below, self._clock.now_ns())
+            self._counters["hbm_rejected_blocks:overruled"] += count
+            arena.settle()
+
     def cool(self, number: int) -> None:
         """Something was written there."""
         self._demoters[number].cool()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvcache.device.slab import SlabTicket
     from kvcache.tiers.hbm import HbmTier
 
+_OWNER = "hbm-arena"
 ARENA = 0
 """Its number in its own memory and space."""
 
@@ -88,6 +89,21 @@ class HbmArena:
         if self.is_lost:
             return Reservation(0, 0, (), (), (), block_bytes, "full")
         return self.ledger.reserve(ARENA, parent, keys, block_bytes, owner, context)
+
+    def overrule(self, keys: Sequence[StorageKey], below: Ledger, now_ns: int) -> int:
+        """Withdraw those of them that it holds with other bytes than ``below``. How many it did."""
+        count = 0
+        for key in keys if not self.is_lost else ():
+            mine, theirs = self.ledger.chunk_sums(key), below.chunk_sums(key)
+            if mine and theirs and mine != theirs:
+                count += self.ledger.quarantine(key, self._generation(key, now_ns), now_ns)
+        return count
+
+    def _generation(self, key: StorageKey, now_ns: int) -> int:
+        """REQUIRES: it can be found."""
+        held = self.ledger.borrow([key], _OWNER, now_ns + 1)
+        self.ledger.release(held.lease_id, _OWNER, now_ns)
+        return held.generations[0]
 
     def settle(self) -> None:
         """Memory follows what the ledger decided."""
