@@ -61,6 +61,8 @@ class Sizes:
     rounds: int
     repeats: int
     races: int
+    spread_bytes: int
+    """Several times what the GPU caches: what is moved in a turn is no less."""
 
     @property
     def page_bytes(self) -> int:
@@ -75,9 +77,10 @@ class Sizes:
 
 # An 8B model's (128 KiB a token): a page of 16 tokens is 2 MiB, 16 of them 32 MiB; 4 GiB of pages.
 GPU = Sizes(
-    32, 8, 16, 128, torch.bfloat16, 2048, (Case(1, 8), Case(1, 64), Case(16, 8)), 32 * MIB, 4, 15, 10, 150
-)
-TINY = Sizes(2, 2, 4, 16, torch.float16, 64, (Case(1, 8), Case(4, 2)), 4096, 2, 2, 1, 150)
+    32, 8, 16, 128, torch.bfloat16, 2048, (Case(1, 8), Case(1, 64), Case(16, 8)), 32 * MIB, 4, 15, 10, 150,
+    256 * MIB,
+)  # fmt: skip
+TINY = Sizes(2, 2, 4, 16, torch.float16, 64, (Case(1, 8), Case(4, 2)), 4096, 2, 2, 1, 150, 16384)
 
 
 class Place(Protocol):
@@ -181,8 +184,16 @@ class Rig:
         step = case.pages_per_block
         return [chosen[at : at + step] for at in range(0, len(chosen), step)]
 
-    def offsets(self, case: Case) -> list[int]:
-        return [at * case.pages_per_block * self.sizes.page_bytes for at in range(case.count)]
+    def offsets(self, case: Case, start: int = 0) -> list[int]:
+        return [start + at * case.pages_per_block * self.sizes.page_bytes for at in range(case.count)]
+
+    def sets(self, case: Case) -> int:
+        """So many of it lie in no cache together."""
+        return max(1, self.sizes.spread_bytes // self.case_bytes(case))
+
+    def in_a_row(self, case: Case) -> int:
+        """So many requests hide the Python of each but the first."""
+        return 2 * self.sets(case)
 
     def case_bytes(self, case: Case) -> int:
         return case.count * case.pages_per_block * self.sizes.page_bytes
@@ -202,6 +213,23 @@ class Rig:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+    def replayed(self, work: Callable[[int], object], count: int) -> Callable[[], object]:
+        """``work(0)`` to ``work(count - 1)``, as one graph: launches without the Python between them.
+        REQUIRES: it waits for nothing. On the CPU the calls themselves."""
+
+        def all_of_it() -> None:
+            for at in range(count):
+                work(at)
+
+        if not self.is_cuda:
+            return all_of_it
+        all_of_it()  # Compiled and allocated before, as neither can be captured.
+        self.finish()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_of_it()
+        return graph.replay
 
     def finish(self) -> None:
         if self.is_cuda:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,37 @@ def test_on_the_cpu_every_part_runs_and_nothing_is_passed_over_in_silence(tmp_pa
         assert (line["value"] is None) == line["against"].startswith("not measured: ")
     [kept] = tmp_path.glob("gpu-*.jsonl")
     assert kept.read_text() == done.stdout
+    for begins, against, _ in goals():
+        assert any(line["name"].startswith(begins) and line["against"].startswith(against) for line in lines)
+
+
+def goals() -> Sequence[tuple[str, str, float]]:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        return importlib.import_module("bench_gpu").GOALS
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def test_a_rival_that_cannot_be_had_takes_nobody_along() -> None:
+    """Whatever it raises: what a compiler says is no RuntimeError."""
+    broken = """
+import sys, gpu_rivals
+def fail(self):
+    raise TypeError("it does not compile")
+gpu_rivals.SwapKernel.load = fail
+sys.argv = ["bench_gpu.py", "--device", "cpu", "--quick", "--json", "--only", "launches"]
+import bench_gpu
+bench_gpu.main()
+"""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(ROOT)])}
+    found["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-c", broken]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env=found)
+    assert done.returncode == 0, done.stderr
+    names = {json.loads(line)["name"] for line in done.stdout.splitlines()}
+    assert "gpu.launches.index_select.load.4KiB.batch2" in names
+    assert "gpu.launches.vllm_kernel.load.4KiB.batch2" not in names
 
 
 def test_one_part_can_be_chosen_and_what_others_said_stays(tmp_path: Path) -> None:
