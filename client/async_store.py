@@ -346,10 +346,9 @@ class AsyncNodeStore:
 
     async def _attach(self) -> _Attached:
         """RAISES BadInput, NotAllowed, Unavailable."""
-        again = self._connections > 0
+        hello = self._options.hello(self._name, again=self._connections > 0)
         self._connections += 1
         deadline_ns = self._clock.now_ns() + self._options.greeting_ms * NS_PER_MS
-        hello = self._options.hello(self._name, again)
         channel = await AsyncChannel.connect(self._options.address, hello, deadline_ns, self._clock)
         with contextlib.ExitStack() as undo:
             undo.callback(channel.close)
@@ -360,6 +359,7 @@ class AsyncNodeStore:
             link = Link(self._connections, channel.welcome, slab, hbm, plans=plans)
             attached = _Attached(channel, link)
             undo.callback(attached.link.close)
+            attached.link.pin(self._options.device, channel.slab_fd, self._tally)
             operation = reopen(self._context(attached), list(self._handles.values()))
             attached.link.opened = await self._drive(attached, operation)
             self._node = channel.welcome.node

@@ -350,6 +350,7 @@ class BlockingNodeStore:
             link = Link(self._connections, channel.welcome, slab, hbm, plans=plans)
             attached = _Attached(channel, link)
             undo.callback(attached.link.close)
+            attached.link.pin(self._options.device, channel.slab_fd, self._tally)
             attached.link.opened = self._drive(attached, reopen(self._context(attached), handles))
             self._node = channel.welcome.node
             undo.pop_all()

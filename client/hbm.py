@@ -15,7 +15,7 @@ The rules of ``store`` hold: what ``load_device`` does not report is on the devi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcache.block import BlockHash, BlockSpec
@@ -41,6 +41,8 @@ class Device(Protocol):
     """Its UUID; empty: the CPU."""
     joined: Sequence[bytes]
     """Those whose memory it can use."""
+    pins: bool
+    """Can host memory be registered with it, for copies at the link's speed?"""
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         """Map it. The descriptor stays the caller's. RAISES BadInput when it is not safe to map,
@@ -51,6 +53,22 @@ class Device(Protocol):
 
     def is_lost(self, incarnation: bytes) -> bool:
         """Nothing in it counts any more, as far as this process knows."""
+
+    def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> Pin:
+        """Begin to register this map of the node's host memory, in the background, whole units of it: those
+        that have memory, and those that blocks are copied from or to. The descriptor stays the caller's.
+        ``count`` is told what came of it, from any thread. What is not registered is only slower."""
+
+
+Count = Callable[[str, int], None]
+"""Takes the name of a counter of the store, and by how much it grew."""
+
+
+class Pin(Protocol):
+    """A map that is being registered."""
+
+    def close(self) -> None:
+        """Undo it as soon as no copy runs over the map, which stays mapped until then. Does not wait."""
 
 
 class DeviceBlocks(Protocol):

@@ -79,6 +79,7 @@ class Options:
             hbm=device is not None or plans_for is not None,
             gpu=device.gpu if device is not None else plans_for or b"",
             joined=list(device.joined) if device is not None else [],
+            pins=device is not None and device.pins,
         )
 
 
@@ -140,6 +141,12 @@ class Link:
         if step.wait_ms:
             self._wait_ends_ns = max(begins_ns, now_ns + step.wait_ms * NS_PER_MS)
         return options.deadline_ns(begins_ns, step.payload_bytes, step.wait_ms)
+
+    def pin(self, device: Device | None, descriptor: int | None, tally: Tally) -> None:
+        """Have the map registered with the device, if the node allows it. Once."""
+        unit_bytes = self.welcome.pinned_unit
+        if unit_bytes and device is not None and self.slab is not None and descriptor is not None:
+            self.slab.pin(device, descriptor, unit_bytes, tally.add)
 
     def owns(self, lease: Lease) -> bool:
         return self.number == lease.connection

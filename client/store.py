@@ -46,6 +46,8 @@ COUNTERS: Final[Mapping[str, str]] = {
     "refused_advances": "saves of which the node would hear nothing before their end",
     "persisted_blocks": "blocks that were found durable",
     "connects": "connections made",
+    "pinned_bytes": "bytes of the node's host memory registered with the GPU, for copies at the link's speed",
+    "failed_pins": "times that no more of it could be registered: copies of the rest are slower",
     "unmapped_hbm": "connections whose slab of HBM could not be mapped: blocks go to host memory",
     "lost_leases": "leases that had ended before wrong blocks could be reported",
     "failed_blocks:checksum": "the bytes were not those of the block asked for",

@@ -249,6 +249,8 @@ STATS: tuple[Stat, ...] = (
     Stat("shadow_dropped", "counter", "Look-ups and saves that shadow caches did not see, for want of time."),
     Stat("namespaces", "gauge", "Namespaces opened since the start."),
     Stat("arenas", "gauge", "Trust domains with memory of their own."),
+    Stat("pins", "gauge", "Connections whose processes have host memory registered with their GPUs."),
+    Stat("ended_pins", "counter", "Such connections ended by the node, as memory had to go to others."),
     Stat("watchers", "gauge", "Followers of this node's events."),
     Stat(
         "watches",

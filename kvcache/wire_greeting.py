@@ -18,6 +18,7 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     ``hbm`` asks, beside the map, for memory of the GPU ``gpu`` (its UUID; empty: of the CPU), else of one of
     ``joined``, whose memory it can use. Without the map: to match and lease in that GPU's slab for engines of
     the same trust domain that have mapped it, as soon as one has.
+    ``pins`` asks, beside the map, to register it with a GPU.
     """
 
     version: Unsigned
@@ -30,6 +31,7 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     hbm: bool = False
     gpu: bytes = b""
     joined: list[bytes] = msgspec.field(default_factory=list)
+    pins: bool = False
 
     def __repr__(self) -> str:
         """Without the token, which must not reach a log."""
@@ -39,7 +41,8 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """Answer to Hello. With a map, the slab's descriptor comes as ancillary data of this frame; behind it
     that of ``hbm``, when its ``size_bytes`` are not 0. ``data`` are the addresses at which the node's
-    transports listen."""
+    transports listen. ``pinned_unit``, if not 0, allows to register the map: memory for blocks comes in units
+    of so many bytes, and none is taken out of the map before this connection ends."""
 
     version: Unsigned
     node: str
@@ -50,6 +53,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     slab_bytes: Unsigned
     data: list[str] = msgspec.field(default_factory=list)
     hbm: HbmSlab = NO_SLAB
+    pinned_unit: Unsigned = 0
 
     def __repr__(self) -> str:
         """Without the tenant's key, which must not reach a log."""

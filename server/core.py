@@ -292,6 +292,8 @@ class Core:
             "capacity_bytes:host": float(self._space.capacity_bytes),
             "namespaces": float(len(self.namespaces)),
             "arenas": float(len(self._arenas)),
+            "pins": float(self.host.pin_count),
+            "ended_pins": float(self.host.ended_pins),
             "tickets": float(len(self.tickets)),
             "followers": float(self.progress.bell.waiting),
             "uptime_seconds": (self.clock.now_ns() - self._started_ns) / NS_PER_S,
@@ -324,6 +326,7 @@ class Core:
         self.ledger.check()
         self.progress.check()
         self._space.check()
+        self.host.check()
         self.telling.check()
         self.tuning.shadowing.check()
 

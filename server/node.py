@@ -211,6 +211,7 @@ class Node:
         with contextlib.ExitStack() as undo:
             undo.callback(connection.close)
             undo.callback(self._writers.forget, owner)
+            undo.callback(self.core.host.unpin, owner)
             try:
                 tune(connection)
                 async with asyncio.timeout(self.config.handshake_ms / 1000):
@@ -218,8 +219,8 @@ class Node:
                 _check_version(hello)
                 identity = await self._with_hbm(self._identify(connection, hello, owner), hello)
                 identity = planning(identity, hello)
-                self._answer_hello(connection, call, hello, identity)
-                await self._serve(connection, identity)
+                pins = self._answer_hello(connection, call, hello, identity)
+                await self._serve(connection, identity, pins)
                 undo.pop_all()
             except KVCacheError as error:
                 self.core.counters[f"refusals:{error.code}"] += 1
@@ -273,7 +274,9 @@ class Node:
 
     def _answer_hello(
         self, connection: socket.socket, call: int, hello: wire.Hello, identity: Identity
-    ) -> None:
+    ) -> bool:
+        """May it pin its map?"""
+        unit_bytes = self.core.host.unit_to_pin(identity.arena) if identity.mapped and hello.pins else 0
         welcome = wire.Welcome(
             version=wire.PROTOCOL_VERSION,
             node=self.name,
@@ -283,6 +286,7 @@ class Node:
             tenant_key=b"" if identity.inside else self.credentials.tenant_key(identity.tenant),
             slab_bytes=self.core.host.capacity_bytes if identity.mapped else 0,
             data=self.core.plane.addresses if "peer" in identity.roles else [],
+            pinned_unit=unit_bytes,
         )
         descriptors = [self.core.host.descriptor(identity.arena)] if identity.mapped else []
         if self.core.hbm is not None and identity.hbm != NO_HBM:
@@ -292,19 +296,22 @@ class Node:
         # A new socket's send buffer holds far more than one small frame.
         sent = socket.send_fds(connection, [frame], descriptors) if descriptors else connection.send(frame)
         assert sent == len(frame)
+        return unit_bytes > 0
 
-    async def _serve(self, connection: socket.socket, identity: Identity) -> None:
+    async def _serve(self, connection: socket.socket, identity: Identity, pins: bool) -> None:
         owner = identity.owner
         handlers = Connection(self.core, identity, lambda batch, call: session.push(batch, call))
         session = Session(handlers, lambda: self._ended(identity, handlers.kept_aside))
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(lambda: session, connection)
+        if pins:  # Nothing was awaited since it was told so.
+            self.core.host.pin(identity.arena, owner, session.cut)
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: session, connection)
         self.core.counters["connections_opened"] += 1
         if not transport.is_closing():
             self._sessions[owner] = transport
 
     def _ended(self, identity: Identity, kept_aside: bool) -> None:
         self._sessions.pop(identity.owner, None)
+        self.core.host.unpin(identity.owner)
         self._writers.leave(identity.owner, kept_aside)
 
     # --- tasks ----------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ class Session(asyncio.BufferedProtocol):
         self._ended = ended
         self._stall_s = stall_s
         self._transport: asyncio.Transport | None = None
+        self._is_cut = False
         self._buffer = bytearray(RECEIVE_BYTES)
         self._have = 0
         self._incoming: _Incoming | None = None
@@ -99,6 +100,8 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name.
+        if self._is_cut:
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -137,6 +140,12 @@ class Session(asyncio.BufferedProtocol):
             self._have += count
         self._advance()
 
+    def cut(self) -> None:
+        """Nothing is answered any more, and the connection ends. Also before it has begun."""
+        self._is_cut = True
+        if self._transport is not None:
+            self._transport.abort()
+
     # --- frames ---------------------------------------------------------------------------------
 
     def push(self, packed: bytes, call: int) -> None:
@@ -174,7 +183,7 @@ class Session(asyncio.BufferedProtocol):
         self._regulate()
 
     def _open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+        return self._transport is not None and not self._is_cut and not self._transport.is_closing()
 
     def _take_frame(self) -> bool:
         if self._have < wire.HEADER.size:

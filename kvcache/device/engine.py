@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 
 import torch
@@ -27,7 +27,7 @@ import torch
 from kvcache.block import BlockSpec
 from kvcache.device.gather import gather_and_sum, scatter_and_sum
 from kvcache.device.pages import Moves, PagedCache
-from kvcache.device.pinned import flat
+from kvcache.device.pinned import Count, HostMap, Pins, along
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
 from kvcache.device.streams import failed, streams_of, wait_out
 from kvcache.device.sums import joined, sum_chunks
@@ -42,8 +42,11 @@ STAGING_BYTES = 64 << 20
 class EngineDevice:
     """One GPU of this process. Any thread; one for all stores of the process."""
 
-    def __init__(self, memory: Memory, joined: Sequence[Memory] = ()) -> None:
-        """``joined``: that of GPUs whose memory this one can use, best first."""
+    def __init__(self, memory: Memory, joined: Sequence[Memory] = (), pinned: Pins | None = None) -> None:
+        """``joined``: that of GPUs whose memory this one can use, best first. ``pinned``: what of host memory
+        is registered with this one."""
+        self._pinned = pinned or Pins()
+        self.pins = self._pinned.possible
         self.gpu = memory.uuid
         self.joined = [other.uuid for other in joined]
         self._memories = {each.uuid: each for each in (memory, *joined)}
@@ -63,7 +66,7 @@ class EngineDevice:
             for other in range(torch.cuda.device_count())
             if other != here and torch.cuda.can_device_access_peer(here, other)
         ]
-        return cls(CudaMemory(vmm, vmm.uuid(here), mine), others)
+        return cls(CudaMemory(vmm, vmm.uuid(here), mine), others, Pins(vmm, here))
 
     @property
     def has_slab(self) -> bool:
@@ -89,6 +92,15 @@ class EngineDevice:
                 self._slabs[incarnation] = slab, count - 1
             else:
                 slab.close()
+
+    def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> HostMap:
+        """As ``client.hbm.Device``."""
+        return self._pinned.pin(memory, descriptor, unit_bytes, count)
+
+    def host(self, blocks: Sequence[memoryview]) -> AbstractContextManager[list[list[torch.Tensor]]]:
+        """Of host memory, each in the pieces that it has to be copied in. RAISES and REQUIRES as
+        ``Pins.used``."""
+        return self._pinned.used(blocks)
 
     def whole(self, incarnation: bytes) -> torch.Tensor:
         """All of the slab, uint8 [bytes]. RAISES Unavailable when it is not mapped, or lost."""
@@ -153,16 +165,18 @@ class TensorBlocks:
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
-        with self._line.told():
-            for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
-                row.copy_(flat(block), non_blocking=True)
+        with self._device.host(blocks) as cut, self._line.told():
+            for row, pieces in zip(self._rows(first, len(blocks)), cut, strict=True):
+                for part, piece in along(row, pieces):
+                    part.copy_(piece, non_blocking=True)
             return self._sums(first, len(blocks))
 
     def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
-        with self._line.told():
-            for row, block in zip(self._rows(first, len(blocks)), blocks, strict=True):
-                flat(block).copy_(row, non_blocking=True)
+        with self._device.host(blocks) as cut, self._line.told():
+            for row, pieces in zip(self._rows(first, len(blocks)), cut, strict=True):
+                for part, piece in along(row, pieces):
+                    piece.copy_(part, non_blocking=True)
             return self._sums(first, len(blocks))
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
@@ -207,7 +221,7 @@ class PagedBlocks:
         slots = _slots(slab, offsets, self._spec.block_bytes)
         with self._line.told():
             if slab.device != self._cache.device:
-                return self._loaded(slots, first)
+                return self._loaded([[slot] for slot in slots], first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
             return b"".join(joined(scatter_and_sum(moves, slab)))
 
@@ -217,42 +231,43 @@ class PagedBlocks:
         slots = _slots(slab, offsets, self._spec.block_bytes)
         with self._line.told():
             if slab.device != self._cache.device:
-                return self._saved(slots, first)
+                return self._saved([[slot] for slot in slots], first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
             return b"".join(joined(gather_and_sum(moves, slab)))
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
-        with self._line.told():
-            return self._loaded([flat(block) for block in blocks], first)
+        with self._device.host(blocks) as cut, self._line.told():
+            return self._loaded(cut, first)
 
     def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
-        with self._line.told():
-            return self._saved([flat(block) for block in blocks], first)
+        with self._device.host(blocks) as cut, self._line.told():
+            return self._saved(cut, first)
 
-    def _loaded(self, blocks: Sequence[torch.Tensor], first: int) -> bytes:
-        """From memory elsewhere, each uint8 [block_bytes]: of the host, or of a GPU joined to this one."""
+    def _loaded(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
+        """From memory elsewhere, each uint8 [block_bytes] in pieces: of the host, or of a GPU joined to this
+        one."""
         sums = b""
         for at, part, moves, staging in self._staged(blocks, first):
-            for slot, block in zip(staging, blocks[at : at + part], strict=False):
-                slot.copy_(block, non_blocking=True)
+            for slot, pieces in zip(staging, blocks[at : at + part], strict=False):
+                for target, piece in along(slot, pieces):
+                    target.copy_(piece, non_blocking=True)
             sums += b"".join(joined(scatter_and_sum(moves, staging.view(-1))))
         return sums
 
-    def _saved(self, blocks: Sequence[torch.Tensor], first: int) -> bytes:
+    def _saved(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
         """Into memory elsewhere."""
         sums = b""
         for at, part, moves, staging in self._staged(blocks, first):
             found = gather_and_sum(moves, staging.view(-1))
-            for slot, block in zip(staging, blocks[at : at + part], strict=False):
-                block.copy_(slot, non_blocking=True)
+            for slot, pieces in zip(staging, blocks[at : at + part], strict=False):
+                for source, piece in along(slot, pieces):
+                    piece.copy_(source, non_blocking=True)
             sums += b"".join(joined(found))
         return sums
 
-    def _staged(
-        self, blocks: Sequence[torch.Tensor], first: int
-    ) -> Iterator[tuple[int, int, Moves, torch.Tensor]]:
+    def _staged(self, blocks: Sequence[object], first: int) -> Iterator[tuple[int, int, Moves, torch.Tensor]]:
         """Part by part: where it begins, how many blocks it has, and their moves by way of this memory,
         uint8 [block, block_bytes]."""
         size = self._spec.block_bytes

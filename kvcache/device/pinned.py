@@ -1,20 +1,40 @@
 """Host memory, locked for the copies of this process's GPUs.
 
-The host slab is a memfd that the node, and each engine that maps it, registers for itself: a GPU copies from
-and to locked memory at the link's speed (50 GB/s), from other memory at a third of it, and not beside others.
+The host slab is a memfd that each engine maps and registers for itself: a GPU copies from and to locked
+memory at the link's speed (50 GB/s), from other memory at a third of it, and not beside others.
 
-What is registered is kept resident as it is. So an arena that somebody has registered must not be punched:
-copies would go on into the pages that it had, and nobody would see their bytes. (The checks would turn that
-into misses, for good.) A node that moves memory between arenas must not offer them to be registered.
+    Pins ── pin ──► HostMap: a thread registers it, ── close, and no copy over it ──► undone ──► unmapped
+                    first what copies wanted, then what has memory
 
-The sum: 0.1 to 0.3 s a GiB, once, in a thread of its own.
+What is registered is kept as it is. If its memory were taken out of the memfd, copies would go on into the
+pages that it had, and nobody would see their bytes. (The checks would turn that into misses, for good.) So a
+node takes none from an arena while a connection that pins it lives (``kvcache.tiers.host``), and a map is
+registered for one connection.
+
+Invariants: a piece lies in one unit of the node's, is registered whole or not at all, and no copy crosses its
+edge (the driver takes none that is half in registered memory); nothing is undone under a copy, nor unmapped
+before it is undone; an error of the driver ends the registering, and nothing else.
+
+The sum: 0.1 to 0.3 s a GiB, once, in the background: 5 ms a piece, in which the driver serves others slowly.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+
 import torch
 
 from kvcache.device.vmm import Vmm
+from kvcache.errors import Unavailable
+
+PIECE_BYTES = 16 << 20
+
+Count = Callable[[str, int], None]
 
 
 def flat(memory: memoryview) -> torch.Tensor:
@@ -39,3 +59,202 @@ class Pinned:
         memory, self._memory = self._memory, None
         if memory is not None:
             self._vmm.unregister(self._ordinal, memory.data_ptr())
+
+
+class Pins:
+    """The maps of host memory that are registered with one GPU of this process. Any thread."""
+
+    def __init__(self, vmm: Vmm | None = None, ordinal: int = 0) -> None:
+        """``vmm`` None: there is no GPU, and nothing is ever registered."""
+        self._vmm = vmm
+        self._ordinal = ordinal
+        self._lock = threading.Lock()
+        self._maps: list[HostMap] = []
+
+    @property
+    def possible(self) -> bool:
+        return self._vmm is not None
+
+    def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> HostMap:
+        """As ``client.hbm.Device.pin``."""
+        assert self._vmm is not None
+        made = HostMap(self._vmm, self._ordinal, memory, unit_bytes, count, self._ended)
+        with self._lock:
+            self._maps.append(made)
+        made.begin(descriptor)
+        return made
+
+    @contextmanager
+    def used(self, blocks: Sequence[memoryview]) -> Iterator[list[list[torch.Tensor]]]:
+        """Blocks as tensors, each cut where a copy has to be. Nothing of them is undone meanwhile: to be left
+        when the copies are done. RAISES Unavailable when their map is being undone."""
+        whole = [flat(block) for block in blocks]
+        with ExitStack() as using:
+            maps = {id(found): found for each in whole if (found := self._of(each)) is not None}
+            for found in maps.values():
+                using.enter_context(found.used())
+            yield [found.cut(each) if (found := self._of(each)) is not None else [each] for each in whole]
+
+    def _of(self, block: torch.Tensor) -> HostMap | None:
+        with self._lock:
+            return next((each for each in self._maps if each.has(block)), None)
+
+    def _ended(self, ended: HostMap) -> None:
+        with self._lock:
+            self._maps.remove(ended)
+
+
+class HostMap:
+    """One map of a node's host memory, a connection's. A ``client.hbm.Pin``."""
+
+    def __init__(
+        self,
+        vmm: Vmm,
+        ordinal: int,
+        memory: memoryview,
+        unit_bytes: int,
+        count: Count,
+        ended: Callable[[HostMap], None],
+    ) -> None:
+        """``ended`` is told when it is undone and no more held."""
+        self._vmm = vmm
+        self._ordinal = ordinal
+        self._count = count
+        self._ended = ended
+        self._memory: torch.Tensor | None = flat(memory)
+        self._start = self._memory.data_ptr()
+        self._length = len(memory)
+        self.piece_bytes = unit_bytes if unit_bytes % PIECE_BYTES else min(unit_bytes, PIECE_BYTES)
+        self._changed = threading.Condition()
+        # Under _changed:
+        self._pinned: set[int] = set()
+        self._wanted: deque[int] = deque()
+        self._users = 0
+        self._is_closed = False
+        self._is_undone = False
+
+    def begin(self, descriptor: int) -> None:
+        """Once. What fails is counted."""
+        own = -1
+        try:
+            if self.piece_bytes % os.sysconf("SC_PAGE_SIZE"):
+                raise OSError("a node's units are whole pages")
+            own = os.dup(descriptor)
+            threading.Thread(target=self._serve, args=(own,), name="kvcache-pin", daemon=True).start()
+        except (OSError, RuntimeError):  # No more descriptors, or threads.
+            if own >= 0:
+                os.close(own)
+            self._count("failed_pins", 1)
+            self._is_closed = True
+            self._undo()
+
+    @property
+    def pinned_bytes(self) -> int:
+        with self._changed:
+            return len(self._pinned) * self.piece_bytes
+
+    def has(self, block: torch.Tensor) -> bool:
+        return block.data_ptr() in range(self._start, self._start + self._length)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Meanwhile nothing is undone. RAISES Unavailable when it is."""
+        with self._changed:
+            if self._is_undone:
+                raise Unavailable("unavailable", "the slab is not mapped any more", "the connection ended")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def cut(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """At the edges of pieces; what is not registered is wanted from now on. REQUIRES: ``used``."""
+        size, first = self.piece_bytes, block.data_ptr() - self._start
+        pieces = range(first // size, -(-(first + len(block)) // size))
+        with self._changed:
+            if not self._pinned.issuperset(pieces):
+                self._wanted.extend(pieces)
+                self._changed.notify_all()
+        edges = [first, *(piece * size for piece in pieces[1:]), first + len(block)]
+        return list(block.split([end - start for start, end in pairwise(edges)]))
+
+    def close(self) -> None:
+        """As ``client.hbm.Pin``. May be called twice."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    # --- its thread -----------------------------------------------------------------------------
+
+    def _serve(self, descriptor: int) -> None:
+        try:
+            for piece in self._coming(_filled(descriptor, self.piece_bytes)):
+                self._register(piece)
+        except Unavailable:
+            self._count("failed_pins", 1)
+        finally:
+            os.close(descriptor)
+            with self._changed:
+                self._changed.wait_for(self._may_undo)
+            self._undo()
+
+    def _coming(self, filled: Iterator[int]) -> Iterator[int]:
+        """The next piece to register, until it is closed."""
+        more = True
+        while True:
+            with self._changed:
+                while not (self._is_closed or self._wanted or more):
+                    self._changed.wait()
+                if self._is_closed:
+                    return
+                piece = self._wanted.popleft() if self._wanted else next(filled, -1)
+                more = more and piece >= 0
+                is_fresh = 0 <= piece < self._length // self.piece_bytes and piece not in self._pinned
+            if is_fresh:
+                yield piece
+
+    def _may_undo(self) -> bool:
+        return self._is_closed and not self._users
+
+    def _register(self, piece: int) -> None:
+        """RAISES Unavailable."""
+        self._vmm.register(self._ordinal, self._start + piece * self.piece_bytes, self.piece_bytes)
+        with self._changed:
+            self._pinned.add(piece)
+        self._count("pinned_bytes", self.piece_bytes)
+
+    def _undo(self) -> None:
+        """What cannot be undone stays mapped until the process ends: a GPU may still use it."""
+        with self._changed:
+            assert not self._users
+            self._is_undone = True
+            pinned = sorted(self._pinned)
+        for piece in pinned:
+            if self._vmm.unregister(self._ordinal, self._start + piece * self.piece_bytes):
+                with self._changed:
+                    self._pinned.discard(piece)
+        if not self._pinned:
+            self._ended(self)
+            self._memory = None
+
+
+def _filled(descriptor: int, piece_bytes: int) -> Iterator[int]:
+    """Which whole pieces have memory: to register others would take memory that the node has not given."""
+    if os.fstat(descriptor).st_blksize > os.sysconf("SC_PAGE_SIZE"):
+        return  # Of huge pages the kernel does not say.
+    start = hole = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, hole, os.SEEK_DATA)
+            hole = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError:
+            return  # No more.
+        yield from range(-(-start // piece_bytes), hole // piece_bytes)
+
+
+def along(whole: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece beside its part of ``whole``, which is as long as all of them."""
+    return zip(whole.split([len(piece) for piece in pieces]), pieces, strict=True)

@@ -154,13 +154,13 @@ class Vmm:
         All of its pages become resident. RAISES Unavailable; the memory can be copied from and to all the
         same, slower."""
         assert length > 0
-        with self._current(ordinal):
+        with self._current(ordinal), self._beside_captures():
             self._call("cuMemHostRegister", address, length, self._driver.CU_MEMHOSTREGISTER_PORTABLE)
 
     def unregister(self, ordinal: int, address: int) -> bool:
         """Undo ``register``. REQUIRES: no copy over it is under way. Did it work?"""
         try:
-            with self._current(ordinal):
+            with self._current(ordinal), self._beside_captures():
                 self._call("cuMemHostUnregister", address)
         except Unavailable:
             return False
@@ -211,6 +211,17 @@ class Vmm:
                 self._quietly("cuCtxPopCurrent")
         finally:
             self._quietly("cuDevicePrimaryCtxRelease", device)
+
+    @contextlib.contextmanager
+    def _beside_captures(self) -> Iterator[None]:
+        """Another thread may be capturing a graph: what is done here is none of its business, and would end
+        it otherwise. RAISES Unavailable."""
+        relaxed = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        before = self._call("cuThreadExchangeStreamCaptureMode", relaxed)
+        try:
+            yield
+        finally:
+            self._quietly("cuThreadExchangeStreamCaptureMode", before)
 
     def _check_support(self, ordinal: int) -> None:
         attributes = self._driver.CUdevice_attribute

@@ -7,9 +7,17 @@ capacity, but all arenas together are never resident beyond it: a unit that an a
 it until another arena needs the memory, and is punched out then. (Punching at once would make the next
 writer pay for fresh, zeroed pages: three times the price of the copy itself.)
 
+A connection whose process registers the arena with its GPU *pins* it. The GPU goes on copying from and to the
+pages that were there then, so an arena is never punched under a pin. Pins hold no memory against others: they
+are given only while no other arena holds blocks, and where memory must leave the arena after all, the
+connection is ended first; what it copies from then on counts nowhere.
+
+    not pinned ── pin ──► pinned ── unpin: the connection has ended ──────────────► not pinned
+                             └───── memory must leave: the connection is ended ──────┘ punched
+
 Invariants: memory that the node reads or writes lies in a granted extent; units resident in all arenas
 are at most those of the capacity; the descriptor handed out is the arena's own, mode 0600, and carries
-every seal in ``memfd.SEALS``.
+every seal in ``memfd.SEALS``; no unit is punched in an arena that is pinned.
 
 The sum: populating costs 0.3 to 0.5 s a GiB of 4 KiB pages (zeroing and page tables), once, at start;
 afterwards the tier costs nothing: bytes are copied by those who use them.
@@ -20,7 +28,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +51,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 @dataclass(frozen=True, slots=True)
 class Arena:
     """One trust domain's memory. ``address`` is where this process maps it; ``granted`` and ``idle``
-    are the units that have pages, in use and given back."""
+    are the units that have pages, in use and given back; ``pins`` are by owner, each with what ends it."""
 
     name: str
     descriptor: int
@@ -51,6 +59,7 @@ class Arena:
     address: int
     granted: set[int] = field(default_factory=set)
     idle: set[int] = field(default_factory=set)
+    pins: dict[int, Callable[[], None]] = field(default_factory=dict)
 
 
 class HostTier:
@@ -66,6 +75,8 @@ class HostTier:
         self.capacity_bytes = -(-capacity_bytes // step) * step
         self.coming_bytes = 0
         """On their way into reserved slots, from NVMe or a peer: counted here by who brings them."""
+        self.ended_pins = 0
+        """Pins that were ended because their memory had to go to another arena."""
         self._arenas: list[Arena] = []
         self._closed = False
 
@@ -120,6 +131,30 @@ class HostTier:
         """Units with pages, or about to have them, in all arenas. At most those of the capacity."""
         return sum(len(arena.granted) + len(arena.idle) for arena in self._arenas)
 
+    # --- pins -----------------------------------------------------------------------------------
+
+    @property
+    def pin_count(self) -> int:
+        return sum(len(arena.pins) for arena in self._arenas)
+
+    def unit_to_pin(self, arena: int) -> int:
+        """The bytes of a unit, when the arena may be pinned now; else 0: another holds blocks, which may need
+        its memory."""
+        others = (other for number, other in enumerate(self._arenas) if number != arena)
+        return 0 if any(other.granted for other in others) else self._unit_bytes
+
+    def pin(self, arena: int, owner: int, end: Callable[[], None]) -> None:
+        """The owner's process registers what it maps of the arena. When ``end`` has returned, nothing counts
+        that this process copies for the owner. REQUIRES: ``unit_to_pin``, just now."""
+        self._arenas[arena].pins[owner] = end
+
+    def unpin(self, owner: int) -> None:
+        """The owner's connection has ended, and with it all that its copies are for. May be called twice."""
+        for arena in self._arenas:
+            arena.pins.pop(owner, None)
+
+    # --- residence ------------------------------------------------------------------------------
+
     def populate(self, arena: int) -> None:
         """Make all of the arena resident now, not at first touch. May take seconds. REQUIRES: it is the
         only arena yet. Ends early when the tier is closed meanwhile. RAISES BadInput when there is not
@@ -151,13 +186,30 @@ class HostTier:
     def _shrink(self) -> None:
         """Punch out idle units until all arenas together fit the capacity again."""
         excess = self.resident_units() - self._unit_count
-        for arena in self._arenas:
+        for arena in sorted(self._arenas, key=lambda each: len(each.pins) > 0):
             while excess > 0 and arena.idle:
-                offset = arena.idle.pop() * self._unit_bytes
-                done = _libc.fallocate(arena.descriptor, _FALLOC_PUNCH_HOLE, offset, self._unit_bytes)
-                assert done == 0, os.strerror(ctypes.get_errno())
+                self._end_pins(arena)
+                self._punch(arena, arena.idle.pop())
                 excess -= 1
         assert excess <= 0, "more units are granted than there are"
+
+    def _end_pins(self, arena: Arena) -> None:
+        while arena.pins:
+            _, end = arena.pins.popitem()
+            end()
+            self.ended_pins += 1
+
+    def _punch(self, arena: Arena, unit: int) -> None:
+        assert not arena.pins, "a GPU would go on copying from and to the pages that go"
+        offset = unit * self._unit_bytes
+        done = _libc.fallocate(arena.descriptor, _FALLOC_PUNCH_HOLE, offset, self._unit_bytes)
+        assert done == 0, os.strerror(ctypes.get_errno())
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert self.resident_units() <= self._unit_count
+        for arena in self._arenas:
+            assert not arena.granted & arena.idle
 
 
 def memory_available_bytes() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvcache.block import BlockSpec, storage_key
 from kvcache.client import hbm_operations, hbm_saving, leasing
-from kvcache.client.hbm import Mapped
+from kvcache.client.hbm import Count, Mapped, Pin
 from kvcache.client.link import Context
 from kvcache.client.local import Slab
 from kvcache.client.steps import Operation
@@ -47,6 +47,7 @@ class List:
 
     gpu = b""
     joined = ()
+    pins = False
 
     def __init__(self) -> None:
         self.memory = bytearray(16 * SIZE)
@@ -59,6 +60,9 @@ class List:
 
     def close(self, incarnation: bytes) -> None:
         self.opened.remove(incarnation)
+
+    def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> Pin:
+        raise AssertionError("it cannot")
 
     def is_lost(self, incarnation: bytes) -> bool:
         return self.lost

@@ -94,6 +94,7 @@ class FakeDriver(ModuleType):
         self.reserved: dict[int, mmap.mmap] = {}
         self.mapped: dict[int, tuple[Allocation, list[int]]] = {}
         self.registered: dict[int, int] = {}
+        self.capture_mode = real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
         self.contexts: dict[int, int] = {}
         self.current: list[int] = []
         self.hidden: list[mmap.mmap] = []
@@ -267,8 +268,13 @@ class FakeDriver(ModuleType):
 
     # --- host memory ----------------------------------------------------------------------------
 
+    def _cuThreadExchangeStreamCaptureMode(self, mode: Any) -> Result:  # noqa: N802
+        before, self.capture_mode = self.capture_mode, mode
+        return OK, before
+
     def _cuMemHostRegister(self, address: int, size: int, flags: int) -> Result:  # noqa: N802
         assert flags == real.CU_MEMHOSTREGISTER_PORTABLE
+        assert self.capture_mode == RELAXED, "a graph that another thread captures would end"
         if not self.current:
             return (real.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         assert size > 0
@@ -276,9 +282,11 @@ class FakeDriver(ModuleType):
             if address < start + length and start < address + size:
                 return (real.CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,)
         self.registered[address] = size
+        _libc.madvise(address, size, _MADV_POPULATE_WRITE)  # All of its pages become resident.
         return (OK,)
 
     def _cuMemHostUnregister(self, address: int) -> Result:  # noqa: N802
+        assert self.capture_mode == RELAXED, "a graph that another thread captures would end"
         if address not in self.registered:
             return (real.CUresult.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED,)
         del self.registered[address]
@@ -320,7 +328,10 @@ _libc.mmap.argtypes = (
     ctypes.c_int,
     ctypes.c_long,
 )
+_libc.madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_WRITE = 23
 OK = real.CUresult.CUDA_SUCCESS
+RELAXED = real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 FILE = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 NO_DRIVER = _has_no_driver()
 __all__ = ["GRANULARITY", "UNDOING", "FakeDriver", "Machine", "Unavailable", "over_double"]

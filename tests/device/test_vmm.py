@@ -249,7 +249,7 @@ def test_whatever_call_fails_memory_is_registered_or_not(machine: Machine) -> No
     host = torch.zeros(1 << 16, dtype=torch.uint8)
     Pinned(Vmm(driver), 0, host).close()
     calls = driver.calls
-    first, last = calls.index("cuMemHostRegister") + 3, calls.index("cuMemHostUnregister")
+    first, last = calls.index("cuMemHostRegister") + 4, calls.index("cuMemHostUnregister")
     for number in range(len(calls)):
         driver = FakeDriver(machine)
         driver.fail[number] = "CUDA_ERROR_UNKNOWN"
