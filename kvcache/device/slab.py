@@ -240,7 +240,8 @@ class Slab:
 def over_mapping(mapping: Mapping, device: torch.device) -> torch.Tensor:
     """A tensor over the map, uint8 [size_bytes], which holds it. RAISES Unavailable."""
     try:
-        tensor = torch.as_tensor(mapping, device=device)
+        with torch.cuda.device(device):  # Whose memory it is, torch asks of the GPU that is current.
+            tensor = torch.as_tensor(mapping, device=device)
     except RuntimeError as error:
         raise _no(f"torch cannot use the memory of {device}", str(error)) from error
     if tensor.data_ptr() != mapping.address:

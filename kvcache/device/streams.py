@@ -10,7 +10,8 @@ GPU makes rarely are made at will in tests.
 Invariants: what is queued behind ``after(event)`` begins when the event is done, never earlier; an event is
 done when all that was queued before it is; an event whose device failed raises, each time it is asked.
 Work that failed on the CPU fails the events behind it, as on a GPU. Work may write to tensors that an engine
-made in inference mode.
+made in inference mode. On CUDA each call is made with the stream's GPU current: a thread begins on GPU 0, and
+one call there would take half a GiB of it for good.
 
 The sum: 5 to 10 us of Python a call on CUDA; a wait asks every 0.05 to 1 ms.
 """
@@ -80,10 +81,12 @@ class CudaEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = torch.cuda.Event()
         self.event.record(stream)
+        self._device = stream.device
 
     def is_done(self) -> bool:
         try:
-            done: bool = self.event.query()
+            with torch.cuda.device(self._device):
+                done: bool = self.event.query()
         except RuntimeError as error:
             raise failed(error) from error
         return done
@@ -107,7 +110,11 @@ class CudaStream:
 
     def run(self, work: Callable[[], None]) -> None:
         try:
-            with torch.cuda.stream(self._stream), torch.inference_mode():
+            with (
+                torch.cuda.device(self._stream.device),
+                torch.cuda.stream(self._stream),
+                torch.inference_mode(),
+            ):
                 work()
         except RuntimeError as error:
             raise failed(error) from error

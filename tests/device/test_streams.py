@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -138,6 +139,8 @@ class Cuda:
         self.log: list[str] = []
         self.polls = 0
         self.broken = ""
+        self.current = 0
+        self.asked_on: set[int] = set()
 
     def said(self, what: str) -> None:
         if self.broken == what.partition(" ")[0]:
@@ -146,18 +149,26 @@ class Cuda:
 
     def Stream(self, device: torch.device, priority: int) -> SimpleNamespace:  # noqa: N802 - As torch has it.
         self.said(f"stream {priority}")
-        return SimpleNamespace(wait_event=lambda event: self.said("wait_event"))
+        return SimpleNamespace(wait_event=lambda event: self.said("wait_event"), device=device)
 
     def Event(self) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(record=lambda stream: self.said("record"), query=self.query)
 
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
     def query(self) -> bool:
         self.said("query")
+        self.asked_on.add(self.current)
         self.polls -= 1
         return self.polls < 0
 
     def stream(self, stream: object) -> threading.Lock:
         self.said("enter")
+        self.asked_on.add(self.current)
         return threading.Lock()
 
 
@@ -174,6 +185,15 @@ def test_cuda_work_runs_on_its_stream_and_events_join_them(cuda: Cuda) -> None:
     one.run(lambda: cuda.said("work"))
     two.after(one.mark())
     assert cuda.log == ["stream -1", "stream 0", "enter", "work", "record", "wait_event"]
+
+
+def test_a_thread_whose_current_gpu_is_another_asks_that_one_for_nothing(cuda: Cuda) -> None:
+    """It would be given memory of it that it never uses."""
+    stream = CudaStreams(torch.device("cuda", 3)).new("one", urgent=False)
+    stream.run(lambda: cuda.said(f"work on {cuda.current}"))
+    assert stream.mark().wait(PATIENCE_S)
+    assert "work on 3" in cuda.log
+    assert (cuda.asked_on, cuda.current) == ({3}, 0)
 
 
 def test_nothing_comes_before_an_event_that_does_not_come(
