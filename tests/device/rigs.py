@@ -59,6 +59,7 @@ class Rig:
         self.ended: list[tuple[str, Unavailable | None]] = []
         self.gates: list[threading.Event] = []
         self.pinned = Pinned(Vmm(), self.slab.device.index or 0, self.host) if kind == "cuda" else None
+        self.settle()
 
     def _lose(self, why: str) -> None:
         self.lost.append(why)
@@ -105,6 +106,10 @@ class Rig:
     def finish(self) -> None:
         """The engine's stream is done."""
         assert self.engine.mark().wait(PATIENCE_S)
+
+    def settle(self) -> None:
+        """What the test itself queued is done: streams of the rig do not wait for the caller's."""
+        assert self.streams.current().mark().wait(PATIENCE_S)
 
     def close(self) -> None:
         for gate in self.gates:

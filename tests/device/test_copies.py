@@ -52,6 +52,7 @@ def test_zero_load_compute_finds_no_difference(make: Make, kind: str) -> None:
     """What the engine did to its pages before does not wipe what is loaded; what it does after sees it."""
     rig = make(kind)
     seen = torch.zeros(RACES, BLOCK, dtype=torch.uint8, device=rig.slab.device)
+    rig.settle()
     for number in range(RACES):
         at = number % SLOTS
         rig.slot(at).fill_(number % 251)

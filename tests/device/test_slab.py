@@ -213,6 +213,7 @@ def test_an_engine_that_is_killed_in_a_copy_harms_its_own_slots_only(others: lis
     before = maps_and_descriptors()
     slab = Slab.create(memory_of(kind), "test", SIZE)
     slab.tensor(0, SIZE).fill_(9)
+    assert value_of(slab.tensor(0, SIZE).cpu()) == 9
     others.append(engine := Other(kind))
     engine.line.sendall(b"r")
     socket.send_fds(engine.line, [packed(slab.ticket)], [slab.descriptor])

@@ -24,6 +24,13 @@ def of(request: pytest.FixtureRequest) -> Iterator[Streams]:
     made.close()
 
 
+def zero(of: Streams) -> torch.Tensor:
+    """It is there for every stream: the caller's own, which fills it, is not waited for by others."""
+    made = torch.zeros(1, dtype=torch.int64, device=of.device)
+    assert of.current().mark().wait(PATIENCE_S)
+    return made
+
+
 def adder(to: torch.Tensor, value: int) -> Callable[[], None]:
     """Order matters: the last of many is the low digit."""
     return lambda: streams_do(to.mul_(3).add_(value))
@@ -34,7 +41,7 @@ def streams_do(_: object) -> None:
 
 
 def test_work_is_done_in_its_order(of: Streams) -> None:
-    stream, total = of.new("one", urgent=False), torch.zeros(1, dtype=torch.int64, device=of.device)
+    stream, total = of.new("one", urgent=False), zero(of)
     for value in (1, 2, 0, 1):
         stream.run(adder(total, value))
     event = stream.mark()
@@ -45,7 +52,7 @@ def test_work_is_done_in_its_order(of: Streams) -> None:
 
 def test_work_may_write_what_was_made_in_inference_mode(of: Streams) -> None:
     with torch.inference_mode():
-        total = torch.zeros(1, dtype=torch.int64, device=of.device)
+        total = zero(of)
     for stream in (of.new("one", urgent=False), of.current()):
         stream.run(adder(total, 1))
         assert stream.mark().wait(PATIENCE_S)
@@ -54,7 +61,7 @@ def test_work_may_write_what_was_made_in_inference_mode(of: Streams) -> None:
 
 def test_a_stream_waits_for_another(of: Streams) -> None:
     one, two = of.new("one", urgent=True), of.new("two", urgent=False)
-    total = torch.zeros(1, dtype=torch.int64, device=of.device)
+    total = zero(of)
     for value in range(30):
         stream, other = (one, two) if value % 2 else (two, one)
         stream.run(adder(total, value % 3))
@@ -68,7 +75,7 @@ def test_a_stream_waits_for_another(of: Streams) -> None:
 
 
 def test_the_callers_own_stream_is_in_order_with_the_caller(of: Streams) -> None:
-    total = torch.zeros(1, dtype=torch.int64, device=of.device)
+    total = zero(of)
     own, stream = of.current(), of.new("one", urgent=False)
     own.run(adder(total, 1))
     stream.after(own.mark())
