@@ -16,13 +16,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -31,18 +30,20 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvcache.client import connect_blocking
+from kvcache.client import connect_blocking, connect_device_blocking, connect_planning_blocking
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.vllm_moves import Moves
 from kvcache.client.connectors.vllm_namespace import adapter_digest, describe, refuse
+from kvcache.client.connectors.vllm_pages import CpuPages, DevicePages, device_for
 from kvcache.client.connectors.vllm_plan import StepPlan, Tally, merged
 from kvcache.client.connectors.vllm_scheduler import SchedulerSide
 from kvcache.client.connectors.vllm_settings import Settings
 from kvcache.client.connectors.vllm_stats import KVCachePromMetrics, KVCacheStats
 from kvcache.client.connectors.vllm_worker import WorkerSide
 from kvcache.clock import SystemClock
-from kvcache.errors import BadInput
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats, PromMetric
     from vllm.forward_context import ForwardContext
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from kvcache.block import BlockSpec
+    from kvcache.client.store import BlockingStore
+    from kvcache.device.engine import EngineDevice
 
 _log = logging.getLogger("vllm.kvcache")
 _Answer = TypeVar("_Answer")
@@ -69,39 +71,23 @@ class KVCacheMetadata(KVConnectorMetadata):
 @dataclass
 class KVCacheWorkerMetadata(KVConnectorWorkerMetadata):
     """Workers to scheduler: how many saves of which request have ended, over all ranks, and the number of
-    the step that ends with this, if it is timed."""
+    the step that ends with this, if it is timed. ``lacks_hbm``: one of them cannot load what only HBM has."""
 
     saved: dict[str, int]
     timed: int = 0
+    lacks_hbm: bool = False
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVCacheWorkerMetadata:
         assert isinstance(other, KVCacheWorkerMetadata)
-        return KVCacheWorkerMetadata(merged(self.saved, other.saved), max(self.timed, other.timed))
+        lacks_hbm = self.lacks_hbm or other.lacks_hbm
+        return KVCacheWorkerMetadata(merged(self.saved, other.saved), max(self.timed, other.timed), lacks_hbm)
 
 
-class CpuPages:
-    """The CPU backend's pages: one tensor a layer, ``[block, head, token, K and V]``, pages contiguous.
+@dataclass
+class KVCacheHandshake(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: the GPU on which it loads what is in HBM (its UUID; empty: the CPU)."""
 
-    The interior of a page is packed as the instruction set likes it, so pages are copied whole.
-    RAISES BadInput when the tensors are not what the namespace says.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor], layers: Sequence[str], spec: BlockSpec) -> None:
-        self._rows = []
-        for name in layers:
-            tensor = tensors[name]
-            page_bytes = tensor[0].numel() * tensor.element_size()
-            if tensor.device.type != "cpu" or not tensor[0].is_contiguous() or page_bytes != spec.plane_bytes:
-                raise BadInput(
-                    "unsupported_engine",
-                    f"the KV cache of {name} is {tuple(tensor.shape)} {tensor.stride()} on {tensor.device}",
-                    f"a contiguous page of {spec.plane_bytes} bytes on the CPU was expected",
-                )
-            self._rows.append(tensor.view(torch.uint8).flatten(1).numpy())
-            assert self._rows[-1].ctypes.data == tensor.data_ptr(), "a view, not a copy"
-
-    def planes(self, block_id: int) -> list[Any]:
-        return [rows[block_id] for rows in self._rows]
+    gpu: bytes
 
 
 class KVCacheConnector(KVConnectorBase_V1):
@@ -124,6 +110,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         self._bad_blocks: set[int] = set()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._gpu: EngineDevice | None = None  # The worker's.
+        self._plans_for: bytes | None = None  # The GPU of all workers, as the scheduler was told.
         if role is KVConnectorRole.SCHEDULER:
             ranks = range(vllm_config.parallel_config.tensor_parallel_size)
             self._scheduler = self._scheduler_side(vllm_config, ranks)
@@ -135,6 +123,14 @@ class KVCacheConnector(KVConnectorBase_V1):
         return False
 
     # --- scheduler --------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        gpus = {said.gpu for said in metadata.values() if isinstance(said, KVCacheHandshake)}
+        if len(gpus) == 1:
+            (self._plans_for,) = gpus
+            self._scheduling.use_hbm(True)
+        elif gpus:
+            _log.warning("kvcache: HBM is not used: the ranks are on %d GPUs, one is served", len(gpus))
 
     def on_new_request(self, request: Request) -> None:
         self._guard("on_new_request", None, lambda: self._scheduling.known(request))
@@ -169,6 +165,8 @@ class KVCacheConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
         saved, timed = (meta.saved, meta.timed) if isinstance(meta, KVCacheWorkerMetadata) else ({}, 0)
+        if isinstance(meta, KVCacheWorkerMetadata):
+            self._scheduling.use_hbm(self._plans_for is not None and not meta.lacks_hbm)
         received = connector_output.finished_recving or ()
         bad_blocks = connector_output.invalid_block_ids or ()
         self._guard("absorb", None, lambda: self._scheduling.absorb(received, bad_blocks, saved, timed))
@@ -187,7 +185,13 @@ class KVCacheConnector(KVConnectorBase_V1):
         rank = get_tensor_model_parallel_rank()
         attachment = self._attachment(self._vllm_config, [rank])
         pages = CpuPages(kv_caches, self._layers, attachment.spec)
-        self._worker = WorkerSide(attachment, pages, self._clock, self._tally)
+        device = None
+        if self._settings.hbm and (gpu := device_for(pages.device)) is not None:
+            self._gpu, device = gpu, DevicePages(gpu, pages.cache())
+        self._worker = WorkerSide(attachment, Moves(attachment, pages, device), self._clock, self._tally)
+
+    def get_handshake_metadata(self) -> KVCacheHandshake | None:
+        return KVCacheHandshake(self._gpu.gpu) if self._gpu is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -227,8 +231,8 @@ class KVCacheConnector(KVConnectorBase_V1):
         return bad
 
     def build_connector_worker_meta(self) -> KVCacheWorkerMetadata | None:
-        saved, timed = self._working.take_saved(), self._plan.timed
-        return KVCacheWorkerMetadata(saved, timed) if saved or timed else None
+        saved, timed, lacks_hbm = self._working.take_saved(), self._plan.timed, self._working.lacks_hbm
+        return KVCacheWorkerMetadata(saved, timed, lacks_hbm) if saved or timed or lacks_hbm else None
 
     # --- both -------------------------------------------------------------------------------------
 
@@ -306,17 +310,20 @@ class KVCacheConnector(KVConnectorBase_V1):
         namespaces, shape = describe(
             vllm_config, self._kv_cache_config, vllm.__version__, isa, ranks, self._settings
         )
+        return Attachment(self._connected, namespaces, shape, self._clock, _log)
+
+    def _connected(self) -> BlockingStore:
+        """When it is first needed: by then both sides know of one another's GPU."""
         settings = self._settings
         waits = self._role is KVConnectorRole.SCHEDULER
-        connect = partial(
-            connect_blocking,
-            settings.address or None,
-            settings.token or None,
-            timeout_ms=settings.lookup_timeout_ms if waits else settings.move_timeout_ms,
-            mapped=not waits,
-            name=f"vllm {self._role.name.lower()}",
-        )
-        return Attachment(connect, namespaces, shape, self._clock, _log)
+        place = (settings.address or None, settings.token or None)
+        timeout_ms = settings.lookup_timeout_ms if waits else settings.move_timeout_ms
+        name = f"vllm {self._role.name.lower()}"
+        if self._gpu is not None:
+            return connect_device_blocking(self._gpu, *place, timeout_ms=timeout_ms, name=name)
+        if self._plans_for is not None:
+            return connect_planning_blocking(self._plans_for, *place, timeout_ms=timeout_ms, name=name)
+        return connect_blocking(*place, timeout_ms=timeout_ms, mapped=not waits, name=name)
 
     def _scheduler_side(self, vllm_config: VllmConfig, ranks: Sequence[int]) -> SchedulerSide:
         attachment = self._attachment(vllm_config, ranks)

@@ -19,6 +19,7 @@ from kvcache.request_hints import UNKNOWN, RequestHints
 METRICS: dict[str, str] = {
     "lookups": "Prompts asked for at the store, by outcome.",
     "hit_tokens": "Prompt tokens that the store promised, and the engine did not plan to compute.",
+    "hbm_tokens": "Those of them that are in HBM.",
     "loaded_blocks": "Blocks copied from the store into the engine's pages, verified.",
     "loaded_bytes": "Bytes of those blocks.",
     "load_us": "Microseconds spent loading.",
@@ -39,13 +40,14 @@ class LoadJob:
     """Fill the pages ``block_ids`` with the blocks from position ``start`` of ``prefix``.
 
     ``prefix`` is exactly what the scheduler leased as ``lease_name``: the same name and prefix give the
-    worker the same lease."""
+    worker the same lease, when it asks as it was asked: with ``hbm``, of HBM first."""
 
     request: str
     lease_name: str
     prefix: bytes
     start: int
     block_ids: tuple[int, ...]
+    hbm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class SaveJob:
     """Save the pages ``block_ids`` as ``hashes``, which stand at position ``start`` behind ``parent``
     (empty: the root). Valid once the forward pass of the step that carries it has ended; with ``streams``,
     layer by layer while it runs. ``push`` names the node to which they are to be copied.
-    ``hints`` are for the eviction policy."""
+    ``hints`` are for the eviction policy. ``hbm``: into HBM, as far as it goes."""
 
     request: str
     parent: bytes
@@ -63,6 +65,7 @@ class SaveJob:
     streams: bool = False
     push: str = ""
     hints: RequestHints = UNKNOWN
+    hbm: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,15 @@ ASK_AGAIN_NS_MAX: Final = 100 * NS_PER_MS
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What the store holds of a request's prompt, and our right to it (one lease a rank)."""
+    """What the store holds of a request's prompt, and our right to it (one lease a rank). ``hbm``: with what
+    HBM holds."""
 
     prefix: tuple[BlockHash, ...]
     start: int
     held: int
     leases: tuple[Lease, ...]
     taken_ns: int
+    hbm: bool = False
 
 
 @dataclass(slots=True)

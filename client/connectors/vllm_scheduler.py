@@ -22,11 +22,14 @@ Invariants:
 * at most one lease a rank is held for a request; it is released when the load has ended, when nothing
   is loaded, or when the request ends;
 * a block is handed out to be saved at most once between two look-ups, only when full and computed, never
-  when it was loaded from the store;
+  when it was loaded from the store, unless it came from below and is to go into HBM;
 * ``issued`` counts, over all ranks, the saves whose pages may still be read: while it is not zero the
   engine keeps the pages of an ended request;
 * after a load of a request has failed, the request is not looked up again;
 * after a reset no block named before it is loaded, and no request known before it is saved.
+
+With HBM (``use_hbm``) leases are of HBM first, and saves go there; but for a prompt that another engine will
+decode: other nodes do not get what only HBM holds.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING
 from kvcache.block import BlockHash
 from kvcache.client.connectors.attach import Attachment
 from kvcache.client.connectors.handoff import Params, answer, read
+from kvcache.client.connectors.vllm_asking import Asking, in_hbm
 from kvcache.client.connectors.vllm_names import Names
 from kvcache.client.connectors.vllm_plan import EngineRequest, LoadJob, SaveJob, StepPlan, Tally
 from kvcache.client.connectors.vllm_rate import PrefillMeter
@@ -94,7 +98,13 @@ class SchedulerSide:
         self._forgotten: list[str] = []
         self._meter = PrefillMeter()
         self._spent_ns = 0
+        self._hbm = False
         self._idle = True  # The last step had nothing to compute, and this one has not waited yet.
+
+    def use_hbm(self, yes: bool) -> None:
+        """Can every worker load what only HBM holds? REQUIRES: then the store plans for their GPU
+        (``connect_planning_blocking``)."""
+        self._hbm = yes
 
     def known(self, request: EngineRequest) -> None:
         """The engine has taken the request in. May be called again for the same one."""
@@ -144,7 +154,8 @@ class SchedulerSide:
         start = lookup.start if lookup is not None else 0
         prefix = b"".join(lookup.prefix) if lookup is not None else b""
         pages = tuple(block_ids[start : start + count])
-        state.loading = LoadJob(request.request_id, self._name(request.request_id), prefix, start, pages)
+        name, hbm = self._name(request.request_id), lookup is not None and lookup.hbm
+        state.loading = LoadJob(request.request_id, name, prefix, start, pages, hbm)
         (self._loads if lookup is not None else self._abandoned).append(state.loading)
 
     def plan(
@@ -266,13 +277,14 @@ class SchedulerSide:
             self._tally.add("lookups", reason="unavailable")
             return True
         prefix = self._prefix(state, handles[0], end)[:end]
-        leases = self._leases(state, handles, prefix)
+        hbm = self._takes_hbm(state)
+        leases = self._leases(state, handles, prefix, hbm)
         now_ns = self._clock.now_ns()
         self._spent_ns += now_ns - began_ns
         faults = self._faults()
-        held = min(lease.count for lease in leases)
+        held, hot = min(lease.count for lease in leases), min(map(in_hbm, leases))
         promised = min(state.handoff.promised, len(prefix))
-        state.lookup = Lookup(tuple(prefix), start, held, tuple(leases), now_ns)
+        state.lookup = Lookup(tuple(prefix), start, held, tuple(leases), now_ns, hbm)
         have, all_there = max(held, start), state.handoff.covers(held)
         is_coming = not all_there and min(lease.count + lease.coming for lease in leases) > have
         coming = is_coming or promised > have
@@ -280,7 +292,7 @@ class SchedulerSide:
             self._release(state)
             self._tally.add("lookups", reason="coming")
             return False
-        state.saved = held
+        state.saved = hot if hbm else held
         if held <= start:
             self._release(state)
             late = "not_in_time" if coming else "miss"
@@ -288,30 +300,22 @@ class SchedulerSide:
             return True
         self._tally.add("lookups", reason="hit")
         self._tally.add("hit_tokens", (held - start) * self._block_tokens)
+        self._tally.add("hbm_tokens", max(0, min(hot, held) - start) * self._block_tokens)
         return True
 
-    def _leases(self, state: State, handles: Sequence[Handle], prefix: Sequence[BlockHash]) -> list[Lease]:
+    def _takes_hbm(self, state: State) -> bool:
+        return self._hbm and state.handoff.do != "prefill"
+
+    def _leases(
+        self, state: State, handles: Sequence[Handle], prefix: Sequence[BlockHash], hbm: bool
+    ) -> list[Lease]:
         """One a rank. An idle engine waits for blocks that are coming, all ranks together once a step."""
-        store, name = self._attachment.store, self._name(state.request.request_id)
+        store = self._attachment.store
         store.prefill_tokens_s = self._meter.tokens_s
-        now_ns = self._clock.now_ns()
-        end_ns = now_ns + (state.wait.step_ns(now_ns) if self._idle else 0)
-        leases: list[Lease] = []
-        for handle in handles:
-            wait_ms = max(0, end_ns - self._clock.now_ns()) // NS_PER_MS
-            asked = state.handoff
-            leases.append(
-                store.lease(
-                    handle,
-                    prefix,
-                    name,
-                    wait_ms=wait_ms,
-                    source=asked.source,
-                    pushed=asked.pushed,
-                    hints=state.hints,
-                )
-            )
-            self._idle = self._idle and not leases[-1].coming
+        wait_ns = state.wait.step_ns(self._clock.now_ns()) if self._idle else 0
+        asking = Asking(self._name(state.request.request_id), state.handoff, state.hints, wait_ns, hbm)
+        leases = asking.leases(store, handles, prefix, self._clock)
+        self._idle = self._idle and not any(lease.coming for lease in leases)
         return leases
 
     def _timed(self, scheduled_tokens: Mapping[str, int]) -> int:
@@ -344,7 +348,8 @@ class SchedulerSide:
         self._release(state)
         if job is not None and state.bad_blocks:
             state.load_failed = True
-            state.saved = job.start + min(job.block_ids.index(block) for block in state.bad_blocks)
+            first_bad = min(job.block_ids.index(block) for block in state.bad_blocks)
+            state.saved = min(state.saved, job.start + first_bad)
         state.bad_blocks.clear()
 
     def _saves(
@@ -373,6 +378,7 @@ class SchedulerSide:
             streams=prefill and self._streams,
             push=state.handoff.push_to if prefill else "",
             hints=state.hints,
+            hbm=self._takes_hbm(state),
         )
         state.saved = full
         state.issued += len(handles)

@@ -36,6 +36,8 @@ class Settings:
     """How long of that a request waits for blocks of which only its router says that they are coming."""
     save_generated: bool = True
     """Save the blocks of generated tokens too, not only of prompts."""
+    hbm: bool = False
+    """Load what is in HBM, and save into it; the node must have some (``hbm``), and run on this host."""
     layer_streaming: bool = True
     """Give a prompt that another engine will decode to the node layer by layer, while it is computed."""
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kvcache.block import split_hashes
+from kvcache.client.connectors.vllm_moves import Moves
 from kvcache.client.connectors.vllm_plan import SaveJob
 from kvcache.client.store import SaveHints
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from kvcache.client.connectors.attach import Attachment
     from kvcache.client.store import BlockingWriting
 
@@ -31,13 +30,6 @@ BATCH_BYTES = 32 << 20
 
 _NOT_BEGUN = -1
 _log = logging.getLogger(__name__)
-
-
-class Pages(Protocol):
-    """The engine's pages, by the engine's block id."""
-
-    def planes(self, block_id: int) -> Sequence[Buffer]:
-        """Writable views of one block's pages, one a layer, in the order of the model's layers."""
 
 
 class StepStream:
@@ -68,9 +60,9 @@ class Drafts:
     """The saves that were begun and have not ended. For one thread. Nothing is raised: what goes wrong here
     leaves an ordinary save."""
 
-    def __init__(self, attachment: Attachment, pages: Pages) -> None:
+    def __init__(self, attachment: Attachment, moves: Moves) -> None:
         self._attachment = attachment
-        self._pages = pages
+        self._moves = moves
         self._open: dict[tuple[str, int], _Draft] = {}
 
     def advance(self, job: SaveJob, planes: int) -> bool:
@@ -81,11 +73,10 @@ class Drafts:
                 draft.planes = planes
                 draft.writing.advance(planes)
             elif planes == 0 and (handles := self._attachment.handles()):
-                blocks = [self._pages.planes(block_id) for block_id in job.block_ids]
                 writing = self._attachment.store.begin_save(
                     handles[0],
                     split_hashes(job.hashes),
-                    blocks,
+                    self._moves.planes(job.block_ids),
                     job.parent,
                     SaveHints.of(job.hints, job.push),
                 )

@@ -1,5 +1,7 @@
 """The worker half of the vLLM connector: moves whole pages between engine and store, beside the engine.
 
+How they go, by host memory or by a device, is in ``vllm_moves``.
+
 One thread does all of it, loads before saves; a save is done in batches of about ``BATCH_BYTES`` so
 that a load never waits for more than one. The engine's calls only queue jobs and collect results. Prompts
 that another engine will decode are saved while the forward pass runs, layer by layer (``vllm_stream``);
@@ -27,8 +29,9 @@ from threading import Condition, Thread
 
 from kvcache.block import HASH_BYTES, split_hashes
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.vllm_moves import Moves
 from kvcache.client.connectors.vllm_plan import LoadJob, SaveJob, StepPlan, Tally
-from kvcache.client.connectors.vllm_stream import BATCH_BYTES, Drafts, Pages, StepStream
+from kvcache.client.connectors.vllm_stream import BATCH_BYTES, Drafts, StepStream
 from kvcache.client.store import SaveHints
 from kvcache.clock import NS_PER_S, Clock
 
@@ -51,9 +54,9 @@ class WorkerSide:
     The attachment is used by that thread only.
     """
 
-    def __init__(self, attachment: Attachment, pages: Pages, clock: Clock, tally: Tally) -> None:
+    def __init__(self, attachment: Attachment, moves: Moves, clock: Clock, tally: Tally) -> None:
         self._attachment = attachment
-        self._pages = pages
+        self._moves = moves
         self._clock = clock
         self._tally = tally
         self._changed = Condition()
@@ -61,7 +64,7 @@ class WorkerSide:
         self._saves: deque[_QueuedSave] = deque()
         self._stream: StepStream | None = None  # Of the forward pass that runs now.
         self._dropped: list[SaveJob] = []  # Streamed saves that ended without being saved.
-        self._drafts = Drafts(attachment, pages)  # The thread's own.
+        self._drafts = Drafts(attachment, moves)  # The thread's own.
         self._saving = ""
         self._taken: frozenset[str] = frozenset()  # Requests whose pages the engine waits for.
         self._unsaved: Counter[str] = Counter()  # Saves of a request that have not ended.
@@ -70,6 +73,7 @@ class WorkerSide:
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._saved: Counter[str] = Counter()
+        self._lacks_hbm = False
         self._closing = False
         self._thread = Thread(target=self._run, name="kvcache-pages", daemon=True)
         self._thread.start()
@@ -149,6 +153,12 @@ class WorkerSide:
             saved, self._saved = dict(self._saved), Counter()
         return saved
 
+    @property
+    def lacks_hbm(self) -> bool:
+        """What only HBM holds cannot be loaded here, as far as is known."""
+        with self._changed:
+            return self._lacks_hbm
+
     def take_freed(self) -> set[str]:
         """Ended requests of which no page is needed any more. Each is reported once."""
         with self._changed:
@@ -171,14 +181,23 @@ class WorkerSide:
     # --- its own thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._look()  # Now, and not for the first request: a slab of HBM is made for who connects first.
         while self._step():
-            try:
-                for name, count in self._attachment.news().items():
-                    self._tally.add("store", count, name)
-            except Exception:  # Without this thread no load would ever end.
-                self._tally.add("errors", reason="news")
+            self._look()
         self._drafts.drop_all()
         self._attachment.close()
+
+    def _look(self) -> None:
+        """What has become of the store."""
+        try:
+            lacks_hbm = self._moves.lacks_hbm and bool(self._attachment.handles()) and self._moves.lacks_hbm
+            for name, count in self._attachment.news().items():
+                self._tally.add("store", count, name)
+        except Exception:  # Without this thread no load would ever end.
+            self._tally.add("errors", reason="news")
+            return
+        with self._changed:
+            self._lacks_hbm = lacks_hbm
 
     def _step(self) -> bool:
         """Do one thing; false when there is none and none will come."""
@@ -233,17 +252,15 @@ class WorkerSide:
         if not handles:
             self._tally.add("failed_blocks", len(job.block_ids), "unavailable")
             return set(job.block_ids)
-        store = self._attachment.store
-        # The scheduler has waited for what it leased; where that was lost, others' loads do not wait.
-        lease = store.lease(handles[0], split_hashes(job.prefix), job.lease_name, wait_ms=0)
+        lease = self._moves.lease(handles[0], split_hashes(job.prefix), job.lease_name, job.hbm)
         asked = len(job.block_ids)
         count = min(max(lease.count - job.start, 0), asked)
         failed: set[int] = set()
         if count:
-            into = [self._pages.planes(block_id) for block_id in job.block_ids[:count]]
-            failed = {position - job.start for position in store.load(lease, into, job.start)}
+            lost = self._moves.load(lease, job.block_ids[:count], job.start)
+            failed = {position - job.start for position in lost}
         if lease.count:
-            store.release(lease)
+            self._attachment.store.release(lease)
         self._tally.add("failed_blocks", asked - count, "lease_lost")
         self._tally.add("failed_blocks", len(failed), "not_read")
         self._tally.add("loaded_blocks", count - len(failed))
@@ -285,14 +302,13 @@ class WorkerSide:
             ended = self._drafts.end(job)
             reason = "" if ended in (None, len(job.block_ids)) else "not_taken"
             return self._count_saved(ended or 0, began_ns), reason
-        store = self._attachment.store
         limit = max(1, BATCH_BYTES // self._attachment.spec.block_bytes)
         pages = job.block_ids[queued.done : queued.done + limit]
         at = queued.done * HASH_BYTES
         parent = job.hashes[at - HASH_BYTES : at] if queued.done else job.parent
         prefix = split_hashes(job.hashes[at : at + len(pages) * HASH_BYTES])
-        blocks = [self._pages.planes(block_id) for block_id in pages]
-        held = store.save(handles[0], prefix, blocks, parent, SaveHints.of(job.hints, job.push))
+        hints = SaveHints.of(job.hints, job.push)
+        held = self._moves.save(handles[0], prefix, pages, parent, hints, job.hbm)
         return self._count_saved(held, began_ns), "" if held == len(pages) else "not_taken"
 
     def _count_saved(self, held: int, began_ns: int) -> int:

@@ -48,7 +48,7 @@ class EngineDevice:
         self._pinned = pinned or Pins()
         self.pins = self._pinned.possible
         self.gpu = memory.uuid
-        self.joined = [other.uuid for other in joined]
+        self.joined: Sequence[bytes] = [other.uuid for other in joined]
         self._memories = {each.uuid: each for each in (memory, *joined)}
         self._lock = threading.Lock()
         self._slabs: dict[bytes, tuple[Slab, int]] = {}

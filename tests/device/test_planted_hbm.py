@@ -15,6 +15,7 @@ HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 SAVING = "tests/client/test_hbm_saving.py"
 PLANNING = "tests/device/test_hbm_planning.py"
+VLLM = "tests/client/connectors/test_vllm_hbm.py"
 
 PLANTS = (
     Plant(
@@ -162,6 +163,27 @@ PLANTS = (
         "        return self._is_working or self._outlet.is_stuck\n",
         "        return self._outlet.is_stuck\n",
         f"{HANGS}::test_what_it_may_still_write_to_is_nobodys",
+    ),
+    Plant(
+        "a prompt for another engine is left in HBM alone",
+        "client/connectors/vllm_scheduler.py",
+        '        return self._hbm and state.handoff.do != "prefill"\n',
+        "        return self._hbm\n",
+        f"{VLLM}::TestScheduler::test_a_prompt_for_another_engine_goes_to_where_other_nodes_find_it",
+    ),
+    Plant(
+        "a vLLM worker takes a lease of its own",
+        "client/connectors/vllm_moves.py",
+        "self._store.lease_device if hbm and self._device is not None else self._store.lease\n",
+        "self._store.lease\n",
+        f"{VLLM}::TestWorker::test_it_takes_part_in_the_lease_and_moves_by_its_device",
+    ),
+    Plant(
+        "a vLLM scheduler is not told that a worker lacks HBM",
+        "client/connectors/vllm_worker.py",
+        "            self._lacks_hbm = lacks_hbm\n",
+        "            pass\n",
+        f"{VLLM}::TestWorker::test_without_a_slab_saves_go_to_host_memory",
     ),
     Plant(
         "what failed in HBM goes to the place of another block",

@@ -12,6 +12,20 @@ from kvcache.wire import PROTOCOL_VERSION, Hello, Leased, Release, Stats, StatsR
 TIMEOUT_NS = 30 * NS_PER_S
 
 
+def flip_byte_in_hbm(address: str, namespace: bytes, prefix: list[bytes], position: int, at: int) -> None:
+    """The same of its copy in HBM, on the CPU. REQUIRES: HBM holds the blocks."""
+    deadline_ns = time.monotonic_ns() + TIMEOUT_NS
+    channel = BlockingChannel.connect(address, Hello(PROTOCOL_VERSION, map=True, hbm=True), deadline_ns)
+    try:
+        leased = channel.call(TakeLease(namespace, b"".join(prefix), hbm=True), deadline_ns)
+        assert isinstance(leased, Leased) and leased.hbm.count > position
+        assert channel.hbm_fd is not None
+        with mmap.mmap(channel.hbm_fd, channel.welcome.hbm.size_bytes) as slab:
+            slab[leased.hbm.offsets[position] + at] ^= 1
+    finally:
+        channel.close()
+
+
 def flip_byte(address: str, namespace: bytes, prefix: list[bytes], position: int, at: int) -> None:
     """Byte ``at`` of block ``position`` of ``prefix``. REQUIRES: the blocks are held."""
     deadline_ns = time.monotonic_ns() + TIMEOUT_NS

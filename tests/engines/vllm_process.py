@@ -2,6 +2,7 @@
 
     {"names": {"prompt": [...]}}  ->  {"namespace": "<hex>", "hashes": ["<hex>", ...]}
     {"hand": {"prompts": [[...]], "params": [{...}], "tokens": 8}}  ->  {"tokens": [[...]], "params": [{...}]}
+    {"lose": {}}  ->  {}                                        the engine's GPU is reset, as far as HBM goes
     {"cached": {"sequences": [[...]], "salts": ["..."]}}  ->  {"held": [[0, 1, 5], ...], "blocks": 3}
 
 An engine argument ``kv_events_config`` switches on the engine's own events.
@@ -72,6 +73,12 @@ class Engine(demo_engine_worker.Engine):
             "params": [output.kv_transfer_params for output in outputs],
             "seconds": [output.metrics.first_token_latency for output in outputs],
         }
+
+    def lose(self) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        get_kv_transfer_group()._gpu.lose("it was reset")
+        return {}
 
     def names(self, prompt: list[int]) -> dict[str, Any]:
         """What the store calls the full blocks of ``prompt``."""

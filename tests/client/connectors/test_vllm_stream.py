@@ -11,6 +11,7 @@ import pytest
 from kvcache.block import BlockHash
 from kvcache.client.connectors import vllm_stream
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.vllm_moves import Moves
 from kvcache.client.connectors.vllm_plan import SaveJob, StepPlan, Tally
 from kvcache.client.connectors.vllm_stream import StepStream
 from kvcache.client.connectors.vllm_worker import WorkerSide
@@ -58,7 +59,7 @@ class Rig:
         attachment = Attachment(lambda: self.store, [namespace()], SPEC, SystemClock())
         handle = self.store.open(namespace(), SPEC)
         self.names: list[BlockHash] = handle.hashes(range(64))
-        self.side = WorkerSide(attachment, self.pages, SystemClock(), self.tally)
+        self.side = WorkerSide(attachment, Moves(attachment, self.pages), SystemClock(), self.tally)
 
     def job(self, request: str, start: int, block_ids: Sequence[int], *, push: str = "") -> SaveJob:
         parent = self.names[start - 1] if start else b""

@@ -10,6 +10,7 @@ import pytest
 from kvcache.block import split_hashes
 from kvcache.client.connectors import vllm_worker
 from kvcache.client.connectors.attach import Attachment
+from kvcache.client.connectors.vllm_moves import Moves
 from kvcache.client.connectors.vllm_plan import LoadJob, SaveJob, StepPlan, Tally
 from kvcache.client.connectors.vllm_worker import WorkerSide
 from kvcache.clock import SystemClock
@@ -38,7 +39,7 @@ class Rig:
         attachment = Attachment(lambda: self.store, [namespace()], SPEC, SystemClock())
         self.handle = self.store.open(namespace(), SPEC)
         self.names = self.handle.hashes(range(64))
-        self.side = WorkerSide(attachment, self.pages, SystemClock(), self.tally)
+        self.side = WorkerSide(attachment, Moves(attachment, self.pages), SystemClock(), self.tally)
 
     def saving(self, request: str, start: int, block_ids: Sequence[int]) -> SaveJob:
         parent = self.names[start - 1] if start else b""
