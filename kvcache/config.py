@@ -52,6 +52,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hbm: str = "none"
     hbm_device: Literal["cuda", "cpu"] = "cuda"
     hbm_policy: str = "leaf-lru"
+    hbm_demote_rate: str = "0"
     credentials: str = ""
     lease_ms_max: Milliseconds = 60_000
     quarantine_ms: Milliseconds = 600_000
@@ -138,6 +139,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def replicate_bytes_s(self) -> int:
         return parse_size(self.replicate_rate, "replicate_rate")
+
+    @property
+    def hbm_demote_bytes_s(self) -> int:
+        return parse_size(self.hbm_demote_rate, "hbm_demote_rate")
 
     @property
     def nvme_write_bytes_s(self) -> int:
@@ -236,6 +241,7 @@ def _check(config: NodeConfig) -> None:
             "give it more, for instance 20GiB, or none",
         )
     _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s, config.nvme_write_bytes_s
+    _ = config.hbm_demote_bytes_s
     _ = parse_size(config.record_bytes, "record_bytes")
     for address in config.index_addresses:
         parse(address)

@@ -37,6 +37,7 @@ SETTINGS: dict[str, str] = {
     "hbm": "memory of each GPU for blocks, for instance 20GiB, or none (docs/hbm.md)",
     "hbm_device": "cuda; or cpu: shared memory in place of a GPU's, to try it",
     "hbm_policy": "which block leaves a GPU first",
+    "hbm_demote_rate": "bytes a second at most to copy out of a GPU, for instance 10GB (0: no limit)",
     "credentials": "TOML file of tokens and users",
     "lease_ms_max": "longest lease in milliseconds",
     "quarantine_ms": "how long the slot of a wrong block stays unused",

@@ -65,6 +65,7 @@ class Hbm:
         self._size_bytes = config.hbm_bytes
         self._unit_bytes = config.hbm_unit_bytes
         self._quarantine_ns = config.quarantine_ms * NS_PER_MS
+        self._demote_bytes_s = config.hbm_demote_bytes_s
         self._devices = devices
         self._make_policy = make_policy
         self._clock = clock
@@ -137,7 +138,9 @@ class Hbm:
         self._of_gpu[gpu] = arena
         self._arenas.append(arena)
         self._demoters.append(
-            HbmDemoter(arena, outlet, below, self._clock, self._counters, self._quarantine_ns)
+            HbmDemoter(
+                arena, outlet, below, self._clock, self._counters, self._quarantine_ns, self._demote_bytes_s
+            )
         )
 
     def _take(self, name: str, gpu: bytes) -> tuple[HbmTier, Outlet]:

@@ -1,7 +1,8 @@
 """How much may be copied behind the engine's back: so many bytes a second, saved up for a short while.
 
 A copy over PCIe takes memory bandwidth and launches from the engine that decodes beside it. Held to a share
-of the link's rate, copies are under way that share of the time at most, and can slow decoding by no more.
+of the link's rate, copies are under way that share of the time at most, and can slow decoding by no more. An
+engine's saves are held so, and what a node copies out of a GPU.
 
 Decides only: no clock, no I/O. One owner. The sum: under 1 us a call.
 """
@@ -40,6 +41,12 @@ class Cap:
         self._left = min(self._most, self._left + grown)
         self._at_ns = now_ns
         return self._left > 0
+
+    def opens_in_ns(self, now_ns: int) -> int:
+        """So long until ``is_open``, when nothing is spent meanwhile. 0: it is."""
+        if self.is_open(now_ns):
+            return 0
+        return int(-self._left * NS_PER_S / self._bytes_s) + 1
 
     def spend(self, size_bytes: int) -> None:
         """So much is being copied."""

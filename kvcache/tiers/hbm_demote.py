@@ -11,12 +11,14 @@ Invariants: a block is published below only when the bytes that arrived have the
 held it; one batch a GPU at a time, of ``BATCH_BYTES_MAX``; a slot that a copy may still write to is not used
 again. A GPU that does not answer in ``ANSWER_S`` is lost: whatever its driver does, it does to a thread.
 
-The sum: 64 MiB take 1 to 4 ms of the link; on the event loop a batch takes 10 us a block.
+The sum: 64 MiB take 1 to 4 ms of the link, or so long as the rate says (``hbm_demote_rate``); on the event
+loop a batch takes 10 us a block.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import HASH_BYTES, BlockSpec, NamespaceId, StorageKey
 from kvcache.clock import NS_PER_S, Clock
+from kvcache.device.cap import Cap
 from kvcache.errors import BadInput, Unavailable
 from kvcache.ledger import Lease, Ledger, Reservation
 from kvcache.policy import RequestContext
@@ -49,6 +52,7 @@ SHORT_PARTS = 8
 HOLD_NS = 3_600 * NS_PER_S
 PROBE_NS = 5 * NS_PER_S
 PROBE_BYTES = 1
+PAUSE_S_MAX = 60.0
 ANSWER_S = 30.0
 """Longer than an ``Outlet`` waits for a copy: then the driver itself hangs."""
 OWNER = "hbm-demote"
@@ -86,7 +90,9 @@ class HbmDemoter:
         clock: Clock,
         counters: Counter[str],
         quarantine_ns: int,
+        bytes_s: int = 0,
     ) -> None:
+        """``bytes_s``: no more than so many are copied; 0: as fast as it goes."""
         self._arena = arena
         self._outlet = outlet
         self._below = below
@@ -96,6 +102,8 @@ class HbmDemoter:
         self._pool = ThreadPoolExecutor(1, "kvcache-hbm")
         self._task: asyncio.Task[None] | None = None
         self._probe_ns = clock.now_ns() + PROBE_NS
+        self._cap = Cap(bytes_s, clock.now_ns()) if bytes_s else None
+        self._closing = asyncio.Event()
         self._is_closed = False
         self._is_working = False
 
@@ -121,6 +129,7 @@ class HbmDemoter:
         """Wait for what is being copied: a thread writes into host memory until then. May be cancelled, and
         called twice. RAISES Unavailable when it does not end."""
         self._is_closed = True
+        self._closing.set()
         if self._task is not None:
             await asyncio.wait([self._task])
         if not self.is_stuck:
@@ -198,11 +207,19 @@ class HbmDemoter:
         tried: set[StorageKey] = set()
         while fresh := [tip for tip in self._tips() if tip not in tried]:
             tried.add(fresh[0])
-            while (part := self._reserve(fresh[0])) is not None and await self._copy(part):
+            while await self._may_go() and (part := self._reserve(fresh[0])) and await self._copy(part):
                 if self._is_closed or self._below.host.has(fresh[0]):
                     break
             if self._is_closed:
                 break
+
+    async def _may_go(self) -> bool:
+        """Wait until the cap lets one more batch through. Not when the node ends meanwhile."""
+        while self._cap is not None and (wait_ns := self._cap.opens_in_ns(self._clock.now_ns())):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), min(wait_ns / NS_PER_S, PAUSE_S_MAX))
+                return False
+        return True
 
     async def _copy(self, part: _Part) -> bool:
         """Did all of it arrive? What did is published below."""
@@ -222,6 +239,8 @@ class HbmDemoter:
     async def _arrived(self, part: _Part) -> list[bytes]:
         """The sums of the leading blocks that arrived as they should. RAISES Unavailable."""
         size, chunk_bytes = part.reservation.block_bytes, part.spec.chunk_bytes
+        if self._cap is not None:
+            self._cap.spend(size * len(part.reservation.keys))
         sources = [self._arena.memory.tensor(slot, size) for slot in part.lease.slots]
         targets = [self._below.memory.view(slot, size) for slot in part.reservation.slots]
         sums = await self._done(lambda: self._outlet.copy(sources, targets, chunk_bytes))

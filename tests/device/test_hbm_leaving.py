@@ -54,6 +54,21 @@ def test_a_node_that_ends_copies_no_more_than_it_has_begun(
     assert world.in_host(path) == 1
 
 
+def test_it_is_held_to_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch goes ahead, and the next when so much time has passed; a node that ends does not wait."""
+    monkeypatch.setattr("kvcache.tiers.hbm_demote.BATCH_BYTES_MAX", SIZE)
+    world = World(tmp_path, hbm_demote_rate="1")
+    path = world.engine.path(HBM_BLOCKS)
+    world.engine.save(path)
+    world.eventually(lambda: world.in_host(path) == 1)
+    for _ in range(20):
+        world.engine.save(path)
+    assert world.demoter().is_busy
+    assert world.in_host(path) == 1
+    world.close()
+    assert not world.demoter().is_busy
+
+
 def test_what_could_not_is_a_miss_and_counted(world: World) -> None:
     path = world.engine.path(HBM_BLOCKS)
     hold(world)

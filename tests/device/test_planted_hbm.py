@@ -41,6 +41,13 @@ PLANTS = (
         f"{LEAVING}::test_a_gpu_that_fails_while_it_is_copied_from",
     ),
     Plant(
+        "what is copied out of HBM is held to no rate",
+        "kvcache/tiers/hbm_demote.py",
+        "            self._cap.spend(size * len(part.reservation.keys))\n",
+        "            pass\n",
+        f"{LEAVING}::test_it_is_held_to_its_rate",
+    ),
+    Plant(
         "nothing is saved before it leaves",
         "kvcache/tiers/hbm_demote.py",
         "        return [key for key in coldest if not self._below.has(key)]\n",
