@@ -45,7 +45,7 @@ class Room:
     def slots(self, context: RequestContext, arena: int, block_bytes: int, count: int) -> list[Slot]:
         """At most ``count`` slots; fewer when nothing more can go."""
         space = self._holdings.space
-        if not space.fits(block_bytes):
+        if not space.fits(arena, block_bytes):
             return []
         allocate = space.allocate_many
         slots = allocate(arena, block_bytes, count)
@@ -59,7 +59,7 @@ class Room:
         """Let go now what ``slots`` would have to let go before it could give ``count``. One step."""
         space = self._holdings.space
         missing = count - space.room(arena, block_bytes)
-        if missing > 0 and space.fits(block_bytes) and not self._evict_orphans():
+        if missing > 0 and space.fits(arena, block_bytes) and not self._evict_orphans():
             self._evict(context, arena, block_bytes, missing)
 
     def _evict_orphans(self) -> bool:

@@ -71,7 +71,7 @@ class Vmm:
                 driver = import_module("cuda.bindings.driver")
             except ImportError as error:
                 raise _no(
-                    "cuda-bindings cannot be imported", str(error), "pip install cuda-bindings"
+                    "cuda-bindings cannot be imported", str(error), "pip install 'kvcache[torch]'"
                 ) from error
         self._driver = driver
         self.kept_maps = 0

@@ -108,10 +108,10 @@ class Space:
         self._owners.append({})
         return len(self._maps) - 1
 
-    def fits(self, block_bytes: int) -> bool:
-        """Could one such block be held if the tier were empty?"""
-        most = self.capacity_bytes if self.layout.runs else self.unit_bytes
-        return self.layout.slot_count(most, self.layout.stride(block_bytes)) > 0
+    def fits(self, arena: int, block_bytes: int) -> bool:
+        """Could the arena hold one such block if the tier were empty?"""
+        most = len(self._maps[arena]) if self.layout.runs else 1
+        return self.layout.slot_count(most * self.unit_bytes, self.layout.stride(block_bytes)) > 0
 
     def allocate(self, arena: int, block_bytes: int) -> Slot | None:
         slots = self.allocate_many(arena, block_bytes, 1)
@@ -261,15 +261,15 @@ class Space:
         stride = self.layout.stride(block_bytes)
         size = self._classes.get((arena, stride))
         if size is None:
-            units = self._run_units(stride) if self.layout.runs else 1
+            units = self._run_units(arena, stride) if self.layout.runs else 1
             size = SizeClass(arena, stride, units, self.unit_bytes, self.layout)
             self._classes[arena, stride] = size
         return size
 
-    def _run_units(self, stride: int) -> int:
+    def _run_units(self, arena: int, stride: int) -> int:
         """Units an extent: the fewest that waste no more than an eighth, else those that waste least."""
         fewest = -(-(stride + self.layout.extent_header_bytes) // self.unit_bytes)
-        most = max(fewest, min(fewest * RUN_UNITS_FACTOR, self.unit_count // WASTE_PARTS))
+        most = max(fewest, min(fewest * RUN_UNITS_FACTOR, len(self._maps[arena]) // WASTE_PARTS))
         best, waste = fewest, self.layout.waste
         for units in range(fewest, most + 1):
             length = units * self.unit_bytes

@@ -101,3 +101,20 @@ def test_a_gpu_that_fails_while_it_is_copied_from(world: World) -> None:
     world.eventually(lambda: not world.stats()["reservations"])
     assert world.in_host(path) == 0
     assert world.engine.load(path) == (0, frozenset())
+
+
+def test_host_memory_overrules_hbm(world: World) -> None:
+    """Whoever is right: one name has one content, and it is the one that all engines can read."""
+    engine, path = world.engine, world.engine.path(5)
+    hold(world)
+    changed = engine.memory(path)
+    changed[2, 7] ^= 1
+    assert engine.store.save_device(engine.handle, path, engine.blocks(changed)) == 5
+    assert engine.save_below(path) == 5
+    world.eventually(lambda: world.in_hbm(path) == 2)
+    assert world.stats()["hbm_rejected_blocks:overruled"] == 1
+    assert engine.load(path) == (5, frozenset())
+    assert engine.counted("failed_blocks:checksum") == 0
+    world.eventually(lambda: engine.save(path) == 5)  # What continues it is found again: the same as below.
+    assert world.stats()["hbm_promoted_blocks"] == 1
+    assert world.stats()["hbm_rejected_blocks:overruled"] == 1

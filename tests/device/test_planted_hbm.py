@@ -23,7 +23,7 @@ PLANTS = (
         "server/core.py",
         "                self.hbm.overrule(change.keys, self.ledger)\n",
         "                pass\n",
-        f"{STORE}::TestWhatGoesWrong::test_host_memory_overrules_hbm",
+        f"{LEAVING}::test_host_memory_overrules_hbm",
         waits=True,
     ),
     Plant(

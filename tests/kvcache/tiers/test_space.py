@@ -12,6 +12,7 @@ from kvcache.errors import BadInput
 from kvcache.tiers import nvme_format
 from kvcache.tiers.space import (
     CAPACITY_BYTES_MAX,
+    HBM_LAYOUT,
     NVME_LAYOUT,
     Move,
     Space,
@@ -163,9 +164,23 @@ def test_a_capacity_that_cannot_be_used_is_refused(capacity: int, code: str) -> 
 
 
 def test_a_block_larger_than_all_is_known_beforehand() -> None:
-    assert space_of(2).fits(2 * UNIT)
-    assert not space_of(2).fits(2 * UNIT + 1)
+    assert space_of(2).fits(0, 2 * UNIT)
+    assert not space_of(2).fits(0, 2 * UNIT + 1)
     assert space_of(2).allocate(0, 3 * UNIT) is None
+
+
+def test_a_block_larger_than_one_arena_is_known_beforehand() -> None:
+    """What other arenas have of their own is no room for it, and no measure for its extents."""
+    sizes = (1, 2, 12)
+    space = Space(sum(sizes) * UNIT, UNIT, HBM_LAYOUT)
+    for count in sizes:
+        space.add_arena(count * UNIT)
+    for arena, count in enumerate(sizes):
+        assert space.fits(arena, count * UNIT)
+        assert not space.fits(arena, count * UNIT + 1)
+        assert space.allocate(arena, count * UNIT + 1) is None
+        assert space.allocate(arena, count * UNIT) is not None
+    space.check()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -219,7 +234,7 @@ def test_a_segment_holds_its_header_and_whole_strides(count: int, block_bytes: i
     assert [slot_offset(slot) for slot in slots] == [4_096 + at * stride for at in range(count)]
     short = devices(1, unit_bytes=4_096 + count * stride - 1)
     assert len(short.allocate_many(0, block_bytes, count + 1)) == count - 1
-    assert short.fits(block_bytes) == (count > 1)
+    assert short.fits(0, block_bytes) == (count > 1)
     for space in (exact, short):
         space.check()
 
@@ -243,8 +258,8 @@ def test_slots_of_several_segments_do_not_overlap() -> None:
 
 def test_a_block_larger_than_a_segment_does_not_fit() -> None:
     space = devices(4)
-    assert space.fits(SEGMENT - 8_192)
-    assert not space.fits(SEGMENT - 8_191)
+    assert space.fits(0, SEGMENT - 8_192)
+    assert not space.fits(0, SEGMENT - 8_191)
     assert space.allocate(0, SEGMENT) is None
     space.check()
 
