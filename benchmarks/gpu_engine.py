@@ -25,6 +25,7 @@ import torch
 from gpu_rig import Mover
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from kvcache.block import BlockSpec
 from kvcache.device.gather import gather_and_sum, scatter_and_sum
 from kvcache.device.pages import PagedCache
 from kvcache.device.pinned import Pinned
@@ -58,13 +59,10 @@ class Shape:
     dtype: str
 
     @property
-    def block_tokens(self) -> int:
-        return self.page_tokens * self.pages
-
-    @property
-    def block_bytes(self) -> int:
-        item = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
-        return 2 * self.layers * self.kv_heads * self.dim * self.block_tokens * item
+    def spec(self) -> BlockSpec:
+        tokens = self.page_tokens * self.pages
+        item_bytes = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
+        return BlockSpec(tokens, 2 * self.layers, self.kv_heads, tokens * self.dim * item_bytes)
 
 
 SHAPES = {
@@ -149,7 +147,7 @@ class Engine:
         self.build_s = time.perf_counter() - began
         self.streams = streams_of(device)
         self.stream = self.streams.current()
-        part_bytes = max(self.shape.block_bytes, 32 << 20 if device.type == "cuda" else 0)
+        part_bytes = max(self.shape.spec.block_bytes, 32 << 20 if device.type == "cuda" else 0)
         self.staged = torch.empty(PARTS * part_bytes, dtype=torch.uint8, device=device)
         self.host = torch.empty(0, dtype=torch.uint8)
         self.hbm: Slab | None = None
@@ -157,7 +155,7 @@ class Engine:
 
     def attach(self, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """The host slab comes first, then that of HBM, if there is one."""
-        assert message["block_bytes"] == self.shape.block_bytes
+        assert message["block_bytes"] == self.shape.spec.block_bytes
         self.host = CpuMemory().open(descriptors[0], message["host_bytes"])
         if self.device.type == "cuda":
             self._pinned = Pinned(Vmm(), self.device.index or 0, self.host)
@@ -267,10 +265,10 @@ class Engine:
     def _prompt(self, tokens: int) -> list[int]:
         """Its first token is its own, so no two prompts share a block."""
         size = self.model.config.vocab_size - 8
-        return [5 + (tokens * 31 + at * 7919 + at * at % 1009) % size for at in range(tokens + TAIL_TOKENS)]
+        return [5 + (tokens * 37 + at * 7919 + at * at % 1009) % size for at in range(tokens + TAIL_TOKENS)]
 
     def _offsets(self, first: int, count: int) -> list[int]:
-        return [at * self.shape.block_bytes for at in range(first, first + count)]
+        return [at * self.shape.spec.block_bytes for at in range(first, first + count)]
 
     @torch.no_grad()
     def _prefilled(self, prompt: list[int], tokens: int) -> DynamicCache:

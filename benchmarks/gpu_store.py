@@ -8,34 +8,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from kvcache.block import BlockSpec
 from kvcache.device.engine import EngineDevice, PagedBlocks
 
 if TYPE_CHECKING:
     import torch
     from gpu_engine import Kv, Shape
 
+    from kvcache.client.hbm import BlockingDeviceStore
     from kvcache.client.store import Handle
 
 BATCH_BYTES = 64 << 20
 WAIT_MS = 60_000
+GREETINGS_MAX = 6
+"""A node lets no engine wait longer than some seconds until it has a GPU's memory: the next has it then."""
 HBM, HOST, ANY = "node_hbm", "node_host", "node_nvme"
 
 
 class Node:
-    """One connection. RAISES RuntimeError when fewer blocks are had than were asked for."""
+    """One connection, made before anything is timed. RAISES RuntimeError when fewer blocks are had than were
+    asked for."""
 
     def __init__(self, socket: str, shape: Shape, device: torch.device) -> None:
-        from kvcache.client import connect_device_blocking
-
         self._shape = shape
         self._device = EngineDevice.of(device)
-        self._store = connect_device_blocking(self._device, socket, timeout_ms=WAIT_MS)
+        self._socket = socket
+        self._store = self._connected()
+        self._handle = self._opened()
+        for _ in range(GREETINGS_MAX - 1):
+            if not self._device.has_slab:
+                self._store.close()
+                self._store = self._connected()
+                self._handle = self._opened()
 
     def save(self, kv: Kv, tokens: Sequence[int], blocks: Sequence[torch.Tensor]) -> str:
         """Into host memory, and wait until they are durable; then into HBM. ``blocks`` are those of ``kv`` in
         host memory. Returns why HBM has not all of them, if so."""
-        handle = self._handle(kv.spec)
+        handle = self._handle
+        assert kv.spec == handle.spec
         names = handle.hashes(tokens)
         step = max(1, BATCH_BYTES // kv.spec.block_bytes)
         for at in range(0, len(names), step):
@@ -47,15 +56,17 @@ class Node:
         durable = self._store.persist(handle, names, WAIT_MS)
         if durable < len(names):
             raise RuntimeError(f"{durable} of {len(names)} blocks are durable")
+        before = self._counted("hbm_saved_blocks")
         held = self._store.save_device(handle, names, self._pages(kv))
-        return "" if held == len(names) else f"HBM holds {held} of {len(names)}: {dict(self._store.counters)}"
+        into_hbm = self._counted("hbm_saved_blocks") - before
+        return "" if held == into_hbm == len(names) else f"HBM took {into_hbm}: {dict(self._store.counters)}"
 
     def load(self, tier: str, kv: Kv, tokens: Sequence[int]) -> None:
         """Into the pages of ``kv``, verified by the client. ``ANY``: from wherever the node has them."""
-        handle = self._handle(kv.spec)
+        handle = self._handle
         names = handle.hashes(tokens)
         take = self._store.lease if tier == HOST else self._store.lease_device
-        before = self._store.counters.get("hbm_loaded_blocks", 0)
+        before = self._counted("hbm_loaded_blocks")
         lease = take(handle, names, wait_ms=WAIT_MS)
         try:
             if lease.count < len(names):
@@ -64,7 +75,7 @@ class Node:
                 raise RuntimeError(f"{len(failed)} of {len(names)} blocks failed")
         finally:
             self._store.release(lease)
-        from_hbm = self._store.counters.get("hbm_loaded_blocks", 0) - before
+        from_hbm = self._counted("hbm_loaded_blocks") - before
         if from_hbm != (len(names) if tier == HBM else 0):
             raise RuntimeError(
                 f"{from_hbm} of {len(names)} blocks came from HBM: {dict(self._store.counters)}"
@@ -73,12 +84,21 @@ class Node:
     def close(self) -> None:
         self._store.close()
 
+    def _connected(self) -> BlockingDeviceStore:
+        from kvcache.client import connect_device_blocking
+
+        return connect_device_blocking(self._device, self._socket, timeout_ms=WAIT_MS)
+
+    def _counted(self, name: str) -> int:
+        return self._store.counters.get(name, 0)
+
     def _pages(self, kv: Kv) -> PagedBlocks:
         return PagedBlocks(self._device, kv.cache, kv.blocks)
 
-    def _handle(self, spec: BlockSpec) -> Handle:
+    def _opened(self) -> Handle:
         from kvcache.namespace import Namespace, shape_of
 
+        spec = self._shape.spec
         names = Namespace(
             model="random",
             weights="seed 0",
