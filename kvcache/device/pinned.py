@@ -85,14 +85,17 @@ class Pins:
         return made
 
     @contextmanager
-    def used(self, blocks: Sequence[memoryview]) -> Iterator[list[list[torch.Tensor]]]:
+    def used(
+        self, blocks: Sequence[memoryview], is_over: Callable[[], bool]
+    ) -> Iterator[list[list[torch.Tensor]]]:
         """Blocks as tensors, each cut where a copy has to be. Nothing of them is undone meanwhile: to be left
-        when the copies are done. RAISES Unavailable when their map is being undone."""
+        when the copies are done. ``is_over``, asked then: are they? If not, the map stays for good. RAISES
+        Unavailable when it is being undone."""
         whole = [flat(block) for block in blocks]
         with ExitStack() as using:
             maps = {id(found): found for each in whole if (found := self._of(each)) is not None}
             for found in maps.values():
-                using.enter_context(found.used())
+                using.enter_context(found.used(is_over))
             yield [found.cut(each) if (found := self._of(each)) is not None else [each] for each in whole]
 
     def _of(self, block: torch.Tensor) -> HostMap | None:
@@ -157,8 +160,8 @@ class HostMap:
         return block.data_ptr() in range(self._start, self._start + self._length)
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Meanwhile nothing is undone. RAISES Unavailable when it is."""
+    def used(self, is_over: Callable[[], bool]) -> Iterator[None]:
+        """Meanwhile nothing is undone, nor ever unless ``is_over`` then. RAISES Unavailable when it is."""
         with self._changed:
             if self._is_undone:
                 raise Unavailable("unavailable", "the slab is not mapped any more", "the connection ended")
@@ -167,7 +170,7 @@ class HostMap:
             yield
         finally:
             with self._changed:
-                self._users -= 1
+                self._users -= is_over()
                 self._changed.notify_all()
 
     def cut(self, block: torch.Tensor) -> list[torch.Tensor]:

@@ -105,6 +105,10 @@ def eventually(holds: Callable[[], bool]) -> None:
         assert SystemClock().now_ns() < end_ns, "it never came to hold"
 
 
+def over() -> bool:
+    return True
+
+
 def is_mapped(address: int) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, _, last = line.split()[0].partition("-")
@@ -145,7 +149,7 @@ def test_no_copy_crosses_an_edge(rig: Rig) -> None:
     """The driver takes none that is half in registered memory."""
     rig.pin()
     at = 2 * UNIT - 1000
-    with rig.device.host(rig.views(at, UNIT)) as cut:
+    with rig.device.host(rig.views(at, UNIT), over) as cut:
         assert [[len(piece) for piece in each] for each in cut] == [[1000, SIZE - 1000], [SIZE]]
     memory, blocks = into(rig, 1)
     blocks.put(rig.views(at), 0)
@@ -156,7 +160,7 @@ def test_a_connection_that_ends_while_a_copy_runs(rig: Rig) -> None:
     rig.pin()
     eventually(lambda: rig.registered() == [1, 2])
     start = rig.start
-    with rig.device.host(rig.views(UNIT)) as cut:
+    with rig.device.host(rig.views(UNIT), over) as cut:
         rig.slab.close()
         rig.slab.close()
         (held,) = rig.device._pinned._maps
@@ -169,6 +173,20 @@ def test_a_connection_that_ends_while_a_copy_runs(rig: Rig) -> None:
     assert not rig.device._pinned._maps
 
 
+def test_a_copy_that_may_still_run_keeps_the_map_for_good(rig: Rig) -> None:
+    rig.pin()
+    eventually(lambda: rig.registered() == [1, 2])
+    (held,) = rig.device._pinned._maps
+    with pytest.raises(KeyboardInterrupt), rig.device.host(rig.views(UNIT), lambda: False):
+        raise KeyboardInterrupt
+    rig.slab.close()
+    assert not held._may_undo()
+    assert is_mapped(rig.start + UNIT)
+    with held._changed:
+        held._users = 0
+        held._changed.notify_all()
+
+
 def test_a_copy_that_comes_too_late_is_a_miss(rig: Rig) -> None:
     rig.pin()
     eventually(lambda: rig.registered() == [1, 2])
@@ -176,7 +194,7 @@ def test_a_copy_that_comes_too_late_is_a_miss(rig: Rig) -> None:
     (held,) = rig.device._pinned._maps
     rig.slab.close()
     eventually(lambda: rig.driver.is_clean())
-    with pytest.raises(Unavailable, match="not mapped any more"), held.used():
+    with pytest.raises(Unavailable, match="not mapped any more"), held.used(over):
         pass
     del views
 

@@ -7,6 +7,7 @@ import pytest
 from tests.planting import Garden, Plant
 from tests.planting import garden as garden
 
+LOADING = "tests/device/test_loading.py"
 PINNED = "tests/device/test_pinned.py"
 HOST = "tests/kvcache/tiers/test_host_pins.py"
 NODE = "tests/server/test_pins.py"
@@ -98,6 +99,37 @@ PLANTS = (
         '        with self._current(ordinal):\n            self._call("cuMemHostRegister",',
         f"{PINNED}::test_what_is_copied_from_is_registered_next",
         waits=True,
+    ),
+    Plant(
+        "scattered before it has come over the link",
+        "kvcache/device/engine.py",
+        "            here.after(behind)\n",
+        "",
+        f"{LOADING}::test_it_returns_when_the_last_copy_is_done",
+        waits=True,
+    ),
+    Plant(
+        "what is under way on the link runs on behind an error",
+        "kvcache/device/engine.py",
+        "            for stream in (*self._beside, current):\n",
+        "            for stream in (current,):\n",
+        f"{LOADING}::test_what_is_under_way_is_waited_for_when_it_fails",
+        waits=True,
+    ),
+    Plant(
+        "one part after the other",
+        "kvcache/device/engine.py",
+        "            if number + 1 < len(parts):\n                arrived = bring(number + 1)\n",
+        "            if number:\n                behind = bring(number)\n",
+        f"{LOADING}::test_one_that_comes_over_the_link_does_not_wait_for_the_one_before",
+        waits=True,
+    ),
+    Plant(
+        "a map is undone although a copy may run",
+        "kvcache/device/pinned.py",
+        "                self._users -= is_over()\n",
+        "                self._users -= 1\n",
+        f"{PINNED}::test_a_copy_that_may_still_run_keeps_the_map_for_good",
     ),
 )
 
