@@ -18,17 +18,21 @@ short steps for a chunk of 64 KiB, some 3 us however many there are. Figures on 
 With TRITON_INTERPRET=1 in the environment before this is imported, the same code runs on CPU tensors.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from subprocess import SubprocessError
 
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 from kvcache.block import BlockSpec
 from kvcache.device import sums_twin
 from kvcache.device.checks import alignment
 from kvcache.device.pages import Moves
+from kvcache.errors import Unavailable
 
 TILE_BYTES = 16_384
 PIECE_BYTES_MAX = 512
@@ -96,6 +100,20 @@ def sums_in_passing(moves: Moves, slab: torch.Tensor) -> bool:
     cache, spec = moves.cache, moves.spec
     whole = cache.run_bytes % sums_twin.STRIPE_BYTES == 0 and spec.chunk_bytes % sums_twin.STRIPE_BYTES == 0
     return whole and _can_sum(alignment(cache.alignment, moves.alignment, *_places(slab)), spec)
+
+
+def check(device: torch.device) -> None:
+    """Compile some, and sum with them. RAISES Unavailable when that cannot be done, or the sums are wrong."""
+    content = torch.arange(512, dtype=torch.int32).to(torch.uint8)
+    wanted = sums_twin.sum_chunks(content[None], len(content))
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        found = sum_chunks(content.to(device), offsets, 16, BlockSpec(1, 1, 1, len(content)), 0, 1).cpu()
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise Unavailable("unavailable", "Triton cannot be used here", why, "install a C compiler") from error
+    if not torch.equal(found, wanted):
+        raise Unavailable("unavailable", "Triton cannot be used here", "it gives wrong sums", "update it")
 
 
 @triton.jit
@@ -333,9 +351,15 @@ def _places(slab: torch.Tensor) -> tuple[int, int]:
     return slab.data_ptr(), slab.storage_offset()
 
 
-def _on(slab: torch.Tensor) -> AbstractContextManager[object]:
-    """Launches go to the current stream of this device."""
-    return torch.cuda.device(slab.device) if slab.is_cuda else nullcontext()
+@contextmanager
+def _on(slab: torch.Tensor) -> Iterator[None]:
+    """Launches go to the current stream of this device. Triton compiles when it is first asked, with a C
+    compiler and files of its own: RAISES RuntimeError for whatever goes wrong, as torch does."""
+    try:
+        with torch.cuda.device(slab.device) if slab.is_cuda else nullcontext():
+            yield
+    except (TritonError, SubprocessError, OSError) as error:
+        raise RuntimeError(f"Triton: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,8 @@ Figures on a GPU: not measured.
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from kvcache import sums
 from kvcache.device import sums_twin
 from kvcache.device.checks import alignment, check_planes, check_slab, uploaded
+from kvcache.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,10 +36,21 @@ except ImportError:  # No Triton here.
 else:
     _triton = _kernels
 
+log = logging.getLogger("kvcache.device")
 
+
+@lru_cache(maxsize=64)
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The kernels, where they are used: on CUDA, with Triton."""
-    return _triton if device.type == "cuda" else None
+    """The kernels, where they are used: on CUDA, with Triton and what it compiles with. Waits for the device
+    when it is first asked for it."""
+    if device.type != "cuda" or _triton is None:
+        return None
+    try:
+        _triton.check(device)
+    except Unavailable as error:
+        log.warning("blocks are moved and summed by torch, slower: %s", error)
+        return None
+    return _triton
 
 
 def sum_chunks(

@@ -6,11 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvcache.device import kernels
+from kvcache.device import kernels, sums
+from kvcache.errors import Unavailable
 from tests.device.places import CUDA
 
 KERNELS = (kernels._copy, kernels._copy_and_sum, kernels._finish)
@@ -19,6 +24,46 @@ KERNELS = (kernels._copy, kernels._copy_and_sum, kernels._finish)
 def test_triton_runs_here() -> None:
     """Compiled on a GPU, else in the interpreter: a run that did neither has shown nothing."""
     assert all(isinstance(kernel, InterpretedFunction) != CUDA for kernel in KERNELS)
+
+
+@pytest.mark.slow
+def test_they_are_tried_before_they_are_used() -> None:
+    kernels.check(torch.device("cuda" if CUDA else "cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, "gcc"),
+        PermissionError("~/.triton"),
+        CompilationError("def _copy", None, "no such thing"),
+        OutOfResources(300_000, 232_448, "shared memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_triton_cannot_compile_torch_does_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine's image need not have a compiler in it."""
+
+    class Uncompiled:
+        def __getitem__(self, grid: object) -> object:
+            raise error
+
+    monkeypatch.setattr(kernels, "_copy_and_sum", Uncompiled())
+    with pytest.raises(Unavailable, match="Triton cannot be used here"):
+        kernels.check(torch.device("cpu"))
+    tried = SimpleNamespace(check=lambda device: kernels.check(torch.device("cpu")))
+    monkeypatch.setattr(sums, "_triton", tried)
+    assert sums.kernels_for.__wrapped__(torch.device("cuda", 0)) is None
+    assert "slower" in caplog.text
+
+
+def test_what_sums_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_launch_sum", lambda *given: torch.zeros((1, 1), dtype=torch.int64))
+    with pytest.raises(Unavailable, match="wrong sums"):
+        kernels.check(torch.device("cpu"))
 
 
 @pytest.mark.slow
