@@ -36,7 +36,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="one JSON object")
 @click.option(
     "--param", "params", multiple=True, help="name=number, as often as needed (kvcache policy show)"
 )
-@click.option("--tier", default="host", show_default=True, help="host, or nvme")
+@click.option("--tier", default="host", show_default=True, help="host, nvme or hbm")
 @click.option(
     "--wait", "wait_s", default=60.0, show_default=True, help="seconds until it decides; 0: do not wait"
 )

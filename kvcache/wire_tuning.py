@@ -11,7 +11,7 @@ TELL, SET = "tell", "set"
 
 class Tune(Message, frozen=True, tag="tune", omit_defaults=True):
     """``action`` is tell, or set (role operator): ``policy`` with ``params`` is to decide in ``tier`` (host,
-    nvme) from when it has been told of all that is held. The reply, ``Tuned``, does not wait for that."""
+    nvme, hbm) from when it has been told of all that is held. The reply, ``Tuned``, does not wait for it."""
 
     action: str
     tier: str = "host"

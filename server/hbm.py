@@ -29,7 +29,7 @@ from kvcache.config import NodeConfig
 from kvcache.errors import BadInput, Unavailable
 from kvcache.leases import Owner
 from kvcache.ledger import Change, Ledger
-from kvcache.policy import MakePolicy
+from kvcache.server.tuning import Tuning
 from kvcache.tiers.hbm_arena import HbmArena
 from kvcache.tiers.hbm_demote import Below, HbmDemoter
 from kvcache.tiers.threads import Threads
@@ -56,21 +56,19 @@ class Hbm:
         self,
         config: NodeConfig,
         devices: Devices,
-        make_policy: MakePolicy,
+        tuning: Tuning,
         clock: Clock,
         counters: Counter[str],
-        watch: Callable[[Ledger], None],
     ) -> None:
-        """``watch`` is told of each new ledger, for the patience that policies have."""
+        """``tuning`` says what policy each new ledger has."""
         self._size_bytes = config.hbm_bytes
         self._unit_bytes = config.hbm_unit_bytes
         self._quarantine_ns = config.quarantine_ms * NS_PER_MS
         self._demote_bytes_s = config.hbm_demote_bytes_s
         self._devices = devices
-        self._make_policy = make_policy
+        self._tuning = tuning
         self._clock = clock
         self._counters = counters
-        self._watch = watch
         self._arenas: list[HbmArena] = []
         self._demoters: list[HbmDemoter] = []
         self._of_gpu: dict[bytes, HbmArena] = {}
@@ -133,8 +131,8 @@ class Hbm:
             memory.close()
             return
         self._refusals.pop(gpu, None)
-        arena = HbmArena(memory, name, self._unit_bytes, self._make_policy)
-        self._watch(arena.ledger)
+        arena = HbmArena(memory, name, self._unit_bytes, self._tuning.make(wire.HBM))
+        self._tuning.join(wire.HBM, arena.ledger)
         self._of_gpu[gpu] = arena
         self._arenas.append(arena)
         self._demoters.append(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from kvcache.errors import BadInput, Unavailable
-from kvcache.policy import MakePolicy
 from kvcache.server.core import Core
 from kvcache.server.hbm import Hbm
 from kvcache.tiers.hbm_demote import Below
 
 
-def open_hbm(core: Core, make_policy: MakePolicy) -> Hbm:
-    """RAISES BadInput when torch is not there, or CUDA cannot be used."""
+def open_hbm(core: Core) -> Hbm:
+    """REQUIRES: ``core.tuning`` has the tier. RAISES BadInput: no torch, or CUDA cannot be used."""
     kind = core.config.hbm_device
     try:
         from kvcache.device.served import Devices
@@ -23,7 +22,7 @@ def open_hbm(core: Core, make_policy: MakePolicy) -> Hbm:
             f"it cannot be used here: {error}",
             "install the extra [torch], check the driver, or leave hbm at none",
         ) from error
-    return Hbm(core.config, devices, make_policy, core.clock, core.counters, core.tuning.watch)
+    return Hbm(core.config, devices, core.tuning, core.clock, core.counters)
 
 
 def below_hbm(core: Core, arena: int) -> Below:

@@ -202,7 +202,7 @@ class TuningRequest(Strict, frozen=True, kw_only=True):
 
     policy: Name
     params: dict[str, float] = msgspec.field(default_factory=dict)
-    tier: Literal["host", "nvme"] = "host"
+    tier: Literal["hbm", "host", "nvme"] = "host"
 
 
 class TuningReply(Answer, frozen=True, kw_only=True):

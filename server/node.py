@@ -341,16 +341,17 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
-    core.tuning.add("host", ledger, choice, declines=alone)
+    core.tuning.add("host", choice, ledger, declines=alone)
     if (plan := ShadowPlan.of(config)) is not None:
-        is_alone = alone and not config.peer_addresses
+        is_alone = alone and not config.peer_addresses and not config.hbm_bytes
         store = Store(ledger, config.capacity_bytes, is_alone, lambda: core.counters[EVICTED] > 0)
         core.tuning.shadowing.begin(plan, store, choice, clock.now_ns())
     if config.nvme_places:
         core.stack = core.bringing.stack = _build_stack(core, clock, choice)
-        core.tuning.add("nvme", core.stack.ledger, choice, declines=False)
+        core.tuning.add("nvme", choice, core.stack.ledger, declines=False)
     if config.hbm_bytes:
-        core.hbm = open_hbm(core, parse_choice(config.hbm_policy, "").make(declines=False))
+        core.tuning.add("hbm", parse_choice(config.hbm_policy, ""), declines=False)
+        core.hbm = open_hbm(core)
     return core
 
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from kvcache.clock import Clock
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
-from kvcache.guard import said
+from kvcache.guard import PolicyGuard, said
 from kvcache.ledger import Ledger
 from kvcache.patience import LIMIT_NS, Patience
+from kvcache.policy import MakePolicy
 from kvcache.server.shadowing import Shadowing
+from kvcache.tiers.space import Space
 from kvcache.wire_tuning import InForce, Tune, Tuned
 
 log = logging.getLogger("kvcache.server")
@@ -30,11 +32,12 @@ HOST = "host"
 STEP_BLOCKS = 256
 LOOK_S = 0.5
 _FAULT_CHARS_MAX = 200
+_ROOM_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class _Tier:
-    ledger: Ledger
+    ledgers: list[Ledger]
     choice: Choice
     declines: bool
     coming: Choice | None = None
@@ -42,6 +45,17 @@ class _Tier:
     faults: int = 0  # Of policies that decided before.
     task: asyncio.Task[None] | None = None
     said: str = ""
+
+    @property
+    def policies(self) -> list[PolicyGuard]:
+        return [ledger.policy for ledger in self.ledgers]
+
+    @property
+    def fault_count(self) -> int:
+        return sum(policy.faults for policy in self.policies)
+
+    def make(self) -> MakePolicy:
+        return (self.coming or self.choice).make(declines=self.declines)
 
 
 class Tuning:
@@ -54,14 +68,20 @@ class Tuning:
         self._tiers: dict[str, _Tier] = {}
         self._changes = 0
 
-    def add(self, name: str, ledger: Ledger, choice: Choice, *, declines: bool) -> None:
-        """A tier in which ``choice`` decides. ``declines``: as of ``Choice.make``."""
-        self._tiers[name] = _Tier(ledger, choice, declines)
-        ledger.policy.patience = self._patience
+    def add(self, name: str, choice: Choice, *ledgers: Ledger, declines: bool) -> None:
+        """A tier in which ``choice`` decides, in each of its ledgers. ``declines``: as of ``Choice.make``."""
+        self._tiers[name] = _Tier([], choice, declines)
+        for ledger in ledgers:
+            self.join(name, ledger)
 
-    def watch(self, ledger: Ledger) -> None:
-        """Look after its policy too, which nobody changes while the node serves."""
+    def make(self, name: str) -> MakePolicy:
+        """For one more ledger of this tier: what decides there, or is about to."""
+        return self._tiers[name].make()
+
+    def join(self, name: str, ledger: Ledger) -> None:
+        """Its policy was made by ``make``, just now."""
         ledger.policy.patience = self._patience
+        self._tiers[name].ledgers.append(ledger)
 
     def start(self) -> None:
         """Look after how long policies take, until ``close``."""
@@ -82,9 +102,7 @@ class Tuning:
         choice = Choice(request.policy, dict(request.params))
         with_state = choice.understands(tier.choice) and not self._fault(tier)
         try:
-            tier.with_state = tier.ledger.policy.begin_change(
-                choice.make(declines=tier.declines), with_state=with_state
-            )
+            tier.with_state = _begin(tier, choice.make(declines=tier.declines), with_state)
         except Exception as error:  # Others' code: what a policy's constructor does is not ours.
             what = f"policy {choice.said} cannot start"
             raise BadInput("bad_config", what, said(error)[:_FAULT_CHARS_MAX], "choose another") from error
@@ -132,23 +150,24 @@ class Tuning:
                 await asyncio.gather(tier.task, return_exceptions=True)
 
     async def _change(self, name: str, tier: _Tier) -> None:
-        policy = tier.ledger.policy
         try:
-            while not policy.change_step(STEP_BLOCKS):
+            # One step a turn, of the first that has not been told of all.
+            while not all(policy.change_step(STEP_BLOCKS) for policy in tier.policies):
                 await asyncio.sleep(0)
         finally:
             tier.task = None
         assert tier.coming is not None
         coming, tier.coming = tier.coming, None
-        if policy.change_fault:
+        if faults := [policy.change_fault for policy in tier.policies if policy.change_fault]:
+            where = f" ({len(faults)} of {len(tier.policies)} GPUs)" if len(tier.policies) > 1 else ""
             tier.said = (
-                f"{tier.choice.said} goes on, as {coming.said} could not take over: {policy.change_fault}"
+                f"{tier.choice.said} goes on{where}, as {coming.said} could not take over: {faults[0]}"
             )
             log.error("tier %s: %s", name, tier.said)
             return
         learned = "what was learned was handed over" if tier.with_state else "it learns from now on"
         tier.said = f"{coming.said} took over from {tier.choice.said}; {learned}"
-        tier.choice, tier.faults = coming, policy.faults
+        tier.choice, tier.faults = coming, tier.fault_count
         self._changes += 1
         if name == HOST:
             self.shadowing.decides(coming, self._clock.now_ns())
@@ -156,17 +175,36 @@ class Tuning:
 
     def _fault(self, tier: _Tier) -> str:
         """Why the core decides instead of what was chosen; empty while it does not."""
-        policy = tier.ledger.policy
-        return policy.last_fault if policy.faults > tier.faults else ""
+        if tier.fault_count <= tier.faults:
+            return ""
+        return next(policy.last_fault for policy in tier.policies if policy.last_fault)
+
+
+def _begin(tier: _Tier, make_policy: MakePolicy, with_state: bool) -> bool:
+    """Was the state handed over? RAISES what the policy's constructor raises, also where there is nothing yet
+    to decide over."""
+    if not tier.ledgers:
+        Ledger(Space(_ROOM_BYTES, _ROOM_BYTES), make_policy)
+    begun: list[PolicyGuard] = []
+    has_state = bool(tier.ledgers)
+    try:
+        for policy in tier.policies:
+            has_state &= policy.begin_change(make_policy, with_state=with_state)
+            begun.append(policy)
+    except Exception:
+        for policy in begun:
+            policy.cancel_change()
+        raise
+    return has_state
 
 
 def _in_force(tier: _Tier, fault: str) -> InForce:
     return InForce(
         policy=tier.choice.name,
         params=dict(tier.choice.params),
-        blocks=int(tier.ledger.stats()["blocks"]),
+        blocks=int(sum(ledger.stats()["blocks"] for ledger in tier.ledgers)),
         coming=tier.coming.said if tier.coming is not None else "",
-        told_blocks=tier.ledger.policy.told_count,
+        told_blocks=sum(policy.told_count for policy in tier.policies),
         fault=fault,
         said=tier.said,
     )

@@ -43,7 +43,9 @@ class Writing:
         keys = core.keys(opened, request.prefix, wire.BATCH_BLOCKS_MAX)
         context = self._context(request)
         if is_hbm(request.tier):
-            return self._hbm.reserve(opened, parent_key(opened, request.parent), keys, context)
+            reply = self._hbm.reserve(opened, parent_key(opened, request.parent), keys, context)
+            self._heard(request, opened, context)
+            return reply
         reservation = core.ledger.reserve(
             self._identity.arena,
             parent_key(opened, request.parent),
@@ -53,17 +55,7 @@ class Writing:
             context,
         )
         core.settle()
-        if core.recording.is_on and not self._identity.node:
-            core.recording.saved(request, opened.spec.block_tokens, opened.tenant)
-        if core.tuning.shadowing.is_on and not self._identity.node:
-            core.tuning.shadowing.saved(
-                context,
-                opened.namespace_id,
-                request.prefix,
-                request.parent,
-                opened.spec.block_bytes,
-                opened.spec.block_tokens,
-            )
+        self._heard(request, opened, context)
         if reservation.reason in ("busy", "full"):
             core.counters[f"short_reservations:{reservation.reason}"] += 1
         if reservation.reservation_id:
@@ -77,6 +69,23 @@ class Writing:
             generations=list(reservation.generations),
             reason=reservation.reason,
         )
+
+    def _heard(self, request: wire.Reserve, opened: Opened, context: RequestContext) -> None:
+        """For recordings, and for the caches that show what host memory would hold of all that is saved."""
+        core, spec = self._core, opened.spec
+        if self._identity.node:
+            return
+        if core.recording.is_on:
+            core.recording.saved(request, spec.block_tokens, opened.tenant)
+        if core.tuning.shadowing.is_on:
+            core.tuning.shadowing.saved(
+                context,
+                opened.namespace_id,
+                request.prefix,
+                request.parent,
+                spec.block_bytes,
+                spec.block_tokens,
+            )
 
     def _tell_peers(self, request: wire.Reserve, reservation: Reservation) -> None:
         """Bring it to the peer that is named; or it is what a peer brings here."""

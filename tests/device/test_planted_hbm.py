@@ -11,6 +11,7 @@ STORE = "tests/device/test_hbm_store.py"
 LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
 MAKING = "tests/device/test_hbm_making.py"
+TUNING = "tests/device/test_hbm_tuning.py"
 HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 SAVING = "tests/client/test_hbm_saving.py"
@@ -18,6 +19,13 @@ PLANNING = "tests/device/test_hbm_planning.py"
 VLLM = "tests/client/connectors/test_vllm_hbm.py"
 
 PLANTS = (
+    Plant(
+        "a policy changes on one GPU only",
+        "server/tuning.py",
+        "            while not all(policy.change_step(STEP_BLOCKS) for policy in tier.policies):\n",
+        "            while not tier.policies[0].change_step(STEP_BLOCKS):\n",
+        f"{TUNING}::test_it_changes_on_every_gpu_and_nothing_is_lost",
+    ),
     Plant(
         "HBM and host memory have different bytes under one name",
         "server/core.py",
