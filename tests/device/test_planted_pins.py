@@ -7,6 +7,7 @@ import pytest
 from tests.planting import Garden, Plant
 from tests.planting import garden as garden
 
+OUTLET = "tests/device/test_outlet.py"
 LOADING = "tests/device/test_loading.py"
 PINNED = "tests/device/test_pinned.py"
 HOST = "tests/kvcache/tiers/test_host_pins.py"
@@ -130,6 +131,20 @@ PLANTS = (
         "                self._users -= is_over()\n",
         "                self._users -= 1\n",
         f"{PINNED}::test_a_copy_that_may_still_run_keeps_the_map_for_good",
+    ),
+    Plant(
+        "locked memory is used again although a copy into it has not ended",
+        "kvcache/device/served.py",
+        "        if self.is_stuck:\n            raise",
+        "        if False:\n            raise",
+        f"{OUTLET}::test_a_copy_that_comes_late_is_written_to_no_block",
+    ),
+    Plant(
+        "what comes out of a GPU goes straight to the slots",
+        "kvcache/device/served.py",
+        "        return list(self._halves[number % 2][: sum(lengths)].split(lengths))\n",
+        "        return [torch.frombuffer(each, dtype=torch.uint8) for each in part.targets]\n",
+        f"{OUTLET}::test_a_copy_that_comes_late_is_written_to_no_block",
     ),
 )
 
