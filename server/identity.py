@@ -11,8 +11,8 @@ import struct
 from dataclasses import dataclass, replace
 
 from kvcache.credentials import Credential, Credentials
-from kvcache.errors import NotAllowed
-from kvcache.wire import Hello
+from kvcache.errors import BadInput, NotAllowed
+from kvcache.wire import PROTOCOL_VERSION, Hello
 
 ROLES_INSIDE = frozenset({"router", "operator"})
 
@@ -96,3 +96,14 @@ def credential_for(
             "set KVCACHE_TOKEN, or add this user to the node's credentials file; nodes need the role peer",
         )
     return acting, False
+
+
+def check_version(hello: Hello) -> None:
+    """RAISES BadInput."""
+    if hello.version != PROTOCOL_VERSION:
+        raise BadInput(
+            "bad_version",
+            f"the client speaks protocol version {hello.version}",
+            f"this node speaks version {PROTOCOL_VERSION}",
+            "run the same release of kvcache on both sides",
+        )

@@ -41,7 +41,7 @@ from kvcache.server.core import Core
 from kvcache.server.handlers import Connection
 from kvcache.server.hbm import NO_HBM
 from kvcache.server.hbm_opening import below_hbm, open_hbm
-from kvcache.server.identity import Identity, credential_for, peer_of, planning
+from kvcache.server.identity import Identity, check_version, credential_for, peer_of, planning
 from kvcache.server.listening import listen_tcp, listen_unix, lock, receive_exactly, tune
 from kvcache.server.peering import join, peer_token
 from kvcache.server.recording import Plan as RecordPlan
@@ -216,7 +216,7 @@ class Node:
                 tune(connection)
                 async with asyncio.timeout(self.config.handshake_ms / 1000):
                     call, hello = await self._hello(connection)
-                _check_version(hello)
+                check_version(hello)
                 identity = await self._with_hbm(self._identify(connection, hello, owner), hello)
                 identity = planning(identity, hello)
                 pins = self._answer_hello(connection, call, hello, identity)
@@ -389,13 +389,3 @@ def _build_stack(core: Core, clock: Clock, choice: Choice) -> Stack:
         core.counters,
         core.settle,
     )
-
-
-def _check_version(hello: wire.Hello) -> None:
-    if hello.version != wire.PROTOCOL_VERSION:
-        raise BadInput(
-            "bad_version",
-            f"the client speaks protocol version {hello.version}",
-            f"this node speaks version {wire.PROTOCOL_VERSION}",
-            "run the same release of kvcache on both sides",
-        )
