@@ -291,7 +291,7 @@ class TestWhatGoesWrong:
 
 def test_through_the_asynchronous_store(world: World) -> None:
     async def run() -> None:
-        store = connect_device(world.engine.device, world.node.node.address)
+        store = connect_device(world.engine.device, world.node.node.address, timeout_ms=TIMEOUT_MS)
         handle = await store.open(EXAMPLE, SPEC)
         path = world.engine.path(9)
         assert (

@@ -23,6 +23,8 @@ NEW_TOKENS = 8
 STAGED_BLOCKS = 5
 TIMEOUT_MS = 5_000
 """Of each call: a node that is stopped costs it once, a machine that looks away for less costs nothing."""
+WAIT_MS = 30_000
+"""For blocks that the node reads from NVMe."""
 
 
 class Engine:
@@ -42,6 +44,8 @@ class Engine:
             self.store = connect_device_blocking(self.gpu, address, timeout_ms=TIMEOUT_MS)
         else:
             self.store = connect_blocking(address, timeout_ms=TIMEOUT_MS)
+        for name in ("lease", *(["lease_device"] if self.gpu is not None else [])):
+            vars(self.store)[name] = partial(getattr(self.store, name), wait_ms=WAIT_MS)
         self.cache = PrefixCache(self.model, self.store, gpu=self.gpu)
         if way == "staged":
             self.cache._is_staged = True
