@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -131,7 +130,7 @@ class HostMap:
         self._changed = threading.Condition()
         # Under _changed:
         self._pinned: set[int] = set()
-        self._wanted: deque[int] = deque()
+        self._wanted: dict[int, None] | None = {}  # In the order of the wishes. None: no more is registered.
         self._users = 0
         self._is_closed = False
         self._is_undone = False
@@ -178,8 +177,8 @@ class HostMap:
         size, first = self.piece_bytes, block.data_ptr() - self._start
         pieces = range(first // size, -(-(first + len(block)) // size))
         with self._changed:
-            if not self._pinned.issuperset(pieces):
-                self._wanted.extend(pieces)
+            if self._wanted is not None and not self._pinned.issuperset(pieces):
+                self._wanted.update(dict.fromkeys(pieces))
                 self._changed.notify_all()
         edges = [first, *(piece * size for piece in pieces[1:]), first + len(block)]
         return list(block.split([end - start for start, end in pairwise(edges)]))
@@ -201,6 +200,7 @@ class HostMap:
         finally:
             os.close(descriptor)
             with self._changed:
+                self._wanted = None
                 self._changed.wait_for(self._may_undo)
             self._undo()
 
@@ -213,7 +213,9 @@ class HostMap:
                     self._changed.wait()
                 if self._is_closed:
                     return
-                piece = self._wanted.popleft() if self._wanted else next(filled, -1)
+                piece = next(iter(self._wanted)) if self._wanted else next(filled, -1)
+                if self._wanted:
+                    del self._wanted[piece]
                 more = more and piece >= 0
                 is_fresh = 0 <= piece < self._length // self.piece_bytes and piece not in self._pinned
             if is_fresh:

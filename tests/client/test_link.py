@@ -6,19 +6,55 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+from kvcache.client.hbm import Count
 from kvcache.client.link import BACKOFF_NS_MAX, BACKOFF_NS_MIN, Link, Options, Outage, Tally, options_for
 from kvcache.client.local import Slab
 from kvcache.client.steps import BadReply, Call, Post
 from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, Unavailable
-from kvcache.wire import PROTOCOL_VERSION, Persist, Release, Stats, TakeLease, Welcome
+from kvcache.wire import PROTOCOL_VERSION, HbmSlab, Persist, Release, Stats, TakeLease, Welcome
 
 PAGE = mmap.PAGESIZE
 WELCOME = Welcome(PROTOCOL_VERSION, "node", 1, "default", [], b"", 4 * PAGE)
+
+
+class Registering:
+    """A GPU that registers maps, and has not undone it when it is told to."""
+
+    gpu = b""
+    joined = ()
+    pins = True
+
+    def __init__(self) -> None:
+        self.memory: memoryview | None = None
+        self.unit_bytes = self.closed = 0
+
+    def open(self, slab: HbmSlab, descriptor: int) -> None:
+        raise AssertionError("it is given none")
+
+    def is_lost(self, incarnation: bytes) -> bool:
+        return False
+
+    def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> Undoing:
+        self.memory, self.unit_bytes = memory, unit_bytes
+        return Undoing(self)
+
+    def close(self, incarnation: bytes) -> None:
+        raise AssertionError("it was given none")
+
+
+@dataclass
+class Undoing:
+    gpu: Registering
+
+    def close(self) -> None:
+        self.gpu.closed += 1
 
 
 class TestOutage:
@@ -175,6 +211,26 @@ class TestSlab:
             slab.pieces([0], [[memoryview(bytes(128))]], 128)
         del copying
         assert not mapped_here(memory)
+
+    def test_a_map_that_a_gpu_has_registered_goes_when_that_is_undone(self, memory: int) -> None:
+        gpu = Registering()
+        link = Link(1, structs.replace(WELCOME, pinned_unit=PAGE), Slab(memory, 4 * PAGE))
+        link.pin(gpu, memory, Tally())
+        assert gpu.unit_bytes == PAGE
+        link.close()
+        link.close()
+        assert gpu.closed == 1
+        assert mapped_here(memory)
+        gpu.memory = None
+        assert not mapped_here(memory)
+
+    def test_a_map_that_the_node_lets_nobody_register(self, memory: int) -> None:
+        link = Link(1, WELCOME, Slab(memory, 4 * PAGE))
+        gpu = Registering()
+        link.pin(gpu, memory, Tally())
+        Link(1, structs.replace(WELCOME, pinned_unit=PAGE), None).pin(gpu, None, Tally())
+        assert not gpu.unit_bytes
+        link.close()
 
     def test_a_forked_child_does_not_inherit_the_map(self, memory: int) -> None:
         slab = Slab(memory, 4 * PAGE)

@@ -73,7 +73,9 @@ class Rig:
         self.counted[name] += by
 
     def registered(self) -> list[int]:
-        """Units."""
+        """Units. Who registers them counts each last."""
+        if self.counted["pinned_bytes"] < UNIT * len(self.driver.registered):
+            return []
         return sorted((at - self.start) // UNIT for at in list(self.driver.registered))
 
     def resident(self) -> int:
@@ -220,6 +222,8 @@ def test_a_driver_that_refuses_costs_speed_and_nothing_else(rig: Rig) -> None:
     assert memory[0].numpy().tobytes() == PATTERN_BYTES[at - UNIT :][:SIZE]
     assert rig.registered() == [1]
     assert rig.counted["failed_pins"] == 1
+    (held,) = rig.device._pinned._maps
+    eventually(lambda: held._wanted is None)  # Nor does a list of wishes grow.
 
 
 def test_a_process_without_more_threads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +262,41 @@ def test_pieces_lie_within_units(unit: int, piece: int) -> None:
     assert made.piece_bytes == piece
 
 
+CREDENTIALS = """
+master_key = "%s"
+credential = [
+  { token = "aaaaaaaaaaaaaaaa", tenant = "a", roles = ["reader", "writer"] },
+  { token = "bbbbbbbbbbbbbbbb", tenant = "b", roles = ["reader", "writer"] },
+]
+""" % ("0f" * 32)
+
+
+def test_memory_that_goes_to_another_tenant(tmp_path: Path) -> None:
+    """The engine that pins it loses its connection, undoes what it registered, and goes on without."""
+    credentials = tmp_path / "credentials"
+    credentials.write_text(CREDENTIALS)
+    credentials.chmod(0o600)
+    node = EmbeddedNode(settings(tmp_path, hbm="none", credentials=str(credentials)))
+    driver = Driver()
+    device = EngineDevice(CpuMemory(), pinned=Pins(Vmm(driver), 0))
+    mine = Engine(node.node.address, device=device, token="a" * 16)
+    theirs = Engine(node.node.address, token="b" * 16)
+    count = (1 << 20) // SIZE
+    path = mine.path(count)
+    assert mine.save_below(path) == count
+    mine.load(path[:4])
+    eventually(lambda: mine.store.counters.get("pinned_bytes", 0) > 0)
+    assert theirs.save_below(theirs.path(4)) == 4
+    eventually(lambda: mine.load(path[:4])[0] >= 0 and mine.store.counters["connects"] == 2)
+    eventually(driver.is_clean)
+    held, failed = mine.load(path)
+    assert 0 < held < count
+    assert not failed
+    for engine in (mine, theirs):
+        engine.close()
+    node.close()
+
+
 def test_an_engine_over_a_node(tmp_path: Path) -> None:
     driver = Driver()
     node = EmbeddedNode(settings(tmp_path, hbm="none"))
@@ -273,3 +312,27 @@ def test_an_engine_over_a_node(tmp_path: Path) -> None:
     eventually(lambda: node.call(lambda: node.node.core.host.pin_count) == 0)
     engine.close()
     node.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu() -> None:
+    unit = 2 << 20
+    descriptor = memfd.create("pinned", 8 * unit)
+    content = torch.arange(8 * unit, dtype=torch.int64).mul(31).remainder(251).to(torch.uint8)
+    os.pwrite(descriptor, content.numpy().tobytes(), 0)
+    device, counted = EngineDevice.of(torch.device("cuda")), Counter[str]()
+    slab = Slab(descriptor, 8 * unit)
+    slab.pin(device, descriptor, unit, lambda name, by: counted.update({name: by}))
+    eventually(lambda: counted["pinned_bytes"] == 8 * unit)
+    offsets = [unit - 1000, 0, 5 * unit, 7 * unit - SIZE // 2]
+    into = torch.zeros(len(offsets), SIZE, dtype=torch.uint8, device="cuda")
+    views = slab.slots(offsets, SIZE)
+    assert all(torch.frombuffer(view, dtype=torch.uint8).is_pinned() for view in views)
+    TensorBlocks(device, into, SPEC).put(views, 0)
+    assert torch.equal(into.cpu(), torch.stack([content[at : at + SIZE] for at in offsets]))
+    del views
+    slab.close()
+    eventually(lambda: not device._pinned._maps)
+    assert not counted["failed_pins"]
+    os.close(descriptor)
