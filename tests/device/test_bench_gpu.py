@@ -18,12 +18,13 @@ SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
 KEYS = ["name", "value", "unit", "ratio", "against", "n", "machine"]
 PARTS = ["proof.race", "proof.share", "host", "hbm", "sum", "launches", "decode", "overlap", "tiers"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PATIENCE_S = 500
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def test_on_the_cpu_every_part_runs_and_nothing_is_passed_over_in_silence(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ bench_gpu.main()
     found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(ROOT)])}
     found["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-c", broken]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env=found)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env=found)
     assert done.returncode == 0, done.stderr
     names = {json.loads(line)["name"] for line in done.stdout.splitlines()}
     assert "gpu.launches.index_select.load.4KiB.batch2" in names
