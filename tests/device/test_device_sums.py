@@ -17,7 +17,7 @@ from kvcache.device import checks, kernels, sums, sums_twin
 from kvcache.device.pages import PagedCache
 from kvcache.errors import BadInput
 from tests.device.engine_cache import chunk_sums
-from tests.device.places import CUDA, on_all
+from tests.device.places import CUDA, of_kernels, on_all
 
 KERNEL_DEVICE = "cuda" if CUDA else "cpu"
 # Chunks of whole stripes and rounds, and such as end within one; 248 is the shortest that the kernel sums.
@@ -64,6 +64,7 @@ def in_kernel(
     return found
 
 
+@of_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS + SHORT)
 def test_the_kernel_sums_every_chunk_of_some_planes(length: int) -> None:
@@ -79,6 +80,7 @@ def test_the_kernel_sums_every_chunk_of_some_planes(length: int) -> None:
         assert in_kernel(slab, offsets, spec, one, two) == expected(blocks, spec.chunk_bytes)
 
 
+@of_kernels
 @pytest.mark.slow
 def test_the_kernel_itself_sums_what_it_can() -> None:
     """So the test above is one of the kernel: for these lengths the twin is not asked."""
@@ -92,6 +94,7 @@ def test_the_kernel_itself_sums_what_it_can() -> None:
                 in_kernel(slab, [1], spec, 0, 1)
 
 
+@of_kernels
 @pytest.mark.slow
 @given(st.integers(30, 600), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_any_length_in_the_kernel(words: int, count: int, draw: random.Random) -> None:

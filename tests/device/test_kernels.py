@@ -16,16 +16,18 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvcache.device import kernels, sums
 from kvcache.errors import Unavailable
-from tests.device.places import CUDA
+from tests.device.places import CUDA, of_kernels
 
 KERNELS = (kernels._copy, kernels._copy_and_sum, kernels._finish)
 
 
+@of_kernels
 def test_triton_runs_here() -> None:
     """Compiled on a GPU, else in the interpreter: a run that did neither has shown nothing."""
     assert all(isinstance(kernel, InterpretedFunction) != CUDA for kernel in KERNELS)
 
 
+@of_kernels
 @pytest.mark.slow
 def test_they_are_tried_before_they_are_used() -> None:
     kernels.check(torch.device("cuda" if CUDA else "cpu"))
