@@ -34,7 +34,7 @@ class Connection:
         self._identity = identity
         written = Written()
         self._exports = Exports(core, identity, written)
-        hbm = HbmAsking(core, identity)
+        self._hbm = hbm = HbmAsking(core, identity)
         self._reading = Reading(core, identity, self._exports, hbm)
         self._writing = Writing(core, identity, self._exports, written, hbm)
         self._streams = Streams(core, identity, written)
@@ -139,6 +139,7 @@ class Connection:
         if request.expect:
             self._core.namespaces.of(request.expect, self._identity.tenant).namespace.check_same(namespace)
         opened, verdict = self._core.namespaces.open(namespace, spec)
+        self._hbm.uses(opened.namespace_id)
         return wire.Opened(opened.namespace_id, spec.block_bytes, spec.chunk_bytes, verdict)
 
     # --- operators and routers ------------------------------------------------------------------

@@ -5,7 +5,7 @@
     written, time passes ──► cool: what is about to leave goes to host memory (``tiers.hbm_demote``)
 
 A slab never changes hands, and what another process left in the GPU's memory is cleared before it is given.
-A block that several GPUs hold is one to followers: they are told that it is gone when the last lets it go.
+What followers are told says ``hbm_telling``.
 
 Invariants: a GPU has at most one arena in the life of the node, so the memory that the operator gave is never
 exceeded; a lost one stays lost (its CUDA context is gone with it: the node must be restarted). A GPU that
@@ -29,6 +29,7 @@ from kvcache.config import NodeConfig
 from kvcache.errors import BadInput, Unavailable
 from kvcache.leases import Owner
 from kvcache.ledger import Change, Ledger
+from kvcache.server.hbm_telling import HbmTelling
 from kvcache.server.tuning import Tuning
 from kvcache.tiers.hbm_arena import HbmArena
 from kvcache.tiers.hbm_demote import Below, HbmDemoter
@@ -73,6 +74,10 @@ class Hbm:
         self._demoters: list[HbmDemoter] = []
         self._of_gpu: dict[bytes, HbmArena] = {}
         self._refusals: dict[bytes, str] = {}
+        self.telling = HbmTelling(
+            lambda number: self._arenas[number].is_lost,
+            lambda number, key: self._arenas[number].ledger.has(key),
+        )
         self._threads = Threads("kvcache-hbm-open", MAKINGS_MAX, clock, int(WAIT_S * NS_PER_S))
         self._making: dict[bytes, asyncio.Task[None]] = {}
         self._late: set[bytes] = set()  # Those of them that nobody waits for any more.
@@ -233,21 +238,17 @@ class Hbm:
             arena.settle()
 
     def take_changes(self, below: Callable[[StorageKey], bool]) -> Iterator[Change]:
-        """What can and cannot be found in HBM since the last call. ``below``: is it in a tier below?"""
-        for arena in self._arenas:
-            for change in arena.take_changes():
-                if change.kind == "stored":
-                    yield change
-                    continue
+        """What followers are to be told since the last call. ``below``: is it in a tier below?"""
+        return self.telling.changes(self._taken(below))
+
+    def _taken(self, below: Callable[[StorageKey], bool]) -> list[Change]:
+        changes = [change for arena in self._arenas for change in arena.take_changes()]
+        for change in changes:
+            if change.kind == "removed":
                 self._counters[f"hbm_removed_blocks:{change.reason}"] += len(change.keys)
                 if change.reason == "evicted":
                     self._counters["hbm_dropped_blocks"] += sum(not below(key) for key in change.keys)
-                gone = tuple([key for key in change.keys if not self._has(key)])
-                if gone:
-                    yield Change("removed", gone, None, change.reason)
-
-    def _has(self, key: StorageKey) -> bool:
-        return any(not arena.is_lost and arena.ledger.has(key) for arena in self._arenas)
+        return changes
 
     def stats(self) -> dict[str, float]:
         held = [arena.ledger.stats() for arena in self._arenas]
@@ -272,6 +273,7 @@ class Hbm:
         """Assert every invariant."""
         for arena in self._arenas:
             arena.check()
+        self.telling.check()
         assert len(self._of_gpu) == len(self._arenas) == len(self._demoters)
         assert self._late <= self._making.keys()
         assert not self._of_gpu.keys() & self._making.keys()

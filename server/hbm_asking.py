@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcache import wire
-from kvcache.block import HASH_BYTES, StorageKey
+from kvcache.block import HASH_BYTES, NamespaceId, StorageKey
 from kvcache.errors import BadInput
 from kvcache.leases import NO_LEASE, Lease
 from kvcache.policy import RequestContext
@@ -33,6 +33,11 @@ class HbmAsking:
         self._core = core
         self._identity = identity
         self._number = identity.hbm
+
+    def uses(self, namespace: NamespaceId) -> None:
+        """An engine asks for blocks of it; nothing, where it has mapped no slab."""
+        if self._core.hbm is not None and self._identity.hbm != NO_HBM:
+            self._core.hbm.telling.used(self._identity.hbm, namespace)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -89,6 +94,7 @@ class HbmAsking:
         context: RequestContext,
     ) -> wire.Reply:
         core, arena = self._core, self._mapped()
+        self.uses(opened.namespace_id)
         reservation = arena.reserve(parent, keys, opened.spec.block_bytes, self._identity.owner, context)
         core.settle()
         core.cool_hbm(self._identity.hbm)

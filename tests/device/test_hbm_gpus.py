@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kvcache.device.streams import streams_of
 from kvcache.errors import Unavailable
 from kvcache.locality import LocalityIndex
 from kvcache.server.hbm import REFUSALS_MAX
+from kvcache.testing.stores import EXAMPLE, SPEC
 from kvcache.tiers.hbm import HbmTier
 from tests.device.hbm_rig import HBM_BLOCKS, Engine, World, hold, lose
 from tests.server.talk import connected
@@ -56,13 +58,12 @@ class Deaf(Gpus):
         raise Unavailable("unavailable", "no stream can be made", "the context is broken")
 
 
-class Host:
-    """``one`` and ``two`` are engines on two GPUs of a node."""
+class Alone:
+    """``one`` is an engine on a GPU of a node that has more."""
 
     def __init__(self, folder: Path) -> None:
         self.world = World(folder, on=EngineDevice(Gpu(ONE)), devices=Gpus())
         self.one = self.world.engine
-        self.two = self.engine(TWO)
 
     def engine(self, gpu: bytes, *joined: bytes) -> Engine:
         device = EngineDevice(Gpu(gpu), [Gpu(other) for other in joined])
@@ -73,8 +74,16 @@ class Host:
         index = LocalityIndex(1 << 20)
         for page in self.world.pages():
             index.apply(page, 0)
-        [located] = index.locate(hints(self.one.path(10)))
-        return located.blocks, *located.tiers
+        located = index.locate(hints(self.one.path(10)))
+        return (located[0].blocks, *located[0].tiers) if located else ()
+
+
+class Host(Alone):
+    """``one`` and ``two`` are engines on two."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.two = self.engine(TWO)
 
 
 @pytest.fixture
@@ -96,19 +105,60 @@ def test_each_has_what_its_engines_saved(host: Host) -> None:
     assert host.world.stats()["capacity_bytes:hbm"] == 2 * HBM_BLOCKS * 4096
 
 
-def test_followers_are_told_of_a_block_once(host: Host) -> None:
+def test_followers_are_told_of_what_every_replica_has(host: Host) -> None:
+    """They know no GPUs: what one has would be taken for the other's, which cannot reach it."""
     path = host.one.path(10)
     hold(host.world, 0)
     hold(host.world, 1)
     host.one.save(path)
+    assert host.found() == ()
     host.two.save(path[:4])
-    assert host.found() == (10, 10, 0, 0)
+    assert host.found() == (4, 4, 0, 0)
     host.one.save_below(path[:6])
-    assert host.found() == (10, 10, 6, 0)
+    assert host.found() == (6, 4, 6, 0)
     host.one.save(host.one.path(HBM_BLOCKS, seed=1))
-    assert host.found() == (6, 4, 6, 0), "the other GPU has four still"
-    host.two.save(host.two.path(HBM_BLOCKS, seed=1))
     assert host.found() == (6, 0, 6, 0)
+    host.one.save(path)
+    assert host.found() == (6, 4, 6, 0)
+
+
+def test_a_replica_that_comes_has_none_of_what_was_told(tmp_path: Path) -> None:
+    host = Alone(tmp_path)
+    hold(host.world)
+    path = host.one.path(10)
+    host.one.save(path)
+    assert host.found() == (10, 10, 0, 0)
+    two = host.engine(TWO)
+    assert host.found() == ()
+    hold(host.world, 1)
+    two.save(path[:3])
+    assert host.found() == (3, 3, 0, 0)
+    two.close()
+    host.world.check()
+    host.world.close()
+
+
+def test_ranks_of_one_engine_are_no_replicas(host: Host) -> None:
+    """Each has blocks of its own on a GPU of its own."""
+    with contextlib.closing(host.engine(FOUR)) as four:
+        four.handle = four.store.open(replace(EXAMPLE, weights="another rank's"), SPEC)
+        hold(host.world, 2)
+        assert four.save(four.path(7)) == 7
+        assert host.world.told("hbm") == 7
+
+
+def test_what_continues_a_block_that_was_not_told_is_not_told(host: Host) -> None:
+    """Those that only the lost GPU kept from it."""
+    hold(host.world, 0)
+    hold(host.world, 1)
+    path = host.two.path(10)
+    host.two.save(path[:4])
+    lose(host.world)
+    host.two.save(path)
+    assert host.found() == ()
+    other = host.two.path(5, seed=1)
+    host.two.save(other)
+    assert host.world.told("hbm") == 5
 
 
 def test_one_that_is_lost_leaves_the_other(host: Host) -> None:
