@@ -48,7 +48,7 @@ def save(
         return 0
     held, reason = 0, ""
     mapped = context.link.hbm
-    if mapped is not None and not mapped.is_lost:
+    if mapped is not None and not mapped.is_lost and not hints.below:
         held, reason = yield from _save_to(HBM, context, handle, prefix, blocks, parent, hints)
         context.tally.add(f"hbm_unsaved_blocks:{reason}", len(prefix) - held)
     if held < len(prefix):

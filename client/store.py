@@ -137,13 +137,15 @@ class Lease:
 @dataclass(frozen=True, slots=True)
 class SaveHints(RequestHints):
     """For the node's eviction policy: why these blocks were made; and where else they are wanted: ``push`` is
-    the name of the node to which this one copies them while they are written."""
+    the name of the node to which this one copies them while they are written. ``below``: by who cannot
+    reach this GPU's memory, so they go to host memory and not into HBM, of which other nodes get nothing."""
 
     push: str = ""
+    below: bool = False
 
     @classmethod
-    def of(cls, hints: RequestHints, push: str = "") -> SaveHints:
-        return cls(hints.hint, hints.priority, hints.session, hints.gap_ms, hints.keep_ms, push)
+    def of(cls, hints: RequestHints, push: str = "", below: bool = False) -> SaveHints:
+        return cls(hints.hint, hints.priority, hints.session, hints.gap_ms, hints.keep_ms, push, below)
 
 
 NO_HINTS: Final = SaveHints()

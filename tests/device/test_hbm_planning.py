@@ -14,6 +14,7 @@ from kvcache import wire
 from kvcache.block import BlockHash
 from kvcache.client.blocking_store import BlockingNodeStore
 from kvcache.client.link import Options
+from kvcache.client.store import SaveHints
 from kvcache.clock import SystemClock
 from kvcache.errors import BadInput
 from kvcache.server.hbm import NO_HBM
@@ -120,6 +121,14 @@ def test_its_lease_ends_with_its_connection(world: World, planner: Planner) -> N
     planner.lease(path)
     planner.store.close()
     world.eventually(lambda: world.stats()["hbm_leases"] == 0)
+
+
+def test_what_others_want_too_goes_below_where_it_is_found(world: World, planner: Planner) -> None:
+    engine, path = world.engine, world.engine.path(9)
+    blocks = engine.blocks(engine.memory(path))
+    assert engine.store.save_device(engine.handle, path, blocks, hints=SaveHints(below=True)) == 9
+    assert (world.in_hbm(path), world.in_host(path)) == (0, 9)
+    assert planner.lease(path) == (9,)
 
 
 def test_another_gpu_has_nothing(world: World) -> None:
