@@ -21,7 +21,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -252,25 +251,37 @@ class PagedBlocks:
     def _loaded(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
         """From memory elsewhere, each uint8 [block_bytes] in pieces: of the host, or of a GPU joined to this
         one. While one part is scattered and summed, the next comes over the link."""
-        halves, parts = self._staged(len(blocks), first)
+        size = self._spec.block_bytes
+        step = max(1, min(len(blocks), STAGING_BYTES // PARTS // size))
+        starts = range(0, len(blocks), step)
+        shape = (min(PARTS, len(starts)), step, size)
+        halves = list(torch.empty(shape, dtype=torch.uint8, device=self._cache.device))
         here = self._line.here
-        link = self._line.beside() if len(parts) > 1 else here
+        link = self._line.beside() if len(starts) > 1 else here
         free = [here.mark()] * len(halves)
+        moves: list[Moves] = []
         found: list[torch.Tensor] = []
 
         def bring(number: int) -> Event:
-            half, (at, moves) = number % len(halves), parts[number]
+            half, part = number % len(halves), blocks[starts[number] : starts[number] + step]
+            pages = self._some(first + starts[number], len(part))
+
+            def work() -> None:
+                # The table of pages goes before its part: by itself it would wait behind the next one.
+                moves.append(self._cache.moves(range(0, len(part) * size, size), pages))
+                _fill(halves[half], part)
+
             link.after(free[half])
-            link.run(partial(_fill, halves[half], blocks[at : at + moves.block_count]))
+            link.run(work)
             return link.mark()
 
         arrived = bring(0)
-        for number, (_, moves) in enumerate(parts):
+        for number in range(len(starts)):
             half, behind = number % len(halves), arrived
-            if number + 1 < len(parts):
+            if number + 1 < len(starts):
                 arrived = bring(number + 1)
             here.after(behind)
-            found.append(scatter_and_sum(moves, halves[half].view(-1)))
+            found.append(scatter_and_sum(moves[number], halves[half].view(-1)))
             free[half] = here.mark()
         return b"".join(joined(torch.cat(found)))
 

@@ -120,7 +120,7 @@ PLANTS = (
     Plant(
         "one part after the other",
         "kvcache/device/engine.py",
-        "            if number + 1 < len(parts):\n                arrived = bring(number + 1)\n",
+        "            if number + 1 < len(starts):\n                arrived = bring(number + 1)\n",
         "            if number:\n                behind = bring(number)\n",
         f"{LOADING}::test_one_that_comes_over_the_link_does_not_wait_for_the_one_before",
         waits=True,
