@@ -41,6 +41,11 @@ class Device(Protocol):
     """Its UUID; empty: the CPU."""
     joined: Sequence[bytes]
     """Those whose memory it can use."""
+
+    @property
+    def is_stuck(self) -> bool:
+        """It answers nothing, and what it was told to copy may still be under way."""
+
     pins: bool
     """Can host memory be registered with it, for copies at the link's speed?"""
 

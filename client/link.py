@@ -75,7 +75,7 @@ class Options:
             self.token,
             wants_map,
             client,
-            writes_ended=again,
+            writes_ended=again and not (self.device is not None and self.device.is_stuck),
             hbm=device is not None or plans_for is not None,
             gpu=device.gpu if device is not None else plans_for or b"",
             joined=list(device.joined) if device is not None else [],

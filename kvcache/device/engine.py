@@ -19,19 +19,20 @@ a part of 32 MiB takes 0.6 ms on the link, and 30 us to scatter and sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import torch
 
 from kvcache.block import BlockSpec
 from kvcache.device.gather import gather_and_sum, scatter_and_sum
+from kvcache.device.line import Line
 from kvcache.device.pages import Moves, PagedCache
 from kvcache.device.pinned import Count, HostMap, Pins, along
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
-from kvcache.device.streams import Event, Stream, failed, streams_of, wait_out
-from kvcache.device.sums import joined, sum_chunks
+from kvcache.device.streams import Event
+from kvcache.device.sums import sum_chunks
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
 from kvcache.memfd import unsafe
@@ -54,6 +55,8 @@ class EngineDevice:
         self._memories = {each.uuid: each for each in (memory, *joined)}
         self._lock = threading.Lock()
         self._slabs: dict[bytes, tuple[Slab, int]] = {}
+        self.is_stuck = False
+        """The GPU answers nothing, and may still read and write what it was told to."""
 
     @classmethod
     def of(cls, device: torch.device) -> EngineDevice:
@@ -90,7 +93,7 @@ class EngineDevice:
     def close(self, incarnation: bytes) -> None:
         with self._lock:
             slab, count = self._slabs.pop(incarnation)
-            if count > 1:
+            if count > 1 or self.is_stuck:  # Unmapping would wait for it.
                 self._slabs[incarnation] = slab, count - 1
             else:
                 slab.close()
@@ -126,6 +129,11 @@ class EngineDevice:
             for slab, _ in self._slabs.values():
                 slab.lose(why)
 
+    def give_up(self, why: str) -> None:
+        """The GPU answers nothing: as ``lose``, and nothing that it may use is unmapped any more."""
+        self.is_stuck = True
+        self.lose(why)
+
 
 class TensorBlocks:
     """Blocks in ``memory``, uint8 [block, block_bytes], each row in one piece."""
@@ -137,7 +145,7 @@ class TensorBlocks:
                 f"a tensor of {memory.dtype} {tuple(memory.shape)}", "it is contiguous uint8 [n, bytes]"
             )
         self._device = device
-        self._line = _Line(memory.device)
+        self._line = Line(device, memory.device)
         self._memory = memory
         self._spec = spec
         self.check(spec)
@@ -189,7 +197,7 @@ class TensorBlocks:
     def _sums(self, first: int, count: int) -> bytes:
         size = self._spec.block_bytes
         offsets = range(first * size, (first + count) * size, size)
-        return b"".join(joined(sum_chunks(self._memory.view(-1), offsets, self._spec)))
+        return self._line.joined(sum_chunks(self._memory.view(-1), offsets, self._spec))
 
 
 class PagedBlocks:
@@ -199,7 +207,7 @@ class PagedBlocks:
         """RAISES BadInput when they are no blocks of one size (``PagedCache.moves``), or a page is named
         twice."""
         self._device = device
-        self._line = _Line(cache.device)
+        self._line = Line(device, cache.device)
         self._cache = cache
         self._pages = pages
         self._spec = cache.spec(len(pages[0]) if pages else 1)
@@ -226,7 +234,7 @@ class PagedBlocks:
             if slab.device != self._cache.device:
                 return self._loaded([[slot] for slot in slots], first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
-            return b"".join(joined(scatter_and_sum(moves, slab)))
+            return self._line.joined(scatter_and_sum(moves, slab))
 
     def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """As ``load``; the sums are of what was written."""
@@ -236,7 +244,7 @@ class PagedBlocks:
             if slab.device != self._cache.device:
                 return self._saved([[slot] for slot in slots], first)
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
-            return b"".join(joined(gather_and_sum(moves, slab)))
+            return self._line.joined(gather_and_sum(moves, slab))
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
@@ -283,7 +291,7 @@ class PagedBlocks:
             here.after(behind)
             found.append(scatter_and_sum(moves[number], halves[half].view(-1)))
             free[half] = here.mark()
-        return b"".join(joined(torch.cat(found)))
+        return self._line.joined(torch.cat(found))
 
     def _saved(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
         """Into memory elsewhere."""
@@ -294,7 +302,7 @@ class PagedBlocks:
             for slot, pieces in zip(staging, blocks[at : at + moves.block_count], strict=False):
                 for source, piece in along(slot, pieces):
                     piece.copy_(source, non_blocking=True)
-            sums += b"".join(joined(found))
+            sums += self._line.joined(found)
         return sums
 
     def _staged(self, count: int, first: int) -> tuple[list[torch.Tensor], list[tuple[int, Moves]]]:
@@ -332,55 +340,6 @@ def _fill(staging: torch.Tensor, blocks: Sequence[Sequence[torch.Tensor]]) -> No
     for slot, pieces in zip(staging, blocks, strict=False):
         for target, piece in along(slot, pieces):
             target.copy_(piece, non_blocking=True)
-
-
-class _Line:
-    """The place in the engine's work at which it was made, whichever thread goes on from there."""
-
-    def __init__(self, device: torch.device) -> None:
-        """RAISES Unavailable."""
-        self._streams = streams_of(device)
-        self._ready = self._streams.current().mark()
-        self._beside: list[Stream] = []
-        self._is_over = True
-
-    @property
-    def here(self) -> Stream:
-        """What ``told`` runs on."""
-        return self._streams.current()
-
-    def beside(self) -> Stream:
-        """Another, until ``told`` ends. REQUIRES: what is queued there is waited for in ``here``."""
-        self._beside.append(self._streams.new("link", urgent=True))
-        return self._beside[-1]
-
-    def is_over(self) -> bool:
-        """After ``told``: does nothing of it run any more? Not when even the wait for it was interrupted."""
-        return self._is_over
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Behind that place. What torch raises when the device failed is raised in our words; whatever is
-        raised, nothing that was queued runs on."""
-        current = self._streams.current()
-        current.after(self._ready)
-        self._is_over = True
-        try:
-            with torch.inference_mode():  # An engine's tensors may have been made in it.
-                yield
-        except BaseException as error:
-            self._is_over = False
-            for stream in (*self._beside, current):
-                with suppress(Unavailable):
-                    wait_out(stream.mark())
-            self._is_over = True
-            if isinstance(error, RuntimeError):
-                raise failed(error) from error
-            raise
-        finally:
-            if self._beside:
-                self._beside.clear()
-                self._streams.close()
 
 
 def _unfit(what: str, why: str) -> BadInput:

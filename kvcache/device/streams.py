@@ -13,7 +13,8 @@ Work that failed on the CPU fails the events behind it, as on a GPU. Work may wr
 made in inference mode. On CUDA each call is made with the stream's GPU current: a thread begins on GPU 0, and
 one call there would take half a GiB of it for good.
 
-The sum: 5 to 10 us of Python a call on CUDA; a wait asks every 0.05 to 1 ms.
+The sum: 5 to 10 us of Python a call on CUDA; a wait asks all the time for 0.2 ms, by when most are over, then
+every 0.05 to 1 ms.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -28,6 +30,7 @@ import torch
 
 from kvcache.errors import KVCacheError, Unavailable
 
+_SPIN_S: Final = 0.000_2
 _PAUSE_S_MIN: Final = 0.000_05
 _PAUSE_S_MAX: Final = 0.001
 _END_S: Final = 20.0
@@ -95,7 +98,10 @@ class CudaEvent:
         # torch can wait only for ever: asking leaves a way out when the device hangs.
         pause, left_s = threading.Event(), timeout_s
         pause_s = _PAUSE_S_MIN
+        until_s = time.perf_counter() + min(_SPIN_S, timeout_s)
         while not self.is_done():
+            if time.perf_counter() < until_s:
+                continue
             if left_s <= 0:
                 return False
             pause.wait(min(pause_s, left_s))

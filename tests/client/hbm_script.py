@@ -48,6 +48,7 @@ class List:
     gpu = b""
     joined = ()
     pins = False
+    is_stuck = False
 
     def __init__(self) -> None:
         self.memory = bytearray(16 * SIZE)

@@ -30,6 +30,7 @@ class Registering:
     gpu = b""
     joined = ()
     pins = True
+    is_stuck = False
 
     def __init__(self) -> None:
         self.memory: memoryview | None = None

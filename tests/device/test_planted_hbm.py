@@ -11,6 +11,7 @@ STORE = "tests/device/test_hbm_store.py"
 LEAVING = "tests/device/test_hbm_leaving.py"
 GPUS = "tests/device/test_hbm_gpus.py"
 MAKING = "tests/device/test_hbm_making.py"
+ENGINE = "tests/device/test_engine_hangs.py"
 TUNING = "tests/device/test_hbm_tuning.py"
 HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
@@ -19,6 +20,20 @@ PLANNING = "tests/device/test_hbm_planning.py"
 VLLM = "tests/client/connectors/test_vllm_hbm.py"
 
 PLANTS = (
+    Plant(
+        "an engine goes on with a GPU that failed",
+        "kvcache/device/line.py",
+        "                self._owner.lose(failure.why)\n",
+        "                pass\n",
+        f"{ENGINE}::test_one_that_failed_is_lost",
+    ),
+    Plant(
+        "an engine says that copies have ended which hang",
+        "client/link.py",
+        "again and not (self.device is not None and self.device.is_stuck)",
+        "again",
+        f"{ENGINE}::test_what_it_may_still_write_to_is_not_said_to_be_free",
+    ),
     Plant(
         "a policy changes on one GPU only",
         "server/tuning.py",

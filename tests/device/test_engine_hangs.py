@@ -1,0 +1,139 @@
+"""An engine's GPU that fails or answers nothing: it is given up once, and what it still does harms nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcache.client.link import Options
+from kvcache.device.engine import TensorBlocks
+from kvcache.device.streams import CpuEvent, CpuStreams, Stream
+from kvcache.errors import Unavailable
+from kvcache.testing.stores import SIZE
+from tests.device.hbm_rig import POISON, World, hold
+
+
+class Marked:
+    """The caller's stream, whose marks are as ``Gpu`` says. ``behind``: what it was told to come after."""
+
+    def __init__(self, gpu: Gpu, stream: Stream) -> None:
+        self._gpu = gpu
+        self._stream = stream
+        self.behind: list[object] = []
+
+    def run(self, work: object) -> None:
+        self._stream.run(work)  # type: ignore[arg-type]
+
+    def after(self, event: object) -> None:
+        self.behind.append(event)
+
+    def mark(self) -> CpuEvent:
+        event = CpuEvent()
+        if not self._gpu.hangs.is_set():
+            event.settle(self._gpu.failure)
+        return event
+
+
+class Gpu(CpuStreams):
+    """Whose events come when it does not hang, and raise once it has failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hangs = threading.Event()
+        self.failure: RuntimeError | None = None
+        self.stream = Marked(self, super().current())
+
+    def current(self) -> Marked:
+        return self.stream
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    made = Gpu()
+    monkeypatch.setattr("kvcache.device.line.streams_of", lambda device: made)
+    monkeypatch.setattr("kvcache.device.line.ANSWER_S", 0.05)
+    return made
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """Six blocks are in HBM, and below."""
+    made = World(tmp_path)
+    path = made.engine.path(6)
+    made.engine.save(path)
+    made.engine.save_below(path)
+    hold(made)
+    yield made
+    made.check()
+    made.close()
+
+
+def loaded(world: World) -> tuple[frozenset[int], TensorBlocks]:
+    """What of the six could not be had."""
+    engine = world.engine
+    lease = engine.store.lease_device(engine.handle, engine.path(6))
+    blocks = engine.blocks(torch.full((6, SIZE), POISON, dtype=torch.uint8))
+    failed = engine.store.load_device(lease, blocks)
+    engine.store.release(lease)
+    return failed, blocks
+
+
+def test_one_that_hangs_is_given_up(world: World, gpu: Gpu) -> None:
+    device = world.engine.device
+    gpu.hangs.set()
+    failed, blocks = loaded(world)
+    assert failed == frozenset(range(6))
+    assert device.is_stuck
+    assert not device.has_slab
+    assert gpu.stream.behind, "what the engine computes comes after what is under way"
+    assert not blocks._line.is_over()
+    gpu.hangs.clear()
+    assert loaded(world)[0] == frozenset(range(6)), "nobody tries it again"
+
+
+def test_what_it_may_still_write_to_is_not_said_to_be_free(world: World, gpu: Gpu) -> None:
+    device = world.engine.device
+    options = Options(world.node.node.address, device=device)
+    assert options.hello("me", again=True).writes_ended
+    gpu.hangs.set()
+    loaded(world)
+    assert not options.hello("me", again=True).writes_ended
+
+
+def test_its_map_stays(world: World, gpu: Gpu) -> None:
+    """To undo it would wait for it."""
+    device = world.engine.device
+    [(slab, _)] = device._slabs.values()
+    gpu.hangs.set()
+    loaded(world)
+    world.engine.close()
+    assert slab._memory is not None
+
+
+def test_one_that_failed_is_lost(world: World, gpu: Gpu) -> None:
+    """To all who use it, and to none it is asked again."""
+    device = world.engine.device
+    lease = world.engine.store.lease_device(world.engine.handle, world.engine.path(6))
+    blocks = world.engine.blocks(torch.full((6, SIZE), POISON, dtype=torch.uint8))
+    gpu.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert world.engine.store.load_device(lease, blocks) == frozenset(range(6))
+    world.engine.store.release(lease)
+    assert not device.has_slab
+    assert not device.is_stuck
+    with pytest.raises(Unavailable, match="illegal memory access"):
+        device.whole(lease.grants[0].incarnation)
+
+
+def test_one_that_only_lacks_memory_is_not(world: World, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as short:
+        short.setattr(TensorBlocks, "_sums", refuse)
+        assert loaded(world)[0] == frozenset(range(6))
+    assert world.engine.device.has_slab
+    assert loaded(world)[0] == frozenset()
