@@ -3,6 +3,8 @@
 A block that cannot be had from HBM, for whatever reason, is had from below: it is leased again without HBM,
 and copied from host memory. So a flipped byte, a slab that is gone or a device that will not copy from it
 costs time, and the node withdraws from HBM what was reported.
+
+The sum: 512 MiB take 10 ms on the link; before the first of its bytes and after the last, 0.5 ms of Python.
 """
 
 from __future__ import annotations
@@ -10,17 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
+from typing import Final
 
 from kvcache.client import leasing, remote
 from kvcache.client.checks import batches
 from kvcache.client.hbm import DeviceBlocks
-from kvcache.client.hbm_saving import BATCH_BYTES
 from kvcache.client.link import Context
 from kvcache.client.operations import split_sums, verified
 from kvcache.client.steps import Operation, work
 from kvcache.client.store import LEASE_MS, LEASE_WAIT_MS, Grant, Lease
 from kvcache.errors import BadInput
 from kvcache.wire import HBM
+
+LOAD_BYTES: Final = 512 << 20
+"""What is loaded in one step: an interrupt waits for no more."""
 
 
 def load(context: Context, held: Lease, into: DeviceBlocks, start: int) -> Operation[frozenset[int]]:
@@ -59,7 +64,7 @@ def _from_hbm(
     """Blocks of this grant, which goes to ``into`` from ``at`` on. Returns the positions that failed."""
     failed: set[int] = set()
     spec = held.handle.spec
-    for part in batches(positions, max(1, BATCH_BYTES // spec.block_bytes)):
+    for part in batches(positions, max(1, LOAD_BYTES // spec.block_bytes)):
         first = part[0] - grant.start
         offsets = grant.offsets[first : first + len(part)]
         copying = partial(into.load, grant.incarnation, offsets, at + part[0] - positions[0])
@@ -78,7 +83,7 @@ def _from_host(
         for at in positions
     ]
     for is_mapped, run in groupby(steps, lambda step: step[0]):
-        most = BATCH_BYTES // spec.block_bytes if is_mapped else remote.blocks_a_call(spec.block_bytes)
+        most = LOAD_BYTES // spec.block_bytes if is_mapped else remote.blocks_a_call(spec.block_bytes)
         for part in batches([position for _, position in run], max(1, most)):
             place = at + part[0] - positions[0]
             bringing = _brought(context, held, grant, part, into, place, is_mapped)
