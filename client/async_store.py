@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import AsyncChannel
-from kvcache.client import hbm_operations, hbm_saving, layered, leasing, operations
+from kvcache.client import hbm_layered, hbm_operations, hbm_saving, layered, leasing, operations
 from kvcache.client.hbm import DeviceBlocks, Mapped
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
@@ -45,6 +45,7 @@ from kvcache.client.store import (
     Lease,
     SaveHints,
 )
+from kvcache.client.writing import AsyncWriting, from_device, from_host
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
@@ -158,7 +159,7 @@ class AsyncNodeStore:
         draft = await self._run(
             lambda c: layered.begin(c, handle, prefix, blocks, parent, hints), layered.abort
         )
-        return AsyncWriting(self, draft)
+        return AsyncWriting(self._run, from_host(draft))
 
     async def persist(
         self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS
@@ -198,6 +199,19 @@ class AsyncNodeStore:
         hints: SaveHints = NO_HINTS,
     ) -> int:
         return await self._run(lambda c: hbm_saving.save(c, handle, prefix, blocks, parent, hints))
+
+    async def begin_save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> AsyncWriting:
+        draft = await self._run(
+            lambda c: hbm_layered.begin(c, handle, prefix, blocks, parent, hints), hbm_layered.abort
+        )
+        return AsyncWriting(self._run, from_device(draft))
 
     async def release(self, lease: Lease) -> None:
         if lease.grants:
@@ -319,6 +333,8 @@ class AsyncNodeStore:
         if self._running == 0:
             self._idle.set()
         ended = attached.channel.ended_by or attached.link.broken
+        if ended:
+            attached.link.end_writings()
         if ended and self._attached is attached:
             self._attached = None
             self._outage.failed(self._clock.now_ns())
@@ -365,23 +381,6 @@ class AsyncNodeStore:
             self._node = channel.welcome.node
             undo.pop_all()
         return attached
-
-
-class AsyncWriting:
-    """See ``store.Writing``."""
-
-    def __init__(self, store: AsyncNodeStore, draft: layered.Draft) -> None:
-        self._store = store
-        self._draft = draft
-
-    async def advance(self, planes: int) -> None:
-        await self._store._run(lambda context: layered.advance(context, self._draft, planes))
-
-    async def finish(self) -> int:
-        return await self._store._run(lambda context: layered.finish(context, self._draft))
-
-    async def abort(self) -> None:
-        await self._store._run(lambda context: layered.abort(context, self._draft))
 
 
 async def _ended(running: asyncio.Future[Answer]) -> asyncio.CancelledError | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.block import BlockHash, BlockSpec, NamespaceId
 from kvcache.channel import BlockingChannel
-from kvcache.client import hbm_operations, hbm_saving, layered, leasing, operations
+from kvcache.client import hbm_layered, hbm_operations, hbm_saving, layered, leasing, operations
 from kvcache.client.hbm import DeviceBlocks, Mapped
 from kvcache.client.link import (
     RECONNECT_WAIT_NS,
@@ -46,6 +46,7 @@ from kvcache.client.store import (
     Lease,
     SaveHints,
 )
+from kvcache.client.writing import BlockingWriting, from_device, from_host
 from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError
 from kvcache.namespace import Namespace
@@ -155,7 +156,7 @@ class BlockingNodeStore:
         hints: SaveHints = NO_HINTS,
     ) -> BlockingWriting:
         draft = self._run(lambda c: layered.begin(c, handle, prefix, blocks, parent, hints))
-        return BlockingWriting(self, draft)
+        return BlockingWriting(self._run, from_host(draft))
 
     def persist(self, handle: Handle, prefix: Sequence[BlockHash], wait_ms: int = PERSIST_WAIT_MS) -> int:
         return self._run(lambda context: operations.persist(context, handle, prefix, wait_ms))
@@ -192,6 +193,17 @@ class BlockingNodeStore:
         hints: SaveHints = NO_HINTS,
     ) -> int:
         return self._run(lambda c: hbm_saving.save(c, handle, prefix, blocks, parent, hints))
+
+    def begin_save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> BlockingWriting:
+        draft = self._run(lambda c: hbm_layered.begin(c, handle, prefix, blocks, parent, hints))
+        return BlockingWriting(self._run, from_device(draft))
 
     def release(self, lease: Lease) -> None:
         if lease.grants:
@@ -284,6 +296,8 @@ class BlockingNodeStore:
 
     def _leave(self, attached: _Attached) -> None:
         ended = attached.channel.ended_by or attached.link.broken
+        if ended:
+            attached.link.end_writings()
         with self._changed:
             self._running -= 1
             attached.link.running = self._running
@@ -355,20 +369,3 @@ class BlockingNodeStore:
             self._node = channel.welcome.node
             undo.pop_all()
         return attached
-
-
-class BlockingWriting:
-    """See ``store.BlockingWriting``."""
-
-    def __init__(self, store: BlockingNodeStore, draft: layered.Draft) -> None:
-        self._store = store
-        self._draft = draft
-
-    def advance(self, planes: int) -> None:
-        self._store._run(lambda context: layered.advance(context, self._draft, planes))
-
-    def finish(self) -> int:
-        return self._store._run(lambda context: layered.finish(context, self._draft))
-
-    def abort(self) -> None:
-        self._store._run(lambda context: layered.abort(context, self._draft))

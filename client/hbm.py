@@ -6,6 +6,7 @@ is what it offers who brought a device. Nothing here knows torch.
     lease_device ──► blocks in HBM, leading ──► load_device: device to device ──┐ sums on the device
                 └──► the rest as by lease ─────► load_device: host to device ───┴──► failed in HBM? the copy
                                                                                      below, block by block
+    begin_save_device ──► the same, plane by plane, while they are computed
     save_device ──► into HBM, which the node copies on into host memory before it leaves
                 └──► what HBM does not take, over the link into host memory: sums on both sides of it
 
@@ -24,10 +25,12 @@ from kvcache.client.store import (
     LEASE_WAIT_MS,
     NO_HINTS,
     BlockingStore,
+    BlockingWriting,
     BlockStore,
     Handle,
     Lease,
     SaveHints,
+    Writing,
 )
 from kvcache.errors import KVCacheError
 from kvcache.request_hints import UNKNOWN, RequestHints
@@ -89,15 +92,40 @@ class DeviceBlocks(Protocol):
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """Fill those from ``first`` on from these slots of the slab."""
 
-    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        """Copy those from ``first`` on into these slots."""
-
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """Fill those from ``first`` on from host memory, a view a block."""
 
-    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
-        """Copy those from ``first`` on into host memory, a view a block. The sums are taken on the device,
-        before the link: whether the same arrived is for the caller to find out."""
+    def into_slab(self, incarnation: bytes, offsets: Sequence[int], first: int) -> DeviceWriting:
+        """Begin to copy those from ``first`` on into these slots. RAISES Unavailable."""
+
+    def into_host(self, blocks: Sequence[memoryview], first: int) -> DeviceWriting:
+        """The same into host memory, a view a block: whether what was sent arrived is for the caller to find
+        out. RAISES Unavailable."""
+
+
+class DeviceWriting(Protocol):
+    """Blocks on their way out of the engine's memory, plane by plane, beside what the engine computes. One
+    caller at a time. All but ``end`` RAISE Unavailable when the device does not copy them."""
+
+    def advance(self, planes: int) -> None:
+        """So many leading planes of each block are ready behind what is queued now on the current stream of
+        this thread. Returns at once."""
+
+    @property
+    def is_done(self) -> bool:
+        """All planes were ready, and are copied."""
+
+    def delay_ns(self) -> int:
+        """For so long nothing more may be copied. 0: ``go_on`` has something to do, or to wait for."""
+
+    def go_on(self) -> bytes:
+        """Copy what may be copied, and wait for what is under way. Nothing is returned."""
+
+    def sums(self) -> bytes:
+        """The joined chunk sums of all blocks, taken on the device, before the link. REQUIRES: done."""
+
+    def end(self) -> None:
+        """Copy no more, and wait until nothing of it runs. May be called twice."""
 
 
 class DeviceStore(BlockStore, Protocol):
@@ -136,6 +164,18 @@ class DeviceStore(BlockStore, Protocol):
         leading blocks of ``prefix`` one of them holds now: a tier takes only what continues what it holds.
         RAISES BadInput. REQUIRES: as ``save``."""
 
+    async def begin_save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> Writing:
+        """Begin to save blocks that are being computed, as ``begin_save`` does: to the same places as
+        ``save_device``. Planes are ready behind what the current stream of this thread has queued when
+        ``advance`` is called, which waits for none of it. REQUIRES: the blocks stay until the end."""
+
 
 class BlockingDeviceStore(BlockingStore, Protocol):
     """The same for threads."""
@@ -164,6 +204,15 @@ class BlockingDeviceStore(BlockingStore, Protocol):
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int: ...
+
+    def begin_save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: DeviceBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> BlockingWriting: ...
 
 
 class Mapped:

@@ -12,17 +12,17 @@ what a copy over the link did wrong before anybody reads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
 from kvcache.block import BlockHash
 from kvcache.client import remote
 from kvcache.client.checks import check_save, joined_hashes
-from kvcache.client.hbm import DeviceBlocks
+from kvcache.client.hbm import DeviceBlocks, DeviceWriting
 from kvcache.client.link import Context
 from kvcache.client.operations import blocks_a_batch, count_saved, fill, reserve, unsaved_by
-from kvcache.client.steps import Operation, work
+from kvcache.client.steps import Operation, pause, work
 from kvcache.client.store import Handle, SaveHints
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.sums import sum_chunks
@@ -70,7 +70,7 @@ def _save_to(
 ) -> Operation[tuple[int, str]]:
     """How many leading blocks this tier holds now, and if not all, why. It is asked again for as long as it
     takes some: behind those there may be others that it holds."""
-    held, step = 0, _blocks_a_step(context, handle, tier)
+    held, step = 0, blocks_a_step(context, handle, tier)
     while held < len(prefix):
         batch = prefix[held : held + step]
         count, reason = yield from _save_batch(tier, context, handle, batch, blocks, held, parent, hints)
@@ -81,7 +81,7 @@ def _save_to(
     return held, ""
 
 
-def _blocks_a_step(context: Context, handle: Handle, tier: str) -> int:
+def blocks_a_step(context: Context, handle: Handle, tier: str) -> int:
     """Over the wire they go by way of a buffer, which is no larger than one call's."""
     size = handle.spec.block_bytes
     is_near = tier == HBM or context.link.slab is not None
@@ -125,34 +125,65 @@ def _into_hbm(
     """RAISES BadInput when the device did not copy them: the node lives, and is to be told."""
     mapped = context.link.hbm
     assert mapped is not None
-    try:
-        return (yield from work(partial(blocks.save, mapped.incarnation, reserved.offsets, at)))
-    except KVCacheError as error:
-        raise not_copied(error) from error
+    begin = partial(blocks.into_slab, mapped.incarnation, reserved.offsets, at)
+    return (yield from written(context, begun(context, begin), handle))
 
 
 def _into_host(
     context: Context, handle: Handle, reserved: Reserved, blocks: DeviceBlocks, at: int
 ) -> Operation[bytes]:
     """Into the map, or by way of a buffer over the wire. RAISES as ``_into_hbm``; Unavailable."""
-    spec, slab = handle.spec, context.link.slab
-    is_mapped = slab is not None and bool(reserved.offsets) and min(reserved.offsets) >= 0
-    if is_mapped and slab is not None:
-        views = slab.slots(reserved.offsets, spec.block_bytes)
-        slab.warm()
-    else:
-        views = [memoryview(bytearray(spec.block_bytes)) for _ in range(reserved.count)]
-    try:
-        meant = yield from work(partial(blocks.take, views, at))
-    except KVCacheError as error:
-        raise not_copied(error) from error
-    if is_mapped:
+    spec, slots = handle.spec, mapped_slots(context, handle, reserved)
+    views = slots or [memoryview(bytearray(spec.block_bytes)) for _ in range(reserved.count)]
+    meant = yield from written(context, begun(context, partial(blocks.into_host, views, at)), handle)
+    if slots:
         found = yield from work(partial(sum_chunks, views, spec.chunk_bytes))
     else:
         pieces = [[view] for view in views]
         found = yield from remote.save(reserved.reservation, pieces, spec.block_bytes, spec.chunk_bytes)
     check_arrived(context, meant, found)
     return found
+
+
+def mapped_slots(context: Context, handle: Handle, reserved: Reserved) -> list[memoryview]:
+    """What was reserved, in the map; none: it is not there."""
+    slab = context.link.slab
+    if slab is None or not reserved.offsets or min(reserved.offsets) < 0:
+        return []
+    slab.warm()
+    return slab.slots(reserved.offsets, handle.spec.block_bytes)
+
+
+def begun(context: Context, begin: Callable[[], DeviceWriting]) -> DeviceWriting:
+    """RAISES BadInput when the device will not copy."""
+    try:
+        writing = begin()
+    except KVCacheError as error:
+        raise not_copied(error) from error
+    context.link.writes(writing)
+    return writing
+
+
+def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operation[bytes]:
+    """Copy all that is left, and end. Returns the sums. RAISES BadInput as ``begun``."""
+    try:
+        writing.advance(handle.spec.plane_count)
+        while not writing.is_done:
+            if delay_ns := writing.delay_ns():
+                yield from pause(delay_ns)
+            else:
+                yield from work(writing.go_on)
+        return writing.sums()
+    except KVCacheError as error:
+        raise not_copied(error) from error
+    finally:
+        ended(context, writing)
+
+
+def ended(context: Context, writing: DeviceWriting) -> None:
+    """Nothing of it runs any more: only then may the node be told so."""
+    writing.end()
+    context.link.wrote(writing)
 
 
 def check_arrived(context: Context, meant: bytes, found: bytes) -> None:

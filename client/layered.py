@@ -99,14 +99,7 @@ def begin(
 def advance(context: Context, draft: Draft, planes: int) -> Operation[None]:
     """RAISES BadInput when ``planes`` goes back or beyond the block, and when the save has ended."""
     spec = draft.handle.spec
-    _check_open(draft)
-    if not draft.ready <= planes <= spec.plane_count:
-        raise BadInput(
-            "bad_block",
-            f"{planes} planes after {draft.ready}",
-            f"planes only become more, up to {spec.plane_count}",
-            "pass how many leading planes of every block are ready",
-        )
+    check_planes(spec, draft.ended, draft.ready, planes)
     draft.ready = planes
     reserved = _reserved(context, draft)
     fresh = planes - draft.copied
@@ -133,7 +126,7 @@ def advance(context: Context, draft: Draft, planes: int) -> Operation[None]:
 
 def finish(context: Context, draft: Draft) -> Operation[int]:
     """How many leading blocks are held now. RAISES BadInput when the save has ended."""
-    _check_open(draft)
+    check_planes(draft.handle.spec, draft.ended, draft.ready, draft.ready)
     draft.ended = True
     held, handle = 0, draft.handle
     if reserved := _reserved(context, draft):
@@ -162,10 +155,18 @@ def abort(context: Context, draft: Draft) -> Operation[None]:
 # --- helpers ------------------------------------------------------------------------------------------
 
 
-def _check_open(draft: Draft) -> None:
-    if draft.ended:
+def check_planes(spec: BlockSpec, ended: bool, ready: int, planes: int) -> None:
+    """RAISES BadInput when a save that has ended goes on, or ``planes`` goes back or beyond the block."""
+    if ended:
         raise BadInput(
             "bad_reservation", "this save has ended", "it was finished or aborted", "begin another"
+        )
+    if not ready <= planes <= spec.plane_count:
+        raise BadInput(
+            "bad_block",
+            f"{planes} planes after {ready}",
+            f"planes only become more, up to {spec.plane_count}",
+            "pass how many leading planes of every block are ready",
         )
 
 

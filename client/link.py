@@ -24,7 +24,7 @@ from pathlib import Path
 
 from kvcache.address import UnixAddress, default_address, parse
 from kvcache.block import NamespaceId
-from kvcache.client.hbm import Device, Mapped
+from kvcache.client.hbm import Device, DeviceWriting, Mapped
 from kvcache.client.local import Slab
 from kvcache.client.steps import BadReply, Call, Post
 from kvcache.client.store import Handle, Lease
@@ -108,6 +108,7 @@ class Link:
         self._lock = threading.Lock()
         self._holders: Counter[LeaseName] = Counter()  # how many Lease values name it
         self._wrong: dict[LeaseName, set[int]] = {}  # positions whose bytes failed their check
+        self._writings: list[DeviceWriting] = []  # copies from a device that may go on between operations
 
     @property
     def leases_hbm(self) -> bool:
@@ -124,6 +125,23 @@ class Link:
     def blame(self, name: LeaseName, positions: Sequence[int]) -> None:
         with self._lock:
             self._wrong.setdefault(name, set()).update(positions)
+
+    def writes(self, writing: DeviceWriting) -> None:
+        """It was begun by an operation."""
+        with self._lock:
+            self._writings.append(writing)
+
+    def wrote(self, writing: DeviceWriting) -> None:
+        """It has ended."""
+        with self._lock:
+            self._writings = [each for each in self._writings if each is not writing]
+
+    def end_writings(self) -> None:
+        """Wait until nothing writes to what this connection had reserved, and nothing more will."""
+        with self._lock:
+            left, self._writings = self._writings, []
+        for each in left:
+            each.end()
 
     def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""
@@ -152,6 +170,7 @@ class Link:
         return self.number == lease.connection
 
     def close(self) -> None:
+        self.end_writings()
         if self.slab is not None:
             self.slab.close()
         if self.hbm is not None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 import torch
@@ -51,13 +50,13 @@ class Step:
 class Copy:
     """One load or save, made by ``Copies``."""
 
-    def __init__(self, steps: Sequence[Step], stream: Stream, ready: Event, then: Then) -> None:
+    def __init__(self, steps: Sequence[Step], stream: Stream, ready: Sequence[Event], then: Then) -> None:
         self.size_bytes = sum(step.size_bytes for step in steps)
         self.failure: Unavailable | None = None
         self.steps = deque(steps)
         self.queued: list[Step] = []
         self.stream = stream
-        self.ready: Event | None = ready
+        self.ready = ready
         self.then = then
         self.event: Event | None = None
         self.is_ended = False
@@ -74,17 +73,14 @@ class Copies:
         lost: Callable[[str], None] = lambda why: None,
         inflight_bytes_max: int = INFLIGHT_BYTES_MAX,
     ) -> None:
-        """``cap``: on saves, none unless given. ``lost`` is told once when the device fails: the slab's
-        ``lose``. RAISES Unavailable."""
+        """``cap``: on saves to the host, none unless given. ``lost`` is told once when the device fails: the
+        slab's ``lose``."""
         self._clock = clock
         self._cap = cap
         self._lost = lost
         self._inflight_bytes_max = inflight_bytes_max
         self._streams = streams
-        self._lanes = {
-            (way, link): streams.new(f"{way}-{link}", urgent=way == "load")
-            for way, link in product(("load", "save"), ("host", "device"))
-        }
+        self._lanes: dict[tuple[str, str], Stream] = {}
         self._waiting: deque[Copy] = deque()
         self._running: list[Copy] = []
         self.failure: Unavailable | None = None
@@ -100,17 +96,41 @@ class Copies:
         """Towards the engine's pages, at once, after what ``engine`` has queued by now.
 
         RAISES Unavailable when the device is lost or too much is under way; ``then`` is not called."""
-        copy = self._new("load", link, steps, engine, then)
+        copy = self._new("load", link, steps, self._mark(engine), then)
         self._running.append(copy)
         self._queue(copy, len(copy.steps))
         return copy
 
     def save(self, link: Link, steps: Sequence[Step], engine: Stream, then: Then) -> Copy:
-        """Away from the engine's pages, when the cap lets it. RAISES as ``load``."""
-        copy = self._new("save", link, steps, engine, then)
-        self._waiting.append(copy)
-        self.pump()
+        """Away from the engine's pages: to the host when the cap lets it. RAISES as ``load``."""
+        return self.save_behind(link, steps, self._mark(engine), then)
+
+    def save_behind(self, link: Link, steps: Sequence[Step], behind: Sequence[Event], then: Then) -> Copy:
+        """As ``save``, after these events alone."""
+        copy = self._new("save", link, steps, behind, then)
+        if link == "host":
+            self._waiting.append(copy)
+            self.pump()
+        else:
+            self._running.append(copy)
+            self._queue(copy, len(copy.steps))
         return copy
+
+    def delay_ns(self) -> int:
+        """How long the cap lets nothing more through. 0: nothing waits for it."""
+        if self._cap is None or not self._waiting:
+            return 0
+        return self._cap.opens_in_ns(self._clock.now_ns())
+
+    def events(self) -> list[Event]:
+        """Of what runs."""
+        return [copy.event for copy in self._running if copy.event is not None]
+
+    def drop(self, copy: Copy, why: Unavailable) -> None:
+        """Queue no more of it: it fails, as soon as what is queued of it is done."""
+        if copy in self._waiting:
+            self._waiting.remove(copy)
+            self._drop(copy, why)
 
     def hold(self, copy: Copy, engine: Stream) -> None:
         """What ``engine`` queues from now on comes after the copy; nobody is blocked.
@@ -171,15 +191,26 @@ class Copies:
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _new(self, way: str, link: Link, steps: Sequence[Step], engine: Stream, then: Then) -> Copy:
-        assert steps
+    def _mark(self, engine: Stream) -> list[Event]:
         if self.failure is not None:
             raise self.failure
         try:
-            copy = Copy(steps, self._lanes[way, link], engine.mark(), then)
+            return [engine.mark()]
         except Unavailable as failure:
             self._fail(failure)
             raise
+
+    def lane(self, way: str, link: str) -> Stream:
+        """Where they run; made when it is first asked for. RAISES Unavailable."""
+        if (way, link) not in self._lanes:
+            self._lanes[way, link] = self._streams.new(f"{way}-{link}", urgent=way == "load")
+        return self._lanes[way, link]
+
+    def _new(self, way: str, link: Link, steps: Sequence[Step], behind: Sequence[Event], then: Then) -> Copy:
+        assert steps
+        if self.failure is not None:
+            raise self.failure
+        copy = Copy(steps, self.lane(way, link), behind, then)
         inflight_bytes = self.inflight_bytes
         if inflight_bytes and inflight_bytes + copy.size_bytes > self._inflight_bytes_max:
             raise _no(
@@ -191,14 +222,14 @@ class Copies:
     def _queue(self, copy: Copy, count: int) -> None:
         """The next ``count`` steps; and its event, with the last."""
         try:
-            if copy.ready is not None:
-                copy.stream.after(copy.ready)
-                copy.ready = None
+            for event in copy.ready:
+                copy.stream.after(event)
+            copy.ready = ()
             for _ in range(count):
                 step = copy.steps.popleft()
                 copy.queued.append(step)
                 copy.stream.run(step.work)
-                if self._cap is not None and copy.stream in self._saving():
+                if self._cap is not None and copy.stream is self._lanes.get(("save", "host")):
                     self._cap.spend(step.size_bytes)
         except KVCacheError as error:
             copy.failure = error if isinstance(error, Unavailable) else _no(error.what, error.why)
@@ -217,9 +248,6 @@ class Copies:
             self._waiting.remove(copy)
             self._running.append(copy)
             self._queue(copy, len(copy.steps))
-
-    def _saving(self) -> tuple[Stream, Stream]:
-        return self._lanes["save", "host"], self._lanes["save", "device"]
 
     def _settle(self) -> None:
         """End what is done. ``then`` may ask for more copies."""
@@ -254,13 +282,17 @@ class Copies:
         self.failure = self.failure or failure
         waiting, self._waiting = self._waiting, deque()
         for copy in waiting:
-            if copy.queued:
-                copy.failure = failure
-                copy.steps.clear()
-                self._running.append(copy)
-                self._queue(copy, 0)
-            else:
-                self._end(copy, failure)
+            self._drop(copy, failure)
+
+    def _drop(self, copy: Copy, failure: Unavailable) -> None:
+        """REQUIRES: it is in no list."""
+        if copy.queued:
+            copy.failure = failure
+            copy.steps.clear()
+            self._running.append(copy)
+            self._queue(copy, 0)
+        else:
+            self._end(copy, failure)
 
 
 def copy_steps(

@@ -1,8 +1,9 @@
 """An engine's side of the HBM tier: the node's slab mapped on its GPU, and where its blocks lie there.
 
     EngineDevice ── open ──► a slab by its incarnation ── close ──► unmapped, with the last tensor over it
-    TensorBlocks   flat memory, a block a row         ┐  load, save: from and to slots of the slab
-    PagedBlocks    pages of the engine's paged cache  ┘  put, take: from and to host memory
+    TensorBlocks   flat memory, a block a row         ┐  load: from slots of the slab
+    PagedBlocks    pages of the engine's paged cache  ┘  put: from host memory
+                   into_slab, into_host: planes as they are ready (``kvcache.device.saving``)
 
 What ``kvcache.client.hbm`` calls ``Device`` and ``DeviceBlocks``. Work begins behind what the engine had
 queued, on its current stream, when it made the blocks, and each call returns when it is done: the sums that
@@ -20,18 +21,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
 
 import torch
 
 from kvcache.block import BlockSpec
-from kvcache.device.gather import gather_and_sum, scatter_and_sum
+from kvcache.clock import SystemClock
+from kvcache.device.cap import Cap
+from kvcache.device.gather import scatter_and_sum
 from kvcache.device.line import Line
 from kvcache.device.pages import Moves, PagedCache
 from kvcache.device.pinned import Count, HostMap, Pins, along
+from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing, save_share_bytes_s
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
-from kvcache.device.streams import Event
+from kvcache.device.streams import Event, streams_of
 from kvcache.device.sums import sum_chunks
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
@@ -45,9 +49,18 @@ PARTS = 2
 class EngineDevice:
     """One GPU of this process. Any thread; one for all stores of the process."""
 
-    def __init__(self, memory: Memory, joined: Sequence[Memory] = (), pinned: Pins | None = None) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        joined: Sequence[Memory] = (),
+        pinned: Pins | None = None,
+        save_bytes_s: float = 0.0,
+    ) -> None:
         """``joined``: that of GPUs whose memory this one can use, best first. ``pinned``: what of host memory
-        is registered with this one."""
+        is registered with this one. ``save_bytes_s``: what saves may take of the link to the host; 0: all."""
+        self._device = memory.device
+        self._save_bytes_s = save_bytes_s
+        self._saves: Saves | None = None
         self._pinned = pinned or Pins()
         self.pins = self._pinned.possible
         self.gpu = memory.uuid
@@ -59,10 +72,13 @@ class EngineDevice:
         """The GPU answers nothing, and may still read and write what it was told to."""
 
     @classmethod
-    def of(cls, device: torch.device) -> EngineDevice:
-        """RAISES Unavailable when its memory cannot be shared between processes."""
+    def of(cls, device: torch.device, save_share: float = 1.0) -> EngineDevice:
+        """``save_share``: of what the link to the host carries (measured now, unless it is 1), so much is for
+        saves at most. RAISES BadInput when it is none, Unavailable when its memory cannot be shared between
+        processes."""
+        save_bytes_s = save_share_bytes_s(streams_of(device), SystemClock(), save_share)
         if device.type == "cpu":
-            return cls(CpuMemory())
+            return cls(CpuMemory(), save_bytes_s=save_bytes_s)
         vmm = Vmm()
         here = torch.cuda.current_device() if device.index is None else device.index
         mine = torch.device("cuda", here)  # With its number: what is joined is mapped for it.
@@ -71,7 +87,7 @@ class EngineDevice:
             for other in range(torch.cuda.device_count())
             if other != here and torch.cuda.can_device_access_peer(here, other)
         ]
-        return cls(CudaMemory(vmm, vmm.uuid(here), mine), others, Pins(vmm, here))
+        return cls(CudaMemory(vmm, vmm.uuid(here), mine), others, Pins(vmm, here), save_bytes_s)
 
     @property
     def has_slab(self) -> bool:
@@ -107,6 +123,15 @@ class EngineDevice:
     ) -> AbstractContextManager[list[list[torch.Tensor]]]:
         """Of host memory, each in the pieces that it has to be copied in. As ``Pins.used``."""
         return self._pinned.used(blocks, is_over)
+
+    def saves(self) -> Saves:
+        """Those of this device. RAISES Unavailable."""
+        with self._lock:
+            if self._saves is None:
+                clock = SystemClock()
+                cap = Cap(self._save_bytes_s, clock.now_ns()) if self._save_bytes_s else None
+                self._saves = Saves(streams_of(self._device), clock, cap, self.lose)
+            return self._saves
 
     def whole(self, incarnation: bytes) -> torch.Tensor:
         """All of the slab, uint8 [bytes]. RAISES Unavailable when it is not mapped, or lost."""
@@ -166,14 +191,6 @@ class TensorBlocks:
                 row.copy_(slot, non_blocking=True)
             return self._sums(first, len(offsets))
 
-    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        """As ``load``; the sums are of what was to be written."""
-        slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
-        with self._line.told():
-            for row, slot in zip(self._rows(first, len(offsets)), slots, strict=True):
-                slot.copy_(row, non_blocking=True)
-            return self._sums(first, len(offsets))
-
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
         with self._device.host(blocks, self._line.is_over) as cut, self._line.told():
@@ -182,13 +199,20 @@ class TensorBlocks:
                     part.copy_(piece, non_blocking=True)
             return self._sums(first, len(blocks))
 
-    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
+    def into_slab(self, incarnation: bytes, offsets: Sequence[int], first: int) -> Writing:
         """RAISES Unavailable."""
-        with self._device.host(blocks, self._line.is_over) as cut, self._line.told():
-            for row, pieces in zip(self._rows(first, len(blocks)), cut, strict=True):
-                for part, piece in along(row, pieces):
-                    piece.copy_(part, non_blocking=True)
-            return self._sums(first, len(blocks))
+        slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
+        way = Rows(self._spec, self._rows(first, len(offsets)), [[slot] for slot in slots], "device")
+        return Writing(self._device.saves(), way, [self._line.ready])
+
+    def into_host(self, blocks: Sequence[memoryview], first: int) -> Writing:
+        """RAISES Unavailable."""
+        with ExitStack() as using:
+            cut = using.enter_context(self._device.host(blocks, lambda: True))
+            way = Rows(self._spec, self._rows(first, len(blocks)), cut, "host")
+            made = Writing(self._device.saves(), way, [self._line.ready])
+            made.closing = using.pop_all().close
+            return made
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
         assert 0 <= first <= len(self._memory) - count
@@ -236,25 +260,32 @@ class PagedBlocks:
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
             return self._line.joined(scatter_and_sum(moves, slab))
 
-    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        """As ``load``; the sums are of what was written."""
-        slab = self._device.whole(incarnation)
-        slots = _slots(slab, offsets, self._spec.block_bytes)
-        with self._line.told():
-            if slab.device != self._cache.device:
-                return self._saved([[slot] for slot in slots], first)
-            moves = self._cache.moves(offsets, self._some(first, len(offsets)))
-            return self._line.joined(gather_and_sum(moves, slab))
-
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         """RAISES Unavailable."""
         with self._device.host(blocks, self._line.is_over) as cut, self._line.told():
             return self._loaded(cut, first)
 
-    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
+    def into_slab(self, incarnation: bytes, offsets: Sequence[int], first: int) -> Writing:
         """RAISES Unavailable."""
-        with self._device.host(blocks, self._line.is_over) as cut, self._line.told():
-            return self._saved(cut, first)
+        slab = self._device.whole(incarnation)
+        slots = [[slot] for slot in _slots(slab, offsets, self._spec.block_bytes)]
+        if slab.device != self._cache.device:
+            return self._writing(offsets, first, lambda moves: Staged(moves, slots, "device"))
+        return self._writing(offsets, first, lambda moves: Paged(moves, slab))
+
+    def into_host(self, blocks: Sequence[memoryview], first: int) -> Writing:
+        """RAISES Unavailable."""
+        with ExitStack() as using:
+            cut = using.enter_context(self._device.host(blocks, lambda: True))
+            ends = range(0, len(blocks) * self._spec.block_bytes, self._spec.block_bytes)
+            made = self._writing(ends, first, lambda moves: Staged(moves, cut, "host"))
+            made.closing = using.pop_all().close
+            return made
+
+    def _writing(self, offsets: Sequence[int], first: int, by: Callable[[Moves], Way]) -> Writing:
+        with self._line.told():
+            moves = self._cache.moves(offsets, self._some(first, len(offsets)))
+        return Writing(self._device.saves(), by(moves), [self._line.ready, self._line.here.mark()])
 
     def _loaded(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
         """From memory elsewhere, each uint8 [block_bytes] in pieces: of the host, or of a GPU joined to this
@@ -292,32 +323,6 @@ class PagedBlocks:
             found.append(scatter_and_sum(moves[number], halves[half].view(-1)))
             free[half] = here.mark()
         return self._line.joined(torch.cat(found))
-
-    def _saved(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
-        """Into memory elsewhere."""
-        sums = b""
-        (staging, *_), parts = self._staged(len(blocks), first)
-        for at, moves in parts:
-            found = gather_and_sum(moves, staging.view(-1))
-            for slot, pieces in zip(staging, blocks[at : at + moves.block_count], strict=False):
-                for source, piece in along(slot, pieces):
-                    piece.copy_(source, non_blocking=True)
-            sums += self._line.joined(found)
-        return sums
-
-    def _staged(self, count: int, first: int) -> tuple[list[torch.Tensor], list[tuple[int, Moves]]]:
-        """Memory of the device to go by way of, each uint8 [block, block_bytes]; and the parts, that fit each
-        of them: where it begins, and its moves."""
-        size = self._spec.block_bytes
-        step = max(1, min(count, STAGING_BYTES // PARTS // size))
-        starts = range(0, count, step)
-        parts = [
-            (at, self._cache.moves(range(0, len(some) * size, size), some))
-            for at in starts
-            if (some := self._some(first + at, min(step, count - at)))
-        ]
-        shape = (min(PARTS, len(parts)), step, size)
-        return list(torch.empty(shape, dtype=torch.uint8, device=self._cache.device)), parts
 
     def _some(self, first: int, count: int) -> Sequence[Sequence[int]]:
         assert 0 <= first <= len(self._pages) - count

@@ -210,8 +210,12 @@ class CpuStream:
             self._settle_rest()
         return event
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """After what is queued. Waits for nothing."""
         self._queue.put(None)
+
+    def close(self) -> None:
+        self.end()
         self._thread.join(_END_S)
 
     def _serve(self) -> None:
@@ -279,6 +283,10 @@ class CpuStreams:
     def close(self) -> None:
         while self._streams:
             self._streams.pop().close()
+
+    def __del__(self) -> None:
+        for stream in self._streams:  # Their threads wait for work, and hold nothing else.
+            stream.end()
 
 
 def streams_of(device: torch.device) -> Streams:

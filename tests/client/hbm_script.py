@@ -43,7 +43,8 @@ COUNT = 6
 
 class List:
     """A device whose memory is a bytearray. ``failing``: how many of its copies from now on do not work.
-    ``flips``: its link gives one bit wrong. ``lost``: it knows that it failed."""
+    ``flips``: its link gives one bit wrong. ``lost``: it knows that it failed. ``going``: all saves that were
+    begun; the next may go on after ``delay_ns``."""
 
     gpu = b""
     joined = ()
@@ -55,6 +56,8 @@ class List:
         self.opened: list[bytes] = []
         self.failing = 0
         self.flips = self.lost = False
+        self.going: list[Going] = []
+        self.delay_ns = 0
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         self.opened.append(slab.incarnation)
@@ -67,6 +70,11 @@ class List:
 
     def is_lost(self, incarnation: bytes) -> bool:
         return self.lost
+
+    def copied(self) -> None:
+        if self.failing:
+            self.failing -= 1
+            raise Unavailable("unavailable", "the device failed under a copy", "it fell off the bus")
 
 
 class Blocks:
@@ -87,33 +95,70 @@ class Blocks:
         self._try(incarnation)
         return self.put([memoryview(self.device.memory)[at : at + SIZE] for at in offsets], first)
 
-    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        self._try(incarnation)
-        for place, at in zip(self.places[first:], offsets, strict=False):
-            self.device.memory[at : at + SIZE] = place
-        return sum_chunks(self.places[first : first + len(offsets)], SPEC.chunk_bytes)
+    def into_slab(self, incarnation: bytes, offsets: Sequence[int], first: int) -> Going:
+        assert incarnation in self.device.opened
+        slots = [memoryview(self.device.memory)[at : at + SIZE] for at in offsets]
+        return Going(self.device, self.places[first : first + len(offsets)], slots)
+
+    def into_host(self, blocks: Sequence[memoryview], first: int) -> Going:
+        return Going(self.device, self.places[first : first + len(blocks)], blocks, crosses=True)
 
     def put(self, blocks: Sequence[memoryview], first: int) -> bytes:
         for place, block in zip(self.places[first:], blocks, strict=False):
             place[:] = block
         return sum_chunks(self.places[first : first + len(blocks)], SPEC.chunk_bytes)
 
-    def take(self, blocks: Sequence[memoryview], first: int) -> bytes:
-        self._copied()
-        for place, block in zip(self.places[first:], blocks, strict=False):
-            block[:] = place
-        if self.device.flips:
-            blocks[-1][7] ^= 1
-        return sum_chunks(self.places[first : first + len(blocks)], SPEC.chunk_bytes)
-
     def _try(self, incarnation: bytes) -> None:
         assert incarnation in self.device.opened
-        self._copied()
+        self.device.copied()
 
-    def _copied(self) -> None:
-        if self.device.failing:
-            self.device.failing -= 1
-            raise Unavailable("unavailable", "the device failed under a copy", "it fell off the bus")
+
+class Going:
+    """Blocks that are being saved: each ``go_on`` copies one plane of all, when the device lets it."""
+
+    def __init__(
+        self,
+        device: List,
+        places: Sequence[bytearray],
+        targets: Sequence[memoryview],
+        *,
+        crosses: bool = False,
+    ) -> None:
+        self.device, self.places, self.targets, self.crosses = device, places, targets, crosses
+        self.ready = self.planes = 0
+        self.ended = False
+        device.going.append(self)
+
+    def advance(self, planes: int) -> None:
+        assert not self.ended
+        self.ready = planes
+
+    @property
+    def is_done(self) -> bool:
+        return self.planes == SPEC.plane_count
+
+    def delay_ns(self) -> int:
+        delay_ns, self.device.delay_ns = self.device.delay_ns, 0
+        return delay_ns
+
+    def go_on(self) -> bytes:
+        self.device.copied()
+        assert not self.ended
+        assert self.planes < self.ready
+        span = slice(self.planes * SPEC.plane_bytes, (self.planes + 1) * SPEC.plane_bytes)
+        for place, target in zip(self.places, self.targets, strict=True):
+            target[span] = place[span]
+        self.planes += 1
+        if self.device.flips and self.crosses:
+            self.targets[-1][7 + self.planes] ^= 1
+        return b""
+
+    def sums(self) -> bytes:
+        assert self.is_done
+        return sum_chunks(self.places, SPEC.chunk_bytes)
+
+    def end(self) -> None:
+        self.ended = True
 
 
 class Rig:
@@ -131,6 +176,7 @@ class Rig:
         self.context.link.slab = Slab(self.descriptor, 16 * SIZE)
         self.context.link.hbm = Mapped(self.device, SLAB, -1) if on_device else None
         self.asked: list[Request] = []
+        self.pauses_ms: list[float] = []
         self.leases = 0
         self.below = COUNT
         self.held, self.room = 1, COUNT
@@ -144,6 +190,7 @@ class Rig:
             return script.drive(operation, cancel_at)
         finally:
             self.asked += script.asked
+            self.pauses_ms += script.pauses_ms
 
     def answer(self, request: Request) -> Reply:
         match request:

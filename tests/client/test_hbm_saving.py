@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvcache.clock import NS_PER_MS
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.sums import sum_chunks
 from kvcache.testing.stores import SIZE, SPEC
@@ -136,3 +137,11 @@ def test_a_save_that_is_cancelled_leaves_no_reservation_behind() -> None:
             continue
         break
     assert step > 5
+
+
+def test_a_save_waits_until_the_device_lets_it() -> None:
+    rig = Rig(on_device=False)
+    rig.device.delay_ns = 5 * NS_PER_MS
+    assert rig.save() == COUNT
+    assert rig.pauses_ms == [5]
+    assert [going.ended for going in rig.device.going] == [True]

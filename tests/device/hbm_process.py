@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcache.device.engine import TensorBlocks
+from kvcache.device.saving import Writing
 from kvcache.testing.stores import SPEC
 from tests.device.hbm_rig import Engine
 
@@ -18,17 +19,20 @@ torch.set_num_threads(1)
 
 
 class Stalling(TensorBlocks):
-    """Copies the first half of the blocks, and then waits."""
+    """Copies the first half of the blocks (of their planes, when it saves), and then waits."""
 
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         super().load(incarnation, offsets[: len(offsets) // 2], first)
         stall()
         return super().load(incarnation, offsets, first)
 
-    def save(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
-        super().save(incarnation, offsets[: len(offsets) // 2], first)
+    def into_slab(self, incarnation: bytes, offsets: Sequence[int], first: int) -> Writing:
+        writing = super().into_slab(incarnation, offsets, first)
+        writing.advance(SPEC.plane_count // 2)
+        while writing._running():
+            writing.go_on()
         stall()
-        return super().save(incarnation, offsets, first)
+        return writing
 
 
 def say(text: object) -> None:

@@ -14,6 +14,7 @@ import torch
 from kvcache.device.cap import Cap
 from kvcache.device.copies import Copies, Copy, Step, copy_steps
 from kvcache.device.pinned import Pinned
+from kvcache.device.saving import Writing
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab
 from kvcache.device.streams import Event, Stream, streams_of
 from kvcache.device.vmm import Vmm
@@ -98,7 +99,7 @@ class Rig:
 
     def lane(self, name: str) -> Stream:
         way, link = name.split()
-        return self.copies._lanes[way, link]
+        return self.copies.lane(way, link)
 
     def until(self, copies: Sequence[Copy]) -> None:
         assert self.copies.wait(copies, PATIENCE_S)
@@ -164,6 +165,17 @@ def value_of(tensor: torch.Tensor) -> int:
     """The one value of every byte; -1 when they differ."""
     first = int(tensor[0])
     return first if bool((tensor == first).all()) else -1
+
+
+def written(writing: Writing) -> bytes:
+    """All of it: the sums."""
+    writing.advance(writing._way.spec.plane_count)
+    while not writing.is_done:
+        assert not writing.delay_ns()
+        writing.go_on()
+    sums = writing.sums()
+    writing.end()
+    return sums
 
 
 def seeded(seed: int) -> random.Random:

@@ -17,6 +17,7 @@ from kvcache.testing.stores import SIZE, SPEC
 from kvcache.wire_hbm import HbmSlab
 from tests.device.engine_cache import Shape, engine, slab_bytes
 from tests.device.hbm_rig import POISON
+from tests.device.rigs import written
 
 SLOTS = 8
 
@@ -126,7 +127,7 @@ class TestSlabs:
 class TestTensors:
     def test_only_what_is_named_is_written(self, owner: Owner, device: EngineDevice) -> None:
         blocks = TensorBlocks(device, content(4), SPEC)
-        sums = blocks.save(owner.name, [5 * SIZE, SIZE], 2)
+        sums = written(blocks.into_slab(owner.name, [5 * SIZE, SIZE], 2))
         assert sums == sum_chunks(rows(content(4)[2:]), SPEC.chunk_bytes)
         whole = slab_bytes(SLOTS * SIZE, [5 * SIZE, SIZE], rows(content(4)[2:]))
         assert owner.memory.numpy().tobytes() == whole
@@ -145,7 +146,7 @@ class TestTensors:
     @pytest.mark.parametrize("offset", [-1, (SLOTS - 1) * SIZE + 1, 1 << 40])
     def test_a_slot_outside_of_the_slab(self, owner: Owner, device: EngineDevice, offset: int) -> None:
         blocks = TensorBlocks(device, content(1), SPEC)
-        for do in (blocks.load, blocks.save):
+        for do in (blocks.load, blocks.into_slab):
             with pytest.raises(Unavailable, match="not in it"):
                 do(owner.name, [offset], 0)
         assert rows(content(1)) == rows(blocks._memory)
@@ -167,7 +168,7 @@ class TestTensors:
         with torch.inference_mode():
             blocks = TensorBlocks(device, content(2), SPEC)
             into = TensorBlocks(device, torch.zeros(2, SIZE, dtype=torch.uint8), SPEC)
-        sums = blocks.save(owner.name, [0, SIZE], 0)
+        sums = written(blocks.into_slab(owner.name, [0, SIZE], 0))
         assert into.load(owner.name, [0, SIZE], 0) == sums
         assert into.put([memoryview(bytearray(row)) for row in rows(content(2))], 0) == sums
 
@@ -232,7 +233,7 @@ class TestPages:
         monkeypatch.setattr("kvcache.device.engine.STAGING_BYTES", 2 * SIZE)
         cache, pages = engine("flashinfer_hnd", self.SHAPE), [[6], [1], [4]]
         offsets, saved = [0, 3 * SIZE, SIZE], cache.blocks([[6], [1], [4]])
-        sums = PagedBlocks(device, cache.cache, pages).save(owner.name, offsets, 0)
+        sums = written(PagedBlocks(device, cache.cache, pages).into_slab(owner.name, offsets, 0))
         assert sums == sum_chunks(saved, SPEC.chunk_bytes)
         assert owner.memory.numpy().tobytes() == slab_bytes(SLOTS * SIZE, offsets, saved)
         cache.check_memory()
@@ -244,7 +245,7 @@ class TestPages:
     def test_pages_that_were_made_in_inference_mode(self, owner: Owner, device: EngineDevice) -> None:
         with torch.inference_mode():
             cache = engine("flashinfer_hnd", self.SHAPE)
-        sums = PagedBlocks(device, cache.cache, [[6], [1]]).save(owner.name, [0, SIZE], 0)
+        sums = written(PagedBlocks(device, cache.cache, [[6], [1]]).into_slab(owner.name, [0, SIZE], 0))
         moved = cache.blocks([[6], [1]])
         assert PagedBlocks(device, cache.cache, [[2], [3]]).load(owner.name, [0, SIZE], 0) == sums
         cache.put([[2], [3]], moved, 0, SPEC.plane_count)
@@ -258,7 +259,7 @@ class TestPages:
     def test_some_of_the_blocks(self, owner: Owner, device: EngineDevice) -> None:
         cache = engine("flashinfer_hnd", self.SHAPE)
         blocks = PagedBlocks(device, cache.cache, [[6], [1], [4]])
-        blocks.save(owner.name, [0, 3 * SIZE], 1)
+        written(blocks.into_slab(owner.name, [0, 3 * SIZE], 1))
         assert owner.memory.numpy().tobytes() == slab_bytes(
             SLOTS * SIZE, [0, 3 * SIZE], cache.blocks([[1], [4]])
         )

@@ -94,8 +94,8 @@ PLANTS = (
     Plant(
         "what was queued runs on behind an error",
         "kvcache/device/engine.py",
-        "                wait_out(current.mark())\n",
-        "                pass\n",
+        "                    wait_out(stream.mark())\n",
+        "                    pass\n",
         "tests/device/test_engine.py::TestTensors::test_nothing_runs_on_behind_an_error",
     ),
     Plant(

@@ -16,8 +16,11 @@ TUNING = "tests/device/test_hbm_tuning.py"
 HANGS = "tests/device/test_hbm_hangs.py"
 CLIENT = "tests/client/test_hbm_operations.py"
 SAVING = "tests/client/test_hbm_saving.py"
+BESIDE = "tests/device/test_saving.py"
+LAYERED = "tests/device/test_hbm_layered.py"
 PLANNING = "tests/device/test_hbm_planning.py"
 VLLM = "tests/client/connectors/test_vllm_hbm.py"
+PAGES = "tests/device/test_vllm_pages.py"
 
 PLANTS = (
     Plant(
@@ -158,21 +161,6 @@ PLANTS = (
         f"{STORE}::TestWhoGetsWhat::test_another_tenants_engine_gets_none",
     ),
     Plant(
-        "two who ask at once make two slabs",
-        "server/hbm.py",
-        "        if gpu not in self._making:\n",
-        "        if True:\n",
-        f"{MAKING}::test_two_who_ask_at_once_share_one",
-    ),
-    Plant(
-        "engines wait for a GPU that did not answer again and again",
-        "server/hbm.py",
-        "        if self._is_closed or gpu in self._late:\n",
-        "        if self._is_closed:\n",
-        f"{MAKING}::test_who_waited_too_long_has_host_memory_now_and_hbm_next_time",
-        waits=True,
-    ),
-    Plant(
         "who plans leases in anybody's slab",
         "server/hbm.py",
         "is not None and arena.serves(name, gpu) else NO_HBM\n",
@@ -192,6 +180,21 @@ PLANTS = (
         "            self._mapped()\n            lease",
         "            lease",
         f"{PLANNING}::test_it_neither_writes_nor_reports",
+    ),
+    Plant(
+        "two who ask at once make two slabs",
+        "server/hbm.py",
+        "        if gpu not in self._making:\n",
+        "        if True:\n",
+        f"{MAKING}::test_two_who_ask_at_once_share_one",
+    ),
+    Plant(
+        "engines wait for a GPU that did not answer again and again",
+        "server/hbm.py",
+        "        if self._is_closed or gpu in self._late:\n",
+        "        if self._is_closed:\n",
+        f"{MAKING}::test_who_waited_too_long_has_host_memory_now_and_hbm_next_time",
+        waits=True,
     ),
     Plant(
         "a GPU that does not answer is waited for",
@@ -221,6 +224,27 @@ PLANTS = (
         "self._store.lease_device if hbm and self._device is not None else self._store.lease\n",
         "self._store.lease\n",
         f"{VLLM}::TestWorker::test_it_takes_part_in_the_lease_and_moves_by_its_device",
+    ),
+    Plant(
+        "vLLM's pages are read before what the engine had queued is done",
+        "client/connectors/vllm_pages.py",
+        "        self._streams.current().after(behind)\n",
+        "",
+        f"{PAGES}::test_pages_are_read_behind_what_the_engine_had_queued",
+    ),
+    Plant(
+        "the pages of vLLM's kernels are taken for those of its scheduler",
+        "client/connectors/vllm_pages.py",
+        "[block_id * self._pieces + piece for piece in pieces]",
+        "[block_id + piece for piece in pieces]",
+        f"{PAGES}::test_there_and_back_between_engines_whose_pages_differ",
+    ),
+    Plant(
+        "layers are published before they are computed",
+        "client/connectors/vllm_stream.py",
+        "        self._moves.follow(behind)\n        del",
+        "        del",
+        f"{VLLM}::TestWorker::test_layers_are_copied_behind_those_that_compute_them",
     ),
     Plant(
         "a vLLM scheduler is not told that a worker lacks HBM",
@@ -267,8 +291,8 @@ PLANTS = (
     Plant(
         "saved to a GPU that this engine cannot read",
         "client/hbm_saving.py",
-        "    if mapped is not None and not mapped.is_lost:\n",
-        "    if mapped is not None:\n",
+        " and not mapped.is_lost",
+        "",
         f"{SAVING}::test_a_device_that_is_lost_is_not_saved_to",
     ),
     Plant(
@@ -280,12 +304,71 @@ PLANTS = (
     ),
     Plant(
         "blocks saved from pages are summed as they were in the slab before",
-        "kvcache/device/engine.py",
-        '            return b"".join(joined(gather_and_sum(moves, slab)))\n',
-        '            found = b"".join(joined(sum_chunks(slab, offsets, self._spec)))\n'
-        "            gather_and_sum(moves, slab)\n"
-        "            return found\n",
+        "kvcache/device/saving.py",
+        "            found = gather_and_sum(self.moves, self.slab, piece.first, piece.last)\n",
+        "            at = self.moves.offsets.tolist()\n"
+        "            found = sum_chunks(self.slab, at, self.spec, piece.first, piece.last)\n"
+        "            gather_and_sum(self.moves, self.slab, piece.first, piece.last)\n",
         f"{STORE}::TestThereAndBack::test_into_pages_of_an_engine",
+    ),
+    Plant(
+        "planes are copied before they are computed",
+        "kvcache/device/saving.py",
+        "        self._behind = [*self._behind, self._saves.streams.current().mark()]\n",
+        "",
+        f"{BESIDE}::test_a_plane_is_copied_behind_what_the_engine_computes_it_with[slab]",
+        waits=True,
+    ),
+    Plant(
+        "staging memory is given back under a copy",
+        "kvcache/device/saving.py",
+        "        return steps, partial(staging.give, part)\n",
+        "        staging.give(part)\n        return steps, lambda: None\n",
+        f"{BESIDE}::test_others_that_hold_all_staging_memory_are_waited_for",
+    ),
+    Plant(
+        "the end of a save does not wait for its copies",
+        "kvcache/device/saving.py",
+        "if copy.event is not None]\n        for event in events:\n            with suppress(Unavailable):\n",
+        "if False]\n        for event in events:\n            with suppress(Unavailable):\n",
+        f"{BESIDE}::test_after_the_end_nothing_is_written",
+    ),
+    Plant(
+        "saves are held to no cap",
+        "kvcache/device/copies.py",
+        "                    self._cap.spend(step.size_bytes)\n",
+        "                    pass\n",
+        f"{BESIDE}::test_the_cap_holds_what_crosses_the_link_and_nothing_else",
+        waits=True,
+    ),
+    Plant(
+        "what is given up is summed as far as it came",
+        "kvcache/device/saving.py",
+        "                self._failure = self._failure or given_up\n",
+        "                pass\n",
+        f"{BESIDE}::test_after_the_end_nothing_is_written",
+    ),
+    Plant(
+        "a new connection says that writes have ended while they run",
+        "client/blocking_store.py",
+        "            attached.link.end_writings()\n        with self._changed:\n",
+        "            pass\n        with self._changed:\n",
+        f"{LAYERED}::test_no_connection_says_that_writes_have_ended_before_they_have",
+        waits=True,
+    ),
+    Plant(
+        "slots are given back while they are written",
+        "client/hbm_layered.py",
+        "        hbm_saving.ended(context, begun.writing)\n        yield",
+        "        yield",
+        "tests/client/test_hbm_layered.py::test_nothing_is_given_back_before_its_copies_have_ended",
+    ),
+    Plant(
+        "what came over the link plane by plane is believed",
+        "client/hbm_layered.py",
+        "        hbm_saving.check_arrived(context, meant, found)\n",
+        "",
+        "tests/client/test_hbm_layered.py::test_what_the_link_gives_wrong_is_never_committed",
     ),
 )
 
