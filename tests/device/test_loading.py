@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from kvcache.device import engine as module
+from kvcache.device import line
 from kvcache.device.engine import EngineDevice, PagedBlocks
 from kvcache.device.pages import Moves
 from kvcache.device.slab import CpuMemory
-from kvcache.device.streams import CpuStream, CpuStreams, Event, wait_out
+from kvcache.device.streams import CpuStream, CpuStreams, Event
 from kvcache.errors import Unavailable
 from kvcache.sums import sum_chunks
 from kvcache.testing.stores import SIZE, SPEC
@@ -33,6 +35,7 @@ class Link:
         self.changed = threading.Condition()
         self.asked = threading.Semaphore(0)
         self.streams: list[Gated] = []
+        self.is_failing = False
 
     def until(self, copied: int) -> None:
         with self.changed:
@@ -59,6 +62,25 @@ class Gated(CpuStream):
 
         super().run(later)
 
+    def mark(self) -> Event:
+        return Mark(self._link, super().mark())
+
+
+@dataclass
+class Mark:
+    """Once something failed, the link goes on only for who waits for it."""
+
+    link: Link
+    event: Event
+
+    def is_done(self) -> bool:
+        return self.event.is_done()
+
+    def wait(self, timeout_s: float) -> bool:
+        if self.link.is_failing:
+            self.link.gate.release()
+        return self.event.wait(timeout_s)
+
 
 class Streams(CpuStreams):
     def __init__(self, link: Link) -> None:
@@ -77,7 +99,7 @@ class Streams(CpuStreams):
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     made = Link()
-    monkeypatch.setattr(module, "streams_of", lambda device: Streams(made))
+    monkeypatch.setattr(line, "streams_of", lambda device: Streams(made))
     monkeypatch.setattr(module, "STAGING_BYTES", 2 * SIZE)
     yield made
     made.open()
@@ -132,16 +154,11 @@ def test_what_is_under_way_is_waited_for_when_it_fails(
         nonlocal calls
         calls += 1
         if calls == 2:  # The third part is under way.
+            link.is_failing = True
             raise torch.OutOfMemoryError("CUDA out of memory")
         return moved(moves, slab)
 
-    def waited(event: Event) -> None:
-        if not event.is_done():
-            link.gate.release()
-        wait_out(event)
-
     monkeypatch.setattr(module, "scatter_and_sum", refuse)
-    monkeypatch.setattr(module, "wait_out", waited)
     loading, _ = begin(pool, cache)
     link.gate.release(2)
     with pytest.raises(Unavailable, match="failed under a copy"):

@@ -111,9 +111,9 @@ PLANTS = (
     ),
     Plant(
         "what is under way on the link runs on behind an error",
-        "kvcache/device/engine.py",
-        "            for stream in (*self._beside, current):\n",
-        "            for stream in (current,):\n",
+        "kvcache/device/line.py",
+        "            self._is_over = self._have_ended(*self._beside, current)\n",
+        "            self._is_over = self._have_ended(current)\n",
         f"{LOADING}::test_what_is_under_way_is_waited_for_when_it_fails",
         waits=True,
     ),
