@@ -93,9 +93,9 @@ PLANTS = (
     ),
     Plant(
         "what was queued runs on behind an error",
-        "kvcache/device/engine.py",
-        "                    wait_out(stream.mark())\n",
-        "                    pass\n",
+        "kvcache/device/line.py",
+        "            self._is_over = self._have_ended(*self._beside, current)\n",
+        "            self._is_over = True\n",
         "tests/device/test_engine.py::TestTensors::test_nothing_runs_on_behind_an_error",
     ),
     Plant(
