@@ -186,12 +186,16 @@ class KVCacheConnector(KVConnectorBase_V1):
         attachment = self._attachment(self._vllm_config, [rank])
         pages = CpuPages(kv_caches, self._layers, attachment.spec)
         device = None
-        if self._settings.hbm and (gpu := device_for(pages.device)) is not None:
-            self._gpu, device = gpu, DevicePages(gpu, pages.cache())
+        if self._settings.hbm:
+            self._gpu = device_for(kv_caches[self._layers[0]].device)
+            device = DevicePages(self._gpu, kv_caches, self._layers, attachment.spec)
         self._worker = WorkerSide(attachment, Moves(attachment, pages, device), self._clock, self._tally)
 
     def get_handshake_metadata(self) -> KVCacheHandshake | None:
-        return KVCacheHandshake(self._gpu.gpu) if self._gpu is not None else None
+        if self._gpu is None:
+            return None
+        self._working.connect()
+        return KVCacheHandshake(self._gpu.gpu)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

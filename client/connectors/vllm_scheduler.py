@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 STEP_BUDGET_NS = 50 * NS_PER_MS
 LEASE_RENEW_NS = 10 * NS_PER_S
+STREAM_BLOCKS_MIN = 4
+"""Fewer new blocks are not worth a step of layers for the engine's own sake: all are copied after it."""
 FAULTS = ("missed_calls:", "ended:", "refused_connects")
 
 
@@ -368,17 +370,17 @@ class SchedulerSide:
         pages = tuple(pages_of(request_id)[state.saved : full])
         assert len(pages) == full - state.saved, f"{len(pages)} pages for {full - state.saved} blocks"
         parent = hashes[state.saved - 1] if state.saved else b""
-        prefill = state.handoff.do == "prefill"
+        prefill, hbm = state.handoff.do == "prefill", self._takes_hbm(state)
         job = SaveJob(
             request_id,
             parent,
             b"".join(hashes[state.saved : full]),
             state.saved,
             pages,
-            streams=prefill and self._streams,
+            streams=self._streams and (prefill or (hbm and len(pages) >= STREAM_BLOCKS_MIN)),
             push=state.handoff.push_to if prefill else "",
             hints=state.hints,
-            hbm=self._takes_hbm(state),
+            hbm=hbm,
         )
         state.saved = full
         state.issued += len(handles)

@@ -24,6 +24,7 @@ from kvcache.client.store import SaveHints
 if TYPE_CHECKING:
     from kvcache.client.connectors.attach import Attachment
     from kvcache.client.store import BlockingWriting
+    from kvcache.device.streams import Event
 
 BATCH_BYTES = 32 << 20
 """About so much is copied at once, so that a load never waits for more."""
@@ -33,11 +34,13 @@ _log = logging.getLogger(__name__)
 
 
 class StepStream:
-    """The streaming saves of one step and how far each is. Two threads use it, under one lock."""
+    """The streaming saves of one step and how far each is. Two threads use it, under one lock. ``ready``
+    layers are computed behind ``behind``, a place in what the engine has queued."""
 
-    def __init__(self, jobs: Sequence[SaveJob]) -> None:
+    def __init__(self, jobs: Sequence[SaveJob], behind: Event | None = None) -> None:
         self.jobs = tuple(jobs)
         self.ready = 0
+        self.behind = behind
         self._done = [_NOT_BEGUN] * len(jobs)
 
     def take(self, plane_bytes: int) -> tuple[SaveJob, int] | None:
@@ -65,20 +68,16 @@ class Drafts:
         self._moves = moves
         self._open: dict[tuple[str, int], _Draft] = {}
 
-    def advance(self, job: SaveJob, planes: int) -> bool:
-        """Begin, or go on up to ``planes``. False: it raised."""
+    def advance(self, job: SaveJob, planes: int, behind: Event | None) -> bool:
+        """Begin, or go on up to ``planes``, which are computed behind that. False: it raised."""
         try:
             draft = self._open.get(_key(job))
             if draft is not None:
-                draft.planes = planes
-                draft.writing.advance(planes)
+                self._go_on(draft, planes, behind)
             elif planes == 0 and (handles := self._attachment.handles()):
-                writing = self._attachment.store.begin_save(
-                    handles[0],
-                    split_hashes(job.hashes),
-                    self._moves.planes(job.block_ids),
-                    job.parent,
-                    SaveHints.of(job.hints, job.push),
+                prefix, hints = split_hashes(job.hashes), SaveHints.of(job.hints, job.push)
+                writing = self._moves.begin_save(
+                    handles[0], prefix, job.block_ids, job.parent, hints, job.hbm, behind
                 )
                 self._open[_key(job)] = _Draft(writing)
         except Exception:  # Border with the engine: without a draft it is saved whole.
@@ -90,17 +89,22 @@ class Drafts:
     def is_open(self, job: SaveJob) -> bool:
         return _key(job) in self._open
 
-    def end(self, job: SaveJob) -> int | None:
-        """All planes are computed: how many blocks are held now. None: there is more to copy first, and a
-        part of it was done. REQUIRES: it is open. RAISES what the store raises."""
+    def end(self, job: SaveJob, behind: Event | None) -> int | None:
+        """All planes are computed behind that: how many blocks are held now. None: there is more to copy
+        first, and a part of it was done. REQUIRES: it is open. RAISES what the store raises."""
         draft, spec = self._open[_key(job)], self._attachment.spec
         planes = _next(draft.planes, spec.plane_count, job, spec.plane_bytes)
         if planes < spec.plane_count:
-            draft.planes = planes
-            draft.writing.advance(planes)
+            self._go_on(draft, planes, behind)
             return None
+        self._moves.follow(behind)
         del self._open[_key(job)]
         return draft.writing.finish()
+
+    def _go_on(self, draft: _Draft, planes: int, behind: Event | None) -> None:
+        self._moves.follow(behind)
+        draft.planes = planes
+        draft.writing.advance(planes)
 
     def drop(self, job: SaveJob) -> None:
         """It will not be saved this way. Reads no page. May be called for what is not open."""

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from threading import Condition, Thread
+from typing import TYPE_CHECKING
 
 from kvcache.block import HASH_BYTES, split_hashes
 from kvcache.client.connectors.attach import Attachment
@@ -35,6 +36,10 @@ from kvcache.client.connectors.vllm_stream import BATCH_BYTES, Drafts, StepStrea
 from kvcache.client.store import SaveHints
 from kvcache.clock import NS_PER_S, Clock
 
+if TYPE_CHECKING:
+    from kvcache.client.store import Lease
+    from kvcache.device.streams import Event
+
 SAVE_AGE_NS = 5 * NS_PER_S
 CLOSE_S = 10.0
 
@@ -42,9 +47,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class _QueuedLoad:
+    """``behind`` is the place in the engine's work at which it was queued, as of ``_QueuedSave``."""
+
+    job: LoadJob
+    behind: Event | None
+
+
+@dataclass(frozen=True, slots=True)
 class _QueuedSave:
     job: SaveJob
     queued_ns: int
+    behind: Event | None
     done: int = 0
 
 
@@ -60,7 +74,7 @@ class WorkerSide:
         self._clock = clock
         self._tally = tally
         self._changed = Condition()
-        self._loads: deque[LoadJob] = deque()
+        self._loads: deque[_QueuedLoad] = deque()
         self._saves: deque[_QueuedSave] = deque()
         self._stream: StepStream | None = None  # Of the forward pass that runs now.
         self._dropped: list[SaveJob] = []  # Streamed saves that ended without being saved.
@@ -74,15 +88,23 @@ class WorkerSide:
         self._bad_blocks: set[int] = set()
         self._saved: Counter[str] = Counter()
         self._lacks_hbm = False
+        self._connecting = False
         self._closing = False
         self._thread = Thread(target=self._run, name="kvcache-pages", daemon=True)
         self._thread.start()
 
     # --- the engine's side ------------------------------------------------------------------------
 
-    def start_loads(self, plan: StepPlan) -> None:
+    def connect(self) -> None:
+        """Now, and not for the first request: a slab of HBM is made for who connects."""
         with self._changed:
-            self._loads.extend(plan.loads)
+            self._connecting = True
+            self._changed.notify_all()
+
+    def start_loads(self, plan: StepPlan) -> None:
+        behind = self._moves.mark() if plan.loads else None
+        with self._changed:
+            self._loads.extend(_QueuedLoad(job, behind) for job in plan.loads)
             for job in plan.abandoned:
                 self._give_up(job, "abandoned")
             self._changed.notify_all()
@@ -91,29 +113,31 @@ class WorkerSide:
         """Before the forward pass: is there a save of it that goes layer by layer? Then ``layers_ready`` is
         to be called."""
         jobs = [job for job in plan.saves if job.streams]
+        behind = self._moves.mark() if jobs else None
         with self._changed:
             self._end_stream()
             if jobs:
-                self._stream = StepStream(jobs)
+                self._stream = StepStream(jobs, behind)
             self._changed.notify_all()
         return bool(jobs)
 
     def layers_ready(self, count: int) -> None:
         """The leading ``count`` layers of this forward pass are computed, in every page it fills."""
+        behind = self._moves.mark()
         with self._changed:
             if self._stream is not None:
-                self._stream.ready = count
+                self._stream.ready, self._stream.behind = count, behind
                 self._changed.notify_all()
 
     def start_saves(self, plan: StepPlan, computed: bool) -> None:
         """After the forward pass. When it did not run to its end (not ``computed``) nothing is saved."""
-        now_ns = self._clock.now_ns()
+        now_ns, behind = self._clock.now_ns(), self._moves.mark() if plan.saves else None
         with self._changed:
             self._stream = None  # What it has begun is finished when the save's turn comes.
             for job in plan.saves:
                 self._unsaved[job.request] += 1
                 if computed:
-                    self._saves.append(_QueuedSave(job, now_ns))
+                    self._saves.append(_QueuedSave(job, now_ns, behind))
                 else:
                     self._end_save(job, len(job.block_ids), job.start, "not_computed")
             self._freeing.update(plan.freeing)
@@ -123,7 +147,8 @@ class WorkerSide:
             self._changed.notify_all()
 
     def release_pages(self, requests: Iterable[str]) -> None:
-        """On return no page of these requests is read any more; what was not saved yet is not."""
+        """On return no page of these requests is read any more for what will be saved; what was not saved yet
+        is not."""
         lost = frozenset(requests)
         if not lost:
             return
@@ -181,7 +206,6 @@ class WorkerSide:
     # --- its own thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._look()  # Now, and not for the first request: a slab of HBM is made for who connects first.
         while self._step():
             self._look()
         self._drafts.drop_all()
@@ -202,11 +226,12 @@ class WorkerSide:
     def _step(self) -> bool:
         """Do one thing; false when there is none and none will come."""
         with self._changed:
-            streaming: tuple[SaveJob, int] | None = None
-            while not (self._loads or self._saves or self._dropped or self._closing):
+            streaming: tuple[SaveJob, int, Event | None] | None = None
+            while not (self._loads or self._saves or self._dropped or self._connecting or self._closing):
                 if streaming := self._due():
                     break
                 self._changed.wait()
+            connecting, self._connecting = self._connecting, False
             dropped, self._dropped = self._dropped, []
             load = self._loads.popleft() if self._loads else None
             queued = self._saves.popleft() if load is None and self._saves else None
@@ -220,22 +245,25 @@ class WorkerSide:
             self._do_save(queued)
         elif streaming is not None:
             self._do_stream(*streaming)
-        return bool(load or queued or streaming or dropped)
+        return bool(load or queued or streaming or dropped or connecting)
 
-    def _due(self) -> tuple[SaveJob, int] | None:
-        spec = self._attachment.spec
-        return self._stream.take(spec.plane_bytes) if self._stream is not None else None
+    def _due(self) -> tuple[SaveJob, int, Event | None] | None:
+        if self._stream is None or (due := self._stream.take(self._attachment.spec.plane_bytes)) is None:
+            return None
+        return *due, self._stream.behind
 
-    def _do_stream(self, job: SaveJob, planes: int) -> None:
-        if self._gap.get(job.request, job.start) >= job.start and not self._drafts.advance(job, planes):
+    def _do_stream(self, job: SaveJob, planes: int, behind: Event | None) -> None:
+        is_next = self._gap.get(job.request, job.start) >= job.start
+        if is_next and not self._drafts.advance(job, planes, behind):
             self._tally.add("errors", reason="stream")
         with self._changed:
             self._saving = ""
             self._changed.notify_all()
 
-    def _do_load(self, job: LoadJob) -> None:
+    def _do_load(self, queued: _QueuedLoad) -> None:
+        job = queued.job
         try:
-            bad = self._load(job)
+            bad = self._load(job, queued.behind)
         except Exception:  # Border with the engine: what was not loaded is computed.
             _log.exception("kvcache: a load failed")
             self._tally.add("errors", reason="load")
@@ -245,7 +273,7 @@ class WorkerSide:
             self._bad_blocks |= bad
             self._received.add(job.request)
 
-    def _load(self, job: LoadJob) -> set[int]:
+    def _load(self, job: LoadJob, behind: Event | None) -> set[int]:
         """The pages that could not be filled."""
         began_ns = self._clock.now_ns()
         handles = self._attachment.handles()
@@ -257,9 +285,9 @@ class WorkerSide:
         count = min(max(lease.count - job.start, 0), asked)
         failed: set[int] = set()
         if count:
-            lost = self._moves.load(lease, job.block_ids[:count], job.start)
+            lost = self._moved(lease, job.block_ids[:count], job.start, behind)
             failed = {position - job.start for position in lost}
-        if lease.count:
+        elif lease.count:
             self._attachment.store.release(lease)
         self._tally.add("failed_blocks", asked - count, "lease_lost")
         self._tally.add("failed_blocks", len(failed), "not_read")
@@ -267,6 +295,14 @@ class WorkerSide:
         self._tally.add("loaded_bytes", (count - len(failed)) * self._attachment.spec.block_bytes)
         self._tally.add("load_us", (self._clock.now_ns() - began_ns) // 1000)
         return {job.block_ids[position] for position in failed.union(range(count, asked))}
+
+    def _moved(
+        self, lease: Lease, block_ids: Sequence[int], start: int, behind: Event | None
+    ) -> frozenset[int]:
+        try:
+            return self._moves.load(lease, block_ids, start, behind)
+        finally:
+            self._attachment.store.release(lease)
 
     def _do_save(self, queued: _QueuedSave) -> None:
         held, reason = 0, "error"
@@ -299,7 +335,7 @@ class WorkerSide:
         if not handles:
             return 0, "unavailable"
         if self._drafts.is_open(job):
-            ended = self._drafts.end(job)
+            ended = self._drafts.end(job, queued.behind)
             reason = "" if ended in (None, len(job.block_ids)) else "not_taken"
             return self._count_saved(ended or 0, began_ns), reason
         limit = max(1, BATCH_BYTES // self._attachment.spec.block_bytes)
@@ -308,7 +344,7 @@ class WorkerSide:
         parent = job.hashes[at - HASH_BYTES : at] if queued.done else job.parent
         prefix = split_hashes(job.hashes[at : at + len(pages) * HASH_BYTES])
         hints = SaveHints.of(job.hints, job.push)
-        held = self._moves.save(handles[0], prefix, pages, parent, hints, job.hbm)
+        held = self._moves.save(handles[0], prefix, pages, parent, hints, job.hbm, queued.behind)
         return self._count_saved(held, began_ns), "" if held == len(pages) else "not_taken"
 
     def _count_saved(self, held: int, began_ns: int) -> int:

@@ -17,6 +17,7 @@ from kvcache.client.connectors.vllm_plan import LoadJob, SaveJob, StepPlan, Tall
 from kvcache.client.connectors.vllm_worker import WorkerSide
 from kvcache.client.store import NO_HINTS, Grant, Handle, Lease, SaveHints
 from kvcache.clock import SystemClock
+from kvcache.errors import Unavailable
 from kvcache.wire_hbm import HBM
 from tests.client.connectors.fake_store import SPEC, FakePages, FakeRequest, FakeStore, namespace
 from tests.client.connectors.scheduler_rig import Rig, tokens
@@ -68,9 +69,38 @@ class HotStore(FakeStore):
         parent: bytes = b"",
         hints: SaveHints = NO_HINTS,
     ) -> int:
-        self.asked.append("save_device")
+        self.asked.append("save_device" + " below" * hints.below)
         self.into.append(blocks.block_ids)
         return len(prefix)
+
+    def begin_save_device(
+        self,
+        handle: Handle,
+        prefix: Sequence[BlockHash],
+        blocks: FakeBlocks,
+        parent: bytes = b"",
+        hints: SaveHints = NO_HINTS,
+    ) -> Writing:
+        self.asked.append("begin_save_device" + " below" * hints.below)
+        return Writing(self.asked, len(prefix))
+
+
+class Writing:
+    """What was called, among what else was."""
+
+    def __init__(self, asked: list[str], count: int) -> None:
+        self.asked = asked
+        self.count = count
+
+    def advance(self, planes: int) -> None:
+        self.asked.append(f"advance {planes}")
+
+    def finish(self) -> int:
+        self.asked.append("finish")
+        return self.count
+
+    def abort(self) -> None:
+        self.asked.append("abort")
 
 
 class FakeBlocks:
@@ -89,6 +119,18 @@ class FakeDevice:
 
     def __init__(self, has_slab: bool = True) -> None:
         self.has_slab = has_slab
+        self.fails = False
+        self.marks = 0
+        self.behind: list[int] = []
+
+    def mark(self) -> Any:
+        if self.fails:
+            raise Unavailable("unavailable", "the device failed", "it fell off the bus")
+        self.marks += 1
+        return self.marks
+
+    def follow(self, behind: Any) -> None:
+        self.behind.append(behind)
 
     def blocks(self, block_ids: Sequence[int]) -> Any:
         return FakeBlocks(block_ids)
@@ -173,6 +215,15 @@ class TestScheduler:
         (save,) = rig.step({"a": 13}).saves
         assert (save.start, save.hbm, save.streams) == (2, False, True)
 
+    @pytest.mark.parametrize(("blocks", "streams"), [(3, False), (4, True)])
+    def test_a_prompt_of_some_length_goes_layer_by_layer(self, blocks: int, streams: bool) -> None:
+        for hbm in (True, False):
+            rig = scheduler(hbm)
+            request = FakeRequest("a", tokens(4 * blocks + 1))
+            rig.side.lookup(request, 0)
+            (save,) = rig.step({"a": 4 * blocks + 1}).saves
+            assert (len(save.block_ids), save.streams) == (blocks, streams and hbm)
+
     def test_a_worker_that_lacks_hbm_ends_it(self) -> None:
         """What was promised meanwhile is the worker's to fail; what is asked next is not in HBM."""
         rig = scheduler()
@@ -185,8 +236,8 @@ class TestScheduler:
 
 
 class Worker:
-    def __init__(self, device: FakeDevice | None) -> None:
-        self.store, self.pages, self.tally = HotStore(), FakePages(), Tally()
+    def __init__(self, device: FakeDevice | None, on_cuda: bool = False) -> None:
+        self.store, self.pages, self.tally = HotStore(), None if on_cuda else FakePages(), Tally()
         attachment = Attachment(lambda: self.store, [namespace()], SPEC, SystemClock())
         self.handle = self.store.open(namespace(), SPEC)
         self.names = self.handle.hashes(range(64))
@@ -194,7 +245,12 @@ class Worker:
             self.store.blocks[self.handle.namespace_id, name] = bytes(SPEC.block_bytes)
         self.side = WorkerSide(attachment, Moves(attachment, self.pages, device), SystemClock(), self.tally)
 
-    def run(self, hbm: bool, streams: bool = False) -> list[str]:
+    def until(self, asked: list[str]) -> None:
+        """What of the store was called."""
+        while self.store.asked != asked:
+            pass
+
+    def run(self, hbm: bool) -> list[str]:
         """A load and a save; what of the store was called."""
         job = LoadJob("a", "e/a", b"".join(self.names[:4]), 1, (11, 12, 13), hbm)
         self.side.start_loads(StepPlan(loads=(job,)))
@@ -208,8 +264,10 @@ class Worker:
 
 class TestWorker:
     def test_it_takes_part_in_the_lease_and_moves_by_its_device(self) -> None:
-        worker = Worker(FakeDevice())
+        device = FakeDevice()
+        worker = Worker(device)
         assert worker.run(hbm=True) == ["lease_device e/a", "load_device", "save_device"]
+        assert device.behind == [1, 2], "what the engine had queued when each was planned"
         assert worker.store.into == [(11, 12, 13), (14,)]
         assert not worker.side.lacks_hbm
 
@@ -228,6 +286,52 @@ class TestWorker:
         assert worker.run(hbm=True)[1:] == ["load", "save"]
         assert worker.side.lacks_hbm == (device is not None)
 
+    @pytest.mark.parametrize("has_slab", [True, False])
+    def test_pages_on_a_device_alone_go_by_it_to_host_memory_too(self, has_slab: bool) -> None:
+        worker = Worker(FakeDevice(has_slab), on_cuda=True)
+        worker.store.hot = 0
+        assert worker.run(hbm=False) == ["lease e/a", "load_device", "save_device below"]
+
+    def test_layers_are_copied_behind_those_that_compute_them(self) -> None:
+        device = FakeDevice()
+        worker, asked = Worker(device), []
+        job = SaveJob("a", b"", b"".join(worker.names[:4]), 0, (1, 2, 3, 4), streams=True, hbm=True)
+        plan = StepPlan(saves=(job,))
+        assert worker.side.start_stream(plan)
+        worker.until(["begin_save_device"])
+        worker.side.layers_ready(1)
+        worker.until(["begin_save_device", "advance 1"])
+        worker.side.layers_ready(SPEC.plane_count)
+        worker.side.start_saves(plan, True)
+        worker.side.close()
+        asked = worker.store.asked
+        assert asked[:2] == ["begin_save_device", "advance 1"]
+        assert asked[-1] == "finish"
+        assert device.behind == sorted(device.behind)
+        assert device.behind[-1] == device.marks == 4, "published behind the whole pass"
+        assert worker.side.take_saved() == {"a": 1}
+
+    def test_a_pass_that_fails_publishes_nothing(self) -> None:
+        worker = Worker(FakeDevice())
+        job = SaveJob("a", b"", b"".join(worker.names[:4]), 0, (1, 2, 3, 4), streams=True, hbm=True)
+        worker.side.start_stream(StepPlan(saves=(job,)))
+        worker.until(["begin_save_device"])
+        worker.side.start_saves(StepPlan(saves=(job,)), False)
+        worker.side.close()
+        assert worker.store.asked == ["begin_save_device", "abort"]
+
+    def test_a_device_that_failed_is_not_asked(self) -> None:
+        """The engine will hear of it by itself."""
+        device = FakeDevice()
+        device.fails = True
+        worker = Worker(device)
+        job = LoadJob("a", "e/a", b"".join(worker.names[:4]), 1, (11, 12, 13), True)
+        worker.side.start_loads(StepPlan(loads=(job,)))
+        worker.side.close()
+        assert worker.side.take_received() == ({"a"}, {11, 12, 13})
+        assert worker.store.asked == ["lease_device e/a"]
+        assert worker.store.leases == {}
+
     def test_a_slab_that_comes_back_is_noticed(self) -> None:
         device = FakeDevice(has_slab=False)
         worker = Worker(device)
@@ -243,5 +347,7 @@ class TestWorker:
     def test_the_store_is_connected_before_the_first_request(self) -> None:
         """A slab of HBM is made for who connects."""
         worker = Worker(FakeDevice(has_slab=False))
+        worker.side.connect()
         worker.side.close()
         assert worker.store.closed
+        assert worker.side.lacks_hbm
