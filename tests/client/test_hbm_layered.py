@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvcache.client import hbm_layered
-from kvcache.client.store import NO_HINTS
+from kvcache.client.store import NO_HINTS, SaveHints
 from kvcache.errors import BadInput
 from kvcache.sums import sum_chunks
 from kvcache.testing.stores import PLANE, SPEC
@@ -21,12 +21,12 @@ def each_plane_is_worth_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hbm_layered, "STEP_BYTES", 1)
 
 
-def begun(rig: Rig, cancel_at: int = -1) -> hbm_layered.Draft:
+def begun(rig: Rig, hints: SaveHints = NO_HINTS) -> hbm_layered.Draft:
     blocks = Blocks(rig.device, COUNT)
     for place, content in zip(blocks.places, rig.content, strict=True):
         place[:] = content
-    operation = hbm_layered.begin(rig.context, rig.handle, rig.names, blocks, b"", NO_HINTS)
-    return rig.drive(operation, cancel_at)
+    operation = hbm_layered.begin(rig.context, rig.handle, rig.names, blocks, b"", hints)
+    return rig.drive(operation)
 
 
 def advanced(rig: Rig, draft: hbm_layered.Draft, planes: int) -> None:
@@ -67,6 +67,13 @@ def test_without_a_slab_they_go_into_host_memory() -> None:
     assert finished(rig, draft) == COUNT
     assert rig.below_bytes()[PLANE * SPEC.plane_count :] == b"".join(rig.content[1:])
     assert reserved(rig) == [HOST]
+
+
+def test_what_is_wanted_below_goes_there() -> None:
+    rig = Rig()
+    draft = begun(rig, SaveHints(below=True))
+    assert reserved(rig) == [HOST]
+    assert finished(rig, draft) == COUNT
 
 
 def test_hbm_that_takes_a_part_of_them_takes_none_yet() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kvcache.client import connect_device
 from kvcache.client.blocking_store import BlockingNodeStore
-from kvcache.client.link import Options
+from kvcache.client.link import Options, Outage
 from kvcache.clock import SystemClock
 from kvcache.device.engine import EngineDevice, PagedBlocks
 from kvcache.device.slab import CpuMemory
@@ -137,8 +137,9 @@ def test_no_connection_says_that_writes_have_ended_before_they_have(world: World
     leaving.start()
     world.eventually(lambda: vars(running)["_is_ended"])
     for _ in range(5):
+        store._outage = Outage()  # Else it would only not be tried yet.
         store.match(engine.handle, path)
-    assert store._connections == 1
+        assert (store._connections, store._connecting) == (1, False)
     gate.set()
     leaving.join(PATIENCE_S)
     world.eventually(lambda: engine.save(path) == 4 and world.in_hbm(path) == 4)
