@@ -14,6 +14,7 @@ construction raises, with one line, for a configuration that could not be served
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,13 +28,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvcache.client import connect_blocking, connect_device_blocking, connect_planning_blocking
 from kvcache.client.connectors.attach import Attachment
 from kvcache.client.connectors.vllm_moves import Moves
-from kvcache.client.connectors.vllm_namespace import adapter_digest, describe, refuse
+from kvcache.client.connectors.vllm_namespace import adapter_digest, check_backends, describe, refuse
 from kvcache.client.connectors.vllm_pages import CpuPages, DevicePages, device_for
 from kvcache.client.connectors.vllm_plan import StepPlan, Tally, merged
 from kvcache.client.connectors.vllm_scheduler import SchedulerSide
@@ -90,6 +90,11 @@ class KVCacheHandshake(KVConnectorHandshakeMetadata):
     gpu: bytes
 
 
+def is_on_cuda(vllm_config: VllmConfig) -> bool:
+    """Else its KV is in host memory."""
+    return bool(vllm_config.device_config.device_type == "cuda")
+
+
 class KVCacheConnector(KVConnectorBase_V1):
     """See the module. Making one RAISES BadInput: ``unsupported_engine``, ``bad_config``."""
 
@@ -99,8 +104,9 @@ class KVCacheConnector(KVConnectorBase_V1):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        refuse(vllm_config, kv_cache_config)
         self._settings = Settings.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
+        refuse(vllm_config, kv_cache_config, self._settings)
+        self._on_cuda = is_on_cuda(vllm_config)
         self._tally = Tally()
         self._clock = SystemClock()
         self._layers = list(kv_cache_config.kv_cache_groups[0].layer_names)
@@ -184,9 +190,12 @@ class KVCacheConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         rank = get_tensor_model_parallel_rank()
         attachment = self._attachment(self._vllm_config, [rank])
-        pages = CpuPages(kv_caches, self._layers, attachment.spec)
+        pages = None if self._on_cuda else CpuPages(kv_caches, self._layers, attachment.spec)
         device = None
-        if self._settings.hbm:
+        if self._on_cuda:
+            modules = self._vllm_config.compilation_config.static_forward_context
+            check_backends(modules[name].attn_backend.get_name() for name in self._layers)
+        if self._on_cuda or self._settings.hbm:
             self._gpu = device_for(kv_caches[self._layers[0]].device)
             device = DevicePages(self._gpu, kv_caches, self._layers, attachment.spec)
         self._worker = WorkerSide(attachment, Moves(attachment, pages, device), self._clock, self._tally)
@@ -221,8 +230,12 @@ class KVCacheConnector(KVConnectorBase_V1):
             self._say_ready()
 
     def wait_for_save(self) -> None:
-        # vLLM calls this also when the forward pass raised: pages are whole only if every layer ended.
-        computed = self._computed_layers.issuperset(self._layers)
+        # vLLM calls this also when the forward pass raised: pages are whole only if every layer ended. Graphs
+        # on CUDA tell nothing of layers; but this is called then while the error is on its way.
+        if self._on_cuda:
+            computed = sys.exc_info()[0] is None
+        else:
+            computed = self._computed_layers.issuperset(self._layers)
         self._working.start_saves(self._plan, computed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -308,9 +321,13 @@ class KVCacheConnector(KVConnectorBase_V1):
     def _attachment(self, vllm_config: VllmConfig, ranks: Sequence[int]) -> Attachment:
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         cache = vllm_config.cache_config
-        isa = _get_attn_isa(
-            vllm_config.model_config.dtype, spec.block_size, spec.head_size, cache.cache_dtype
-        )
+        isa = ""
+        if not self._on_cuda:
+            from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+            isa = _get_attn_isa(
+                vllm_config.model_config.dtype, spec.block_size, spec.head_size, cache.cache_dtype
+            )
         namespaces, shape = describe(
             vllm_config, self._kv_cache_config, vllm.__version__, isa, ranks, self._settings
         )

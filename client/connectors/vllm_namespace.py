@@ -7,7 +7,7 @@ group, and whatever makes the same tokens give other KV in a way that the finger
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 LAYOUT = "LBHNC"
+DEFAULTS = Settings()
+CONTENTS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+"""The backends on CUDA whose content of a head and token is known to be K, then V."""
 
 
-def refuse(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def refuse(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings = DEFAULTS) -> None:
     """RAISES BadInput (unsupported_engine) with one line when this engine's KV cannot be served correctly."""
-    reason = _engine_refusal(vllm_config) or _cache_refusal(kv_cache_config)
+    device_type = vllm_config.device_config.device_type
+    reason = _device_refusal(vllm_config, settings) or _engine_refusal(vllm_config)
+    reason = reason or _cache_refusal(kv_cache_config, device_type)
     if reason:
         raise BadInput(
             "unsupported_engine",
@@ -45,7 +50,9 @@ def describe(
     ranks: Sequence[int],
     settings: Settings,
 ) -> tuple[list[Namespace], BlockSpec]:
-    """The namespace of each tensor parallel rank, and the shape they share. RAISES BadInput."""
+    """The namespace of each tensor parallel rank, and the shape they share. ``isa`` is that of the CPU
+    backend, by which it packs pages; empty on CUDA, where all of ``CONTENTS`` fill them alike. RAISES
+    BadInput."""
     group = kv_cache_config.kv_cache_groups[0]
     page, model, parallel = group.kv_cache_spec, vllm_config.model_config, vllm_config.parallel_config
     layers = len(group.layer_names)
@@ -59,7 +66,7 @@ def describe(
         dtype=_numbers(page, model),
         scales="with the weights" if quantised else "",
         layout=f"vllm {_family(version)} {LAYOUT}",
-        isa=f"cpu {isa}",
+        isa=f"cpu {isa}" if isa else "cuda",
         layer_count=layers,
         block_tokens=spec.block_tokens,
         shape=shape_of(spec),
@@ -80,11 +87,34 @@ def adapter_digest(path: str, loaded_as: int) -> bytes:
         return b""
 
 
+def check_backends(names: Iterable[str]) -> None:
+    """RAISES BadInput unless these attention backends, on CUDA, fill pages alike."""
+    others = sorted(set(names).difference(CONTENTS))
+    if others:
+        raise BadInput(
+            "unsupported_engine",
+            f"kvcache cannot serve the attention backend {', '.join(others)} on CUDA",
+            f"what its pages hold is not known; it is for {', '.join(CONTENTS)}",
+            "choose one of these (--attention-backend), or run it without the kvcache connector",
+        )
+
+
+def _device_refusal(vllm_config: VllmConfig, settings: Settings) -> str:
+    kind = vllm_config.device_config.device_type
+    if kind == "cpu":
+        return ""
+    if kind != "cuda" or not settings.cuda:
+        return f"its KV is on {kind}; the CPU backend is served, and CUDA where the setting cuda says so"
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "sleep mode on CUDA: its KV goes away while blocks may be copied"
+    if getattr(vllm_config.parallel_config, "enable_dbo", False):
+        return "dual batch overlap on CUDA: when a layer is computed is not known"
+    return ""
+
+
 def _engine_refusal(vllm_config: VllmConfig) -> str:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     speculative = vllm_config.speculative_config
-    if vllm_config.device_config.device_type != "cpu":
-        return f"its KV is on {vllm_config.device_config.device_type}; the CPU backend is served"
     if parallel.pipeline_parallel_size > 1:
         return "pipeline parallelism: a rank holds only some of the layers"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -98,7 +128,7 @@ def _engine_refusal(vllm_config: VllmConfig) -> str:
     return ""
 
 
-def _cache_refusal(kv_cache_config: KVCacheConfig) -> str:
+def _cache_refusal(kv_cache_config: KVCacheConfig, device_type: str) -> str:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
@@ -107,7 +137,7 @@ def _cache_refusal(kv_cache_config: KVCacheConfig) -> str:
     if kind := _page_refusal(page):
         return kind
     layout = kv_cache_config.kv_cache_layout
-    if layout not in (None, LAYOUT):
+    if layout not in (None, LAYOUT) and device_type == "cpu":
         return f"the KV cache layout {layout}: {LAYOUT} is served"
     return ""
 
@@ -127,6 +157,7 @@ def _page_refusal(page: KVCacheSpec) -> str:
     if (
         page.page_size_padded is not None
         or page.state_content_bytes is not None
+        or getattr(page, "num_head_slots", None) is not None
         or page.tokens_per_state != 1
     ):
         return "pages that are padded or packed in a way not known here"

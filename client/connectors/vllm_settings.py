@@ -37,7 +37,10 @@ class Settings:
     save_generated: bool = True
     """Save the blocks of generated tokens too, not only of prompts."""
     hbm: bool = False
-    """Load what is in HBM, and save into it; the node must have some (``hbm``), and run on this host."""
+    """Load what is in HBM, and save into it; the node must have some (``hbm``), and run on this host. On CUDA
+    that is always so."""
+    cuda: bool = False
+    """Serve an engine on CUDA, which was tested with tensors on the CPU and a double of the driver alone."""
     layer_streaming: bool = True
     """Give a prompt that another engine will decode to the node layer by layer, while it is computed."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kvcache.block import storage_key
 from kvcache.config import NodeConfig
 from kvcache.testing.processes import NodeProcess
 from tests.engines.engine import EngineProcess, start_engine
@@ -51,8 +52,8 @@ def until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < end, "it never came to hold"
 
 
-def start(model: Path, address: str, log: Path, hbm: bool) -> EngineProcess:
-    extra = json.dumps({"address": address, "hbm": hbm, **PATIENT})
+def start(model: Path, address: str, log: Path, **settings: bool) -> EngineProcess:
+    extra = json.dumps({"address": address, **settings, **PATIENT})
     return start_engine("tests.engines.vllm_process", [str(model), extra, "{}"], log)
 
 
@@ -165,6 +166,7 @@ def test_a_flipped_byte_in_hbm_is_had_from_host_memory(warm: Warm, expected: lis
 def test_what_only_hbm_holds_is_found(warm: Warm) -> None:
     host = warm.stats()["blocks:host"]
     assert warm.run(SECOND) == (cold := warm.cold(SECOND))
+    assert warm.news()["vllm:kvcache_store{streamed_blocks}"] > BLOCKS, "long prompts go layer by layer"
     assert warm.run(SECOND) == cold
     news = warm.news()
     assert warm.stats()["blocks:host"] == host
@@ -213,14 +215,15 @@ def test_a_killed_node_is_a_miss_and_the_hbm_of_the_next_is_used(warm: Warm, nod
 
 
 def test_less_hbm_and_host_memory_than_is_wanted(model: Path, tmp_path: Path) -> None:
-    """What leaves HBM goes to host memory, and from there to NVMe; then the GPU is lost."""
+    """What leaves HBM goes to host memory, and from there to NVMe; then the GPU is lost. All pages go by
+    way of the device, as on CUDA."""
     places: dict[str, Any] = {"socket": str(tmp_path / "node.sock"), "nvme": f"{tmp_path / 'tier'}:64MiB"}
     node = EmbeddedNode(NodeConfig(http="none", hbm_device="cpu", **LITTLE, **places))
 
     def stats(name: str) -> float:
         return node.call(node.node.core.stats).get(name, 0)
 
-    with start(model, node.node.address, tmp_path / "c.log", hbm=True) as engine:
+    with start(model, node.node.address, tmp_path / "c.log", cuda=True) as engine:
         warm = Warm(engine, node.node.address)
         cold = [warm.cold([each])[0] for each in MANY]
         tiers = ("hbm_hit_blocks", "hbm_demoted_blocks", "nvme_read_blocks")
@@ -231,6 +234,13 @@ def test_less_hbm_and_host_memory_than_is_wanted(model: Path, tmp_path: Path) ->
             return all(stats(name) > 0 for name in tiers)
 
         until(all_tiers)
+        other = prompt(200, seed=99)
+        engine.ask("hand", prompts=[other], params=[{"kvcache": {"v": 1, "do": "prefill"}}], tokens=1)
+        names = engine.ask("names", prompt=other)
+        keys = [
+            storage_key(bytes.fromhex(names["namespace"]), bytes.fromhex(name)) for name in names["hashes"]
+        ]
+        until(lambda: node.call(lambda: node.node.core.ledger.match(keys)) == len(keys))
         hbm = node.node.core.hbm
         assert hbm is not None
         node.call(lambda: hbm.lose(0, "it was reset"))

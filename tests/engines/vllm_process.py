@@ -24,8 +24,18 @@ PATIENT = {"lookup_timeout_ms": 5_000, "move_timeout_ms": 30_000, "load_wait_ms"
 """Whatever else runs on the machine: tests count what is loaded, not how soon."""
 
 
+def pretend_cuda() -> None:
+    """The connector takes this engine for one on CUDA: what it does there, on memory of the CPU."""
+    from kvcache.client.connectors import vllm, vllm_namespace
+
+    vllm.is_on_cuda = lambda config: True
+    vllm_namespace.CONTENTS += ("CPU_ATTN",)
+
+
 class Engine(demo_engine_worker.Engine):
     def __init__(self, model: str, extra: dict[str, Any] | None, **changes: Any) -> None:
+        if extra is not None and extra.get("cuda"):
+            pretend_cuda()
         if "kv_events_config" in changes:
             from vllm.config import KVEventsConfig
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.client.connectors.vllm_namespace import adapter_digest, describe, refuse
+from kvcache.client.connectors.vllm_namespace import adapter_digest, check_backends, describe, refuse
 from kvcache.client.connectors.vllm_settings import Settings
 from kvcache.errors import BadInput
 from kvcache.namespace import Namespace
@@ -248,3 +248,53 @@ class TestSettings:
         assert Settings(token_file=str(path)).token == "secret"
         with pytest.raises(BadInput, match="token file"):
             _ = Settings(token_file=str(tmp_path / "none")).token
+
+
+def on_cuda(model: Path) -> Any:
+    config = engine(model)
+    config.device_config.device_type = "cuda"
+    return config
+
+
+CUDA = Settings(cuda=True)
+
+
+class TestCuda:
+    def test_it_is_served_where_the_setting_says_so(self, model: Path) -> None:
+        """Whatever the order of its strides: blocks are in one order."""
+        strided = cache(PAGE)
+        strided.kv_cache_layout = "LBNHC"
+        refuse(on_cuda(model), strided, CUDA)
+        with pytest.raises(BadInput, match="the setting cuda"):
+            refuse(on_cuda(model), strided)
+        with pytest.raises(BadInput, match="LBNHC"):
+            refuse(engine(model), strided, CUDA)
+
+    def test_another_device_is_refused(self, model: Path) -> None:
+        config = on_cuda(model)
+        config.device_config.device_type = "xpu"
+        with pytest.raises(BadInput, match="xpu"):
+            refuse(config, cache(PAGE), CUDA)
+
+    @pytest.mark.parametrize(
+        ("part", "name", "word"),
+        [("model_config", "enable_sleep_mode", "sleep"), ("parallel_config", "enable_dbo", "overlap")],
+    )
+    def test_what_moves_pages_under_us_is_refused(self, model: Path, part: str, name: str, word: str) -> None:
+        config = on_cuda(model)
+        setattr(getattr(config, part), name, True)
+        with pytest.raises(BadInput, match=word):
+            refuse(config, cache(PAGE), CUDA)
+
+    def test_pages_whose_content_is_not_known_are_refused(self, model: Path) -> None:
+        check_backends(["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"])
+        with pytest.raises(BadInput, match="FLEX_ATTENTION"):
+            check_backends(["FLASH_ATTN", "FLEX_ATTENTION"])
+        packed = changed(PAGE, FullAttentionSpec, num_head_slots=1)
+        with pytest.raises(BadInput, match="packed"):
+            refuse(on_cuda(model), cache(packed), CUDA)
+
+    def test_its_blocks_are_not_those_of_the_cpu(self, model: Path) -> None:
+        [name, _], [other, _] = names(on_cuda(model), isa=""), names(engine(model))
+        assert name.isa == "cuda"
+        assert name.namespace_id() != other.namespace_id()
