@@ -13,12 +13,12 @@ beside 2.7 ms of link for 128 MiB, and as much for a sixteenth of that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 
 import harness
 import torch
-from gpu_rig import GB, Case, Mover, Rig
+from gpu_rig import GB, PATIENCE_S, Case, Mover, Rig
 from gpu_rivals import RIVALS, Rival
 from harness import Figure
 
@@ -37,7 +37,7 @@ Work = Callable[[], object]
 
 def host_figures(rig: Rig) -> Iterator[Figure]:
     """Gather and copy out, copy in and scatter: the goal is 0.90 of a pinned memcpy, requests in a row.
-    ``one`` is a request alone, with the Python before its first byte."""
+    ``one`` is a request alone, with the Python before its first byte; ``call`` is what a store does."""
     for case in rig.sizes.cases:
         yield from _host_case(rig, case)
 
@@ -72,6 +72,48 @@ def _host_case(rig: Rig, case: Case) -> Iterator[Figure]:
         for rival_name, why in absent.items():
             yield rig.missing(f"host.{way}.{name}", "GB/s", f"{rival_name}: {why}")
     mover.close()
+    yield from _call_figures(rig, case, {"save": saves["memcpy"], "load": loads["memcpy"]})
+
+
+def _call_figures(rig: Rig, case: Case, memcpy: Mapping[str, Work]) -> Iterator[Figure]:
+    """As a store has it done (``kvcache.device.engine``): a call that returns when all of it has arrived and
+    is summed, with all of its Python."""
+    size, name, pages = rig.case_bytes(case), rig.case_name(case), rig.pages(case)
+    block_bytes = size // case.count
+    views = [memoryview(rig.host[at : at + block_bytes].numpy()) for at in rig.offsets(case)]
+    try:
+        from kvcache.device.engine import EngineDevice, PagedBlocks
+
+        if rig.memory is None:
+            raise ImportError("memory of this GPU cannot be shared here")
+    except ImportError as error:
+        for way in memcpy:
+            yield rig.missing(f"host.{way}_call.{name}", "GB/s", str(error))
+        return
+    device = EngineDevice(rig.memory)
+
+    def save() -> None:
+        writing = PagedBlocks(device, rig.cache, pages).into_host(views, 0)
+        try:
+            writing.advance(len(rig.cache.planes))
+            while not writing.is_done:
+                writing.go_on()
+            writing.sums()
+        finally:
+            writing.end()
+
+    def load() -> None:
+        PagedBlocks(device, rig.cache, pages).put(views, 0)
+
+    _check_round_trip(rig, pages, "call", save, load)
+    for way, work in (("save", save), ("load", load)):
+        turns = {
+            key: functools.partial(_speed, rig, each, size)
+            for key, each in (("call", work), ("memcpy", memcpy[way]))
+        }
+        results = harness.interleaved(turns, rig.sizes.rounds)
+        yield from rig.speeds(f"host.{way}_call.{name}", results, "call", ["memcpy"])
+    device.saves().close(PATIENCE_S)
 
 
 def _rivals(
