@@ -11,7 +11,7 @@ from kvcache.client.hbm import Count, Mapped, Pin
 from kvcache.client.link import Context
 from kvcache.client.local import Slab
 from kvcache.client.steps import Operation
-from kvcache.client.store import LEASE_MS, NO_HINTS, Lease
+from kvcache.client.store import COUNTERS, LEASE_MS, NO_HINTS, Lease
 from kvcache.errors import BadInput, KVCacheError, Unavailable
 from kvcache.memfd import create
 from kvcache.sums import block_checksum, sum_chunks
@@ -191,6 +191,7 @@ class Rig:
         finally:
             self.asked += script.asked
             self.pauses_ms += script.pauses_ms
+            assert self.context.tally.copy().keys() <= COUNTERS.keys(), "a counter that nobody explains"
 
     def answer(self, request: Request) -> Reply:
         match request:
