@@ -125,7 +125,8 @@ class DeviceWriting(Protocol):
         """The joined chunk sums of all blocks, taken on the device, before the link. REQUIRES: done."""
 
     def end(self) -> None:
-        """Copy no more, and wait until nothing of it runs. May be called twice."""
+        """Copy no more, and wait until nothing of it runs. May be called twice. RAISES Unavailable when the
+        device answers nothing: what it was to write to is not to be given back."""
 
 
 class DeviceStore(BlockStore, Protocol):

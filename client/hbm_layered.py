@@ -180,5 +180,9 @@ def _written(context: Context, draft: Draft, begun: Begun) -> Operation[bytes]:
 def _give_up(context: Context, draft: Draft) -> Operation[None]:
     begun, draft.begun = _begun(context, draft), None
     if begun is not None:
-        hbm_saving.ended(context, begun.writing)
+        try:
+            hbm_saving.ended(context, begun.writing)
+        except Unavailable as error:
+            context.missed(error)
+            return
         yield from operations.abort(begun.reserved.reservation, begun.tier)

@@ -165,7 +165,8 @@ def begun(context: Context, begin: Callable[[], DeviceWriting]) -> DeviceWriting
 
 
 def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operation[bytes]:
-    """Copy all that is left, and end. Returns the sums. RAISES BadInput as ``begun``."""
+    """Copy all that is left, and end. Returns the sums. RAISES BadInput as ``begun``, Unavailable as
+    ``ended``."""
     try:
         writing.advance(handle.spec.plane_count)
         while not writing.is_done:
@@ -181,7 +182,8 @@ def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operati
 
 
 def ended(context: Context, writing: DeviceWriting) -> None:
-    """Nothing of it runs any more: only then may the node be told so."""
+    """Nothing of it runs any more: only then may the node be told so. RAISES Unavailable when that is not
+    known: the reservation ends with the connection, and its slots wait for the end of the process."""
     writing.end()
     context.link.wrote(writing)
 

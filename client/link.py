@@ -141,7 +141,8 @@ class Link:
         with self._lock:
             left, self._writings = self._writings, []
         for each in left:
-            each.end()
+            with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
+                each.end()
 
     def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""

@@ -30,10 +30,11 @@ from kvcache.block import BlockSpec
 from kvcache.clock import SystemClock
 from kvcache.device.cap import Cap
 from kvcache.device.gather import scatter_and_sum
-from kvcache.device.line import Line
+from kvcache.device.line import Line, silent
+from kvcache.device.link import save_share_bytes_s
 from kvcache.device.pages import Moves, PagedCache
 from kvcache.device.pinned import Count, HostMap, Pins, along
-from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing, save_share_bytes_s
+from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab, SlabTicket
 from kvcache.device.streams import Event, streams_of
 from kvcache.device.sums import sum_chunks
@@ -126,11 +127,13 @@ class EngineDevice:
 
     def saves(self) -> Saves:
         """Those of this device. RAISES Unavailable."""
+        if self.is_stuck:
+            raise silent()
         with self._lock:
             if self._saves is None:
                 clock = SystemClock()
                 cap = Cap(self._save_bytes_s, clock.now_ns()) if self._save_bytes_s else None
-                self._saves = Saves(streams_of(self._device), clock, cap, self.lose)
+                self._saves = Saves(streams_of(self._device), clock, cap, self.lose, self.give_up)
             return self._saves
 
     def whole(self, incarnation: bytes) -> torch.Tensor:

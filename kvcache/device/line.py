@@ -20,8 +20,9 @@ from kvcache.device.streams import Stream, failed, streams_of
 from kvcache.device.sums import joined
 from kvcache.errors import Unavailable
 
-ANSWER_S = 20.0
-"""A GPU that has not done a copy of ``STAGING_BYTES`` by then never will."""
+ANSWER_S = 60.0
+"""What was asked for begins behind all that the engine had queued: a GPU that has not ended it by then never
+will."""
 
 
 class Owner(Protocol):
@@ -66,7 +67,7 @@ class Line:
         is lost; whatever is raised, nothing that was queued runs on, unless the device is stuck: then what
         the engine does from now on comes after it."""
         if self._owner.is_stuck:
-            raise _silent()
+            raise silent()
         current = self._streams.current()
         current.after(self.ready)
         self._is_over = True
@@ -87,7 +88,7 @@ class Line:
     def joined(self, chunk_sums: torch.Tensor) -> bytes:
         """Once all that was queued is done. RAISES Unavailable when it is not in time."""
         if not self.here.mark().wait(ANSWER_S):
-            raise _silent()
+            raise silent()
         return b"".join(joined(chunk_sums))
 
     def _have_ended(self, *streams: Stream) -> bool:
@@ -103,5 +104,6 @@ class Line:
         return not self._owner.is_stuck
 
 
-def _silent() -> Unavailable:
+def silent() -> Unavailable:
+    """For what was asked of a device that is stuck."""
     return Unavailable("unavailable", "the device does not answer", "it hangs", "restart this process")

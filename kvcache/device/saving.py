@@ -9,7 +9,8 @@ or the staging memory leaves for later is queued by the next that asks, whoever 
 
 Invariants: a plane is copied behind all that the engine had queued when it was said to be ready; a part of
 staging memory is in one copy at a time; after ``end`` nothing of a writing runs, and never does again. The
-cap holds what crosses the link, and nothing else. The sums are of what was in the pages, taken on the device.
+cap holds what crosses the link, and nothing else. Where a device answers nothing ``end`` says no such thing.
+The sums are of what was in the pages, taken on the device.
 
 The sum: 30 us of Python to queue a step of planes, and 5 us a block of it for the link; 16 MiB take 0.3 ms
 there, so ``PARTS`` of them keep it busy.
@@ -20,7 +21,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -28,19 +28,19 @@ from typing import Protocol
 import torch
 
 from kvcache.block import BlockSpec
-from kvcache.clock import NS_PER_S, Clock
+from kvcache.clock import Clock
 from kvcache.device.cap import Cap
 from kvcache.device.copies import Copies, Copy, Link, Step, copying
 from kvcache.device.gather import gather_and_sum
+from kvcache.device.line import ANSWER_S, silent
 from kvcache.device.pages import Moves
 from kvcache.device.staging import Staging
-from kvcache.device.streams import Event, Streams, wait_out
+from kvcache.device.streams import Event, Streams
 from kvcache.device.sums import sum_chunks
 from kvcache.errors import Unavailable
 
 PART_BYTES = 16 << 20
 PARTS = 4
-MEASURED_BYTES = 32 << 20
 
 
 class Saves:
@@ -52,8 +52,11 @@ class Saves:
         clock: Clock,
         cap: Cap | None = None,
         lost: Callable[[str], None] = lambda why: None,
+        given_up: Callable[[str], None] = lambda why: None,
     ) -> None:
-        """``lost`` is told once when the device fails."""
+        """``lost`` is told once when the device fails, ``given_up`` when it answers nothing."""
+        self._given_up = given_up
+        self._is_stuck = False
         self.streams = streams
         self.lock = threading.RLock()
         # Under it, all of these:
@@ -72,6 +75,17 @@ class Saves:
             self.made = [self.streams.current().mark()]  # What had that memory before may use it until then.
             self._staging = Staging(memory, PART_BYTES)
         return self._staging
+
+    def has_ended(self, event: Event) -> bool:
+        """Waits for it. Not, when the device answers nothing: from then on nobody waits for it."""
+        try:
+            if event.wait(0 if self._is_stuck else ANSWER_S):
+                return True
+        except Unavailable:
+            return True  # The copy knows.
+        self._is_stuck = True
+        self._given_up(f"it has not answered for {ANSWER_S} s")
+        return False
 
     def close(self, timeout_s: float) -> None:
         """May be called twice."""
@@ -120,6 +134,7 @@ class Writing:
         self.closing: Callable[[], None] = lambda: None
         self._ending = threading.Lock()
         self._is_ended = False
+        self._is_over = False
         self._planes = 0
         self._todo: deque[tuple[Piece, list[Event]]] = deque()
         self._copies: list[Copy] = []
@@ -159,9 +174,8 @@ class Writing:
             events = [copy.event for copy in self._running() if copy.event is not None]
             if not events:
                 events = self._saves.copies.events()[:1]  # Others': a part of staging memory is free then.
-        for event in events:
-            with suppress(Unavailable):  # The copy knows.
-                wait_out(event)
+        if not all(map(self._saves.has_ended, events)):
+            self._failure = silent()
         with self._saves.lock:
             self._queue()
         self._raise()
@@ -180,7 +194,10 @@ class Writing:
         with self._ending:  # Whoever comes second waits too.
             if not self._is_ended:
                 self._end()
-                self.closing()
+            if not self._is_over:
+                raise silent()
+            self.closing()
+            self.closing = lambda: None
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -194,9 +211,7 @@ class Writing:
             for copy in self._running():
                 self._saves.copies.drop(copy, given_up)
             events = [copy.event for copy in self._running() if copy.event is not None]
-        for event in events:
-            with suppress(Unavailable):
-                wait_out(event)
+        self._is_over = all(map(self._saves.has_ended, events))
         with self._saves.lock:
             self._saves.copies.pump()
 
@@ -368,30 +383,6 @@ def _across(source: torch.Tensor, pieces: Sequence[torch.Tensor], start: int) ->
             steps.append(Step(last - first, copying(piece[first - at : last - at], part)))
         at += len(piece)
     return steps
-
-
-def save_share_bytes_s(streams: Streams, clock: Clock, share: float) -> float:
-    """This share of the link in bytes a second; 0 for all of it. RAISES BadInput, Unavailable."""
-    Cap.of_share(share, 1.0, 0)
-    return 0.0 if share == 1 else share * link_bytes_s(streams, clock)
-
-
-def link_bytes_s(streams: Streams, clock: Clock) -> float:
-    """What the link carries to locked host memory when nobody else uses it. RAISES Unavailable."""
-    device = streams.device
-    try:
-        near = torch.zeros(MEASURED_BYTES, dtype=torch.uint8, device=device)
-        far = torch.zeros(MEASURED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        took = []
-        for _ in range(4):
-            wait_out(streams.current().mark())
-            begun_ns = clock.now_ns()
-            far.copy_(near, non_blocking=True)
-            wait_out(streams.current().mark())
-            took.append(clock.now_ns() - begun_ns)
-    except RuntimeError as error:
-        raise _later(str(error).partition("\n")[0]) from error
-    return MEASURED_BYTES * NS_PER_S / max(1, min(took))
 
 
 def _later(why: str) -> Unavailable:

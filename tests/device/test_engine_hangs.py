@@ -137,3 +137,37 @@ def test_one_that_only_lacks_memory_is_not(world: World, gpu: Gpu, monkeypatch: 
         assert loaded(world)[0] == frozenset(range(6))
     assert world.engine.device.has_slab
     assert loaded(world)[0] == frozenset()
+
+
+def test_a_save_that_hangs_keeps_its_slots(world: World, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is not told that they may be used again, by whatever ends the save."""
+    monkeypatch.setattr("kvcache.device.saving.ANSWER_S", 0.05)
+    engine, path = world.engine, world.engine.path(5, seed=1)
+    gpu.hangs.set()
+    blocks = engine.blocks(engine.memory(path))
+    assert engine.store.save_device(engine.handle, path, blocks) == 0
+    assert engine.device.is_stuck
+    assert world.stats()["hbm_reservations"] == 1
+    assert engine.store.save_device(engine.handle, path, blocks) == 0
+    assert engine.save_below(path) == 5, "from host memory all goes on"
+    engine.close()
+    world.eventually(lambda: world.stats()["hbm_limbo_blocks"] == 5)
+    ready = blocks._line.ready
+    assert isinstance(ready, CpuEvent)
+    ready.settle(None)
+
+
+def test_a_save_by_planes_that_hangs(world: World, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcache.device.saving.ANSWER_S", 0.05)
+    engine, path = world.engine, world.engine.path(5, seed=1)
+    gpu.hangs.set()
+    blocks = engine.blocks(engine.memory(path))
+    draft = engine.store.begin_save_device(engine.handle, path, blocks)
+    draft.advance(1)
+    draft.advance(2)
+    draft.abort()
+    assert engine.device.is_stuck
+    assert world.stats()["hbm_reservations"] == 1
+    ready = blocks._line.ready
+    assert isinstance(ready, CpuEvent)
+    ready.settle(None)

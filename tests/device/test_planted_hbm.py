@@ -31,6 +31,13 @@ PLANTS = (
         f"{ENGINE}::test_one_that_failed_is_lost",
     ),
     Plant(
+        "slots of a save that hangs are given back",
+        "kvcache/device/saving.py",
+        "            if not self._is_over:\n                raise silent()\n",
+        "",
+        f"{ENGINE}::test_a_save_that_hangs_keeps_its_slots",
+    ),
+    Plant(
         "an engine says that copies have ended which hang",
         "client/link.py",
         "again and not (self.device is not None and self.device.is_stuck)",

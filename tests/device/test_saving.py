@@ -12,7 +12,8 @@ from kvcache.block import BlockSpec
 from kvcache.clock import SystemClock
 from kvcache.device import saving
 from kvcache.device.cap import Cap
-from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing, link_bytes_s, save_share_bytes_s
+from kvcache.device.link import link_bytes_s, save_share_bytes_s
+from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing
 from kvcache.device.streams import CpuStreams, Stream
 from kvcache.errors import BadInput, Unavailable
 from kvcache.sums import sum_chunks
@@ -289,7 +290,7 @@ def test_a_share_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = CpuStreams()
     assert save_share_bytes_s(streams, SystemClock(), 1.0) == 0, "no cap, and nothing is measured"
     assert link_bytes_s(streams, SystemClock()) > 1e6
-    monkeypatch.setattr(saving, "link_bytes_s", lambda streams, clock: 1e9)
+    monkeypatch.setattr("kvcache.device.link.link_bytes_s", lambda streams, clock: 1e9)
     assert save_share_bytes_s(streams, SystemClock(), 0.25) == 0.25e9
     with pytest.raises(BadInput, match="share"):
         save_share_bytes_s(streams, SystemClock(), 1.5)
