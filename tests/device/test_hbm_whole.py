@@ -19,6 +19,9 @@ from tests.device.engine_cache import Shape, engine
 from tests.device.hbm_rig import HBM_BLOCKS, POISON, WAIT_MS, World
 from tests.device.rigs import DEVICES
 
+RACES = {"cpu": 20, "cuda": 150}
+SLEEP_CYCLES = 1_000_000
+
 SHAPE = Shape(layers=1, pages=HBM_BLOCKS + 8, heads=SPEC.head_count, tokens=SPEC.block_tokens, row=256)
 
 
@@ -31,6 +34,11 @@ class Whole:
         self.world = World(folder, on=self.device, hbm_device=kind)
         self.store, self.handle = self.world.engine.store, self.world.engine.handle
         self.cache = engine("flash_attention_nhd", SHAPE, kind, seed=1)
+
+    def busy(self) -> None:
+        """The engine's stream is, for half a millisecond."""
+        if self.kind == "cuda":
+            torch.cuda._sleep(SLEEP_CYCLES)
 
     def at(self, pages: list[int]) -> PagedBlocks:
         return PagedBlocks(self.device, self.cache.cache, [[page] for page in pages])
@@ -97,6 +105,34 @@ def test_what_hbm_has_no_room_for_is_in_host_memory(whole: Whole) -> None:
     path, pages = whole.world.engine.path(HBM_BLOCKS + 6), list(range(HBM_BLOCKS + 6))
     assert whole.save(path, pages) == len(path)
     assert whole.load(path, pages[::-1], pages) == whole.world.in_hbm(path)
+
+
+@pytest.mark.slow
+def test_compute_save_overwrite_and_wipe_load_use(whole: Whole) -> None:
+    """Again and again, with the engine's stream busy before: what does not come behind it is seen. Planes are
+    saved as they are computed, and pages written again as soon as the save has ended."""
+    saved, loaded = (torch.tensor(pages, device=whole.kind) for pages in ([9, 2, 40, 3], [1, 60, 4, 30]))
+    planes = whole.cache.cache.planes
+    for number in range(RACES[whole.kind]):
+        path = whole.world.engine.path(4, seed=number)
+        values = [(31 * number + 7 * at + 1) % 251 for at in range(len(planes))]
+        writing = whole.store.begin_save_device(whole.handle, path, whole.at(saved.tolist()))
+        whole.busy()
+        for at, plane in enumerate(planes):
+            plane.index_fill_(0, saved, values[at])
+            writing.advance(at + 1)
+        assert writing.finish() == 4
+        whole.busy()
+        for plane in planes:
+            plane.index_fill_(0, saved, 255)
+            plane.index_fill_(0, loaded, 0)
+        lease = whole.store.lease_device(whole.handle, path, wait_ms=WAIT_MS)
+        assert lease.count == 4
+        assert whole.store.load_device(lease, whole.at(loaded.tolist())) == frozenset()
+        whole.store.release(lease)
+        for value, plane in zip(values, planes, strict=True):
+            assert bool((plane.index_select(0, loaded) == value).all()), number
+            assert bool((plane.index_select(0, saved) == 255).all()), number
 
 
 def test_flat_memory_is_saved_and_loaded(whole: Whole) -> None:
