@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import mmap
 import os
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from kvcache import memfd
+from kvcache.client.async_store import AsyncNodeStore
+from kvcache.client.link import Options
 from kvcache.client.local import Slab
 from kvcache.clock import NS_PER_S, SystemClock
 from kvcache.device.engine import EngineDevice, TensorBlocks
@@ -22,7 +25,7 @@ from kvcache.device.pinned import HostMap, Pins
 from kvcache.device.slab import CpuMemory
 from kvcache.device.vmm import Vmm
 from kvcache.errors import Unavailable
-from kvcache.testing.stores import SIZE, SPEC
+from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from tests.device.driver_double import FakeDriver, Machine
 from tests.device.hbm_rig import Engine, settings
 from tests.server.conftest import EmbeddedNode
@@ -311,6 +314,28 @@ def test_an_engine_over_a_node(tmp_path: Path) -> None:
     eventually(driver.is_clean)
     eventually(lambda: node.call(lambda: node.node.core.host.pin_count) == 0)
     engine.close()
+    node.close()
+
+
+def test_an_asynchronous_engine(tmp_path: Path) -> None:
+    driver = Driver()
+    node = EmbeddedNode(settings(tmp_path, hbm="none"))
+    device = EngineDevice(CpuMemory(), pinned=Pins(Vmm(driver), 0))
+
+    async def use() -> None:
+        store = AsyncNodeStore(Options(node.node.address, timeout_ms=20_000, device=device), SystemClock())
+        handle = await store.open(EXAMPLE, SPEC)
+        path = handle.hashes(list(range(4 * SPEC.block_tokens)))
+        assert await store.save(handle, path, [[PATTERN_BYTES[:SIZE]]] * 4) == 4
+        lease = await store.lease_device(handle, path)
+        into = torch.zeros(4, SIZE, dtype=torch.uint8)
+        assert not await store.load_device(lease, TensorBlocks(device, into, SPEC))
+        assert into.numpy().tobytes() == 4 * PATTERN_BYTES[:SIZE]
+        eventually(lambda: store.counters.get("pinned_bytes", 0) > 0)
+        await store.close()
+
+    asyncio.run(use())
+    eventually(driver.is_clean)
     node.close()
 
 
