@@ -8,8 +8,7 @@ Copies run on between the calls. So the link knows of them: nothing that they co
 and no connection is said to have ended its writes, before they have ended. Whatever goes wrong before
 ``finish`` costs the head start and no block. Peers are told of nothing before that.
 
-The sum: an advance costs the engine's thread 0.1 ms; planes are kept until there are ``STEP_BYTES`` of them
-or ``1 / STEPS_MIN`` of all.
+The sum: an advance costs the engine's thread 0.1 ms, and none of the waiting.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from kvcache.block import BlockHash
 from kvcache.client import hbm_saving, operations
 from kvcache.client.checks import check_save, joined_hashes
 from kvcache.client.hbm import DeviceBlocks, DeviceWriting
-from kvcache.client.layered import STEP_BYTES, STEPS_MIN, check_planes
+from kvcache.client.layered import check_planes
 from kvcache.client.link import Context
 from kvcache.client.steps import Operation, work
 from kvcache.client.store import Handle, SaveHints
@@ -42,7 +41,6 @@ class Draft:
     hints: SaveHints
     begun: Begun | None = None
     ready: int = 0
-    copied: int = 0
     ended: bool = False
 
 
@@ -84,15 +82,11 @@ def advance(context: Context, draft: Draft, planes: int) -> Operation[None]:
     """RAISES BadInput when ``planes`` goes back or beyond the block, and when the save has ended."""
     check_planes(draft.handle.spec, draft.ended, draft.ready, planes)
     draft.ready = planes
-    begun, spec = _begun(context, draft), draft.handle.spec
-    fresh = planes - draft.copied
-    if begun is None or not fresh:
-        return
-    if fresh * spec.plane_bytes * begun.reserved.count < STEP_BYTES and fresh * STEPS_MIN < spec.plane_count:
+    begun = _begun(context, draft)
+    if begun is None:
         return
     try:
         begun.writing.advance(planes)
-        draft.copied = planes
     except Unavailable:
         yield from _give_up(context, draft)
 

@@ -4,8 +4,8 @@
     a stream beside            └► gather, sum ─► slab of HBM         in one launch, of no cap
                                   gather, sum ─► staging ─► link     as the cap lets it and a part is free
 
-``Saves`` are those of one device in this process, ``Writing`` the blocks of one reservation. Whatever the cap
-or the staging memory leaves for later is queued by the next that asks, whoever it is.
+``Saves`` are those of one device in this process, ``Writing`` the blocks of one reservation. What the cap or
+the staging memory leaves for later is queued by the next that asks, whoever it is.
 
 Invariants: a plane is copied behind all that the engine had queued when it was said to be ready; a part of
 staging memory is in one copy at a time; after ``end`` nothing of a writing runs, and never does again. The
@@ -13,7 +13,8 @@ cap holds what crosses the link, and nothing else. Where a device answers nothin
 The sums are of what was in the pages, taken on the device.
 
 The sum: 30 us of Python to queue a step of planes, and 5 us a block of it for the link; 16 MiB take 0.3 ms
-there, so ``PARTS`` of them keep it busy.
+there, so ``PARTS`` of them keep it busy. Planes are kept until there are ``STEP_BYTES`` of them, or
+``1 / STEPS_MIN`` of all.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from kvcache.errors import Unavailable
 
 PART_BYTES = 16 << 20
 PARTS = 4
+STEP_BYTES = 8 << 20
+STEPS_MIN = 8
 
 
 class Saves:
@@ -151,10 +154,14 @@ class Writing:
         if planes == self._planes:
             return
         self._behind = [*self._behind, self._saves.streams.current().mark()]
+        spec, fresh = self._way.spec, planes - self._planes
+        is_little = fresh * spec.plane_bytes * self._way.count < STEP_BYTES
+        if is_little and fresh * STEPS_MIN < spec.plane_count and planes < spec.plane_count:
+            return
         with self._saves.lock:
             self._raise()
             self._todo.extend((piece, self._behind) for piece in self._pieces(self._planes, planes))
-            self._planes = planes
+            self._planes, self._behind = planes, []  # What follows is behind those, on the same stream.
             self._queue()
         self._raise()
 

@@ -16,11 +16,6 @@ from tests.client.hbm_script import COUNT, Blocks, Rig, counted
 from tests.client.script import Cancelled
 
 
-@pytest.fixture(autouse=True)
-def each_plane_is_worth_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hbm_layered, "STEP_BYTES", 1)
-
-
 def begun(rig: Rig, hints: SaveHints = NO_HINTS) -> hbm_layered.Draft:
     blocks = Blocks(rig.device, COUNT)
     for place, content in zip(blocks.places, rig.content, strict=True):

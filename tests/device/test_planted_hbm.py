@@ -327,6 +327,13 @@ PLANTS = (
         waits=True,
     ),
     Plant(
+        "planes that were kept are copied behind the last place alone",
+        "kvcache/device/saving.py",
+        " and planes < spec.plane_count:\n            return\n",
+        " and planes < spec.plane_count:\n            self._behind.pop()\n            return\n",
+        f"{BESIDE}::test_planes_that_were_kept_are_copied_behind_their_own_place",
+    ),
+    Plant(
         "staging memory is given back under a copy",
         "kvcache/device/saving.py",
         "        return steps, partial(staging.give, part)\n",

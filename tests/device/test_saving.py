@@ -10,9 +10,8 @@ import torch
 
 from kvcache.block import BlockSpec
 from kvcache.clock import SystemClock
-from kvcache.device import saving
+from kvcache.device import link, saving
 from kvcache.device.cap import Cap
-from kvcache.device.link import link_bytes_s, save_share_bytes_s
 from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing
 from kvcache.device.streams import CpuStreams, Stream
 from kvcache.errors import BadInput, Unavailable
@@ -96,6 +95,10 @@ class Rig:
         self.saves.close(PATIENCE_S)
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
 def _pass(gate: threading.Event) -> None:
     assert gate.wait(PATIENCE_S)
 
@@ -158,6 +161,28 @@ def test_a_plane_is_copied_behind_what_the_engine_computes_it_with(
     assert rig.planes(0, PLANES) == [bytes([POISON]) * rig.spec.block_bytes] * COUNT
     for gate in gates:
         gate.set()
+    assert done(writing) == sum_chunks(content, rig.spec.chunk_bytes)
+    writing.end()
+
+
+def test_planes_that_were_kept_are_copied_behind_their_own_place(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the rest is said to be ready by a thread with another stream."""
+    monkeypatch.setattr(saving, "STEPS_MIN", 1)
+    rig = make()
+    writing, content, plane = rig.writing("slab"), rig.content(), rig.cache.cache.planes[0]
+    right = plane.clone()
+    plane.zero_()
+    gate = rig.gate(rig.streams.engine)
+    rig.streams.engine.run(lambda: _copy(plane, right))
+    writing.advance(1)
+    assert rig.saves.copies.inflight_bytes == 0, "it is kept"
+    rig.streams.engine = rig.streams.new("other", urgent=False)
+    writing.advance(PLANES)
+    lane = rig.saves.copies.lane("save", "device").mark()
+    assert not lane.is_done()
+    gate.set()
     assert done(writing) == sum_chunks(content, rig.spec.chunk_bytes)
     writing.end()
 
@@ -288,9 +313,9 @@ def test_others_that_hold_all_staging_memory_are_waited_for(make: Callable[..., 
 
 def test_a_share_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = CpuStreams()
-    assert save_share_bytes_s(streams, SystemClock(), 1.0) == 0, "no cap, and nothing is measured"
-    assert link_bytes_s(streams, SystemClock()) > 1e6
-    monkeypatch.setattr("kvcache.device.link.link_bytes_s", lambda streams, clock: 1e9)
-    assert save_share_bytes_s(streams, SystemClock(), 0.25) == 0.25e9
+    assert link.save_share_bytes_s(streams, SystemClock(), 1.0) == 0, "no cap, and nothing is measured"
+    assert link.link_bytes_s(streams, SystemClock()) > 1e6
+    monkeypatch.setattr(link, "link_bytes_s", lambda streams, clock: 1e9)
+    assert link.save_share_bytes_s(streams, SystemClock(), 0.25) == 0.25e9
     with pytest.raises(BadInput, match="share"):
-        save_share_bytes_s(streams, SystemClock(), 1.5)
+        link.save_share_bytes_s(streams, SystemClock(), 1.5)
