@@ -149,7 +149,7 @@ def test_then_it_is_loaded_from_there_and_not_computed(warm: Warm, expected: lis
     assert news[LOADED] == news[FROM_HBM] == BLOCKS
     assert after["hbm_hit_blocks"] - before["hbm_hit_blocks"] >= BLOCKS
     assert after["hit_tokens"] - before["hit_tokens"] == BLOCKS * BLOCK_TOKENS, "one lease, of two who ask"
-    assert after["leases"] == after["hbm_leases"] == 0
+    until(lambda: warm.stats()["leases"] == warm.stats()["hbm_leases"] == 0)
     assert fine(news), news
 
 
@@ -166,7 +166,7 @@ def test_a_flipped_byte_in_hbm_is_had_from_host_memory(warm: Warm, expected: lis
 def test_what_only_hbm_holds_is_found(warm: Warm) -> None:
     host = warm.stats()["blocks:host"]
     assert warm.run(SECOND) == (cold := warm.cold(SECOND))
-    assert warm.news()["vllm:kvcache_store{streamed_blocks}"] > BLOCKS, "long prompts go layer by layer"
+    assert warm.news()["vllm:kvcache_store{streamed_blocks}"] > BLOCKS // 2, "long prompts go layer by layer"
     assert warm.run(SECOND) == cold
     news = warm.news()
     assert warm.stats()["blocks:host"] == host
