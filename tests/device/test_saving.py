@@ -21,6 +21,8 @@ from tests.device.engine_cache import Engine, Shape, engine
 from tests.device.rigs import PATIENCE_S, Refusing, seeded
 
 POISON = 0xA5
+A_WHILE_S = 0.2
+"""What must not happen has so long to happen; it never does, however slow the machine."""
 SHAPE = Shape(layers=4, pages=9, heads=2, tokens=4, row=64)
 PLANES = 2 * SHAPE.layers
 PAGES = [[6], [1], [4], [0], [2]]
@@ -157,6 +159,8 @@ def test_a_plane_is_copied_behind_what_the_engine_computes_it_with(
         gates.append(rig.gate(rig.streams.engine))
         rig.streams.engine.run(lambda to=plane, by=right[at]: to.copy_(by))  # type: ignore[misc]
         writing.advance(at + 1)
+    lane = rig.saves.copies.lane("save", "device" if kind == "slab" else "host")
+    assert not lane.mark().wait(A_WHILE_S)
     assert not writing.is_done
     assert rig.planes(0, PLANES) == [bytes([POISON]) * rig.spec.block_bytes] * COUNT
     for gate in gates:
@@ -180,8 +184,7 @@ def test_planes_that_were_kept_are_copied_behind_their_own_place(
     assert rig.saves.copies.inflight_bytes == 0, "it is kept"
     rig.streams.engine = rig.streams.new("other", urgent=False)
     writing.advance(PLANES)
-    lane = rig.saves.copies.lane("save", "device").mark()
-    assert not lane.is_done()
+    assert not rig.saves.copies.lane("save", "device").mark().wait(A_WHILE_S)
     gate.set()
     assert done(writing) == sum_chunks(content, rig.spec.chunk_bytes)
     writing.end()
