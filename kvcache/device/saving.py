@@ -205,6 +205,7 @@ class Writing:
                 raise silent()
             self.closing()
             self.closing = lambda: None
+            self._copies.clear()  # They know this: what they copied to would stay mapped until a collection.
 
     # --- parts ----------------------------------------------------------------------------------
 
