@@ -38,8 +38,10 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
     ),
     "policy": Subcommand("kvcache.cli_policy:policy", "Look at eviction policies, and try yours."),
-    "tune": Subcommand("kvcache.eviction.cli:tune", "Try policies and sizes of the cache on traces."),
-    "trace": Subcommand("kvcache.eviction.trace_cli:trace", "Look at, convert, make and record traces."),
+    "tune": Subcommand(
+        "kvcache.eviction.commands.tune:tune", "Try policies and sizes of the cache on traces."
+    ),
+    "trace": Subcommand("kvcache.eviction.commands.trace:trace", "Look at, convert, make and record traces."),
 }
 
 

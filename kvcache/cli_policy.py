@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 import click
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.registry import WRAPPERS, load_class, params_of, policy_class, policy_names
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 from kvcache.guard import said
 from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy
 from kvcache.testing.policies import Grove, PolicyContract

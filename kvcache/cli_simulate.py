@@ -1,7 +1,7 @@
 """``kvcache simulate``: replay request traces over simulated workers, and compare ways of routing.
 
     kvcache simulate                        a generated workload
-    kvcache simulate TRACE ...              in any format that ``kvcache.eviction.trace_files`` knows
+    kvcache simulate TRACE ...              in any format that ``kvcache.eviction.traces.files`` knows
 
 The model and its limits: docs/routing-simulation.md. Exit status: 0 done, 1 wrong settings or trace, 2 usage.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 import click
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload as Made
-from kvcache.eviction.generate import generate
-from kvcache.eviction.trace_files import open_trace
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.generate import Workload as Made
+from kvcache.eviction.traces.generate import generate
 from kvcache.routing.weights import Weights
 from kvcache.simulation.feed import Stream
 from kvcache.simulation.plot import svg

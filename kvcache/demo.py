@@ -39,8 +39,8 @@ from kvcache.demo_locate import Located, ask_locate
 from kvcache.demo_nodes import Nodes, NodeSettings
 from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace, read_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 
 CLIENTS = 3
 NODES = 2

@@ -26,8 +26,8 @@ from kvcache.demo_client import Outcome, Prompt, Replayer, Setup, namespace_of, 
 from kvcache.demo_feed import Feed
 from kvcache.demo_locate import Located
 from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals, as_json, progress, summary
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import write_trace
 from kvcache.namespace import Namespace
 from kvcache.testing.processes import NodeProcess
 

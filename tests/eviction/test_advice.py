@@ -10,16 +10,24 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction import advice as advice_module
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.advice import Adviser, Finalist, Tried, first_requests, one_by_one, together, values
-from kvcache.eviction.advice_words import situation, to_set, words, wrapped
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.models import model_named
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import Trace, read_trace
-from kvcache.eviction.trace_edit import split_by_time
-from kvcache.eviction.trial import Difference, Machine, Setting, Trial, try_setting
+from kvcache.eviction.advise import advice as advice_module
+from kvcache.eviction.advise.advice import (
+    Adviser,
+    Finalist,
+    Tried,
+    first_requests,
+    one_by_one,
+    together,
+    values,
+)
+from kvcache.eviction.advise.words import situation, to_set, words, wrapped
+from kvcache.eviction.simulate.models import model_named
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.simulate.trial import Difference, Machine, Setting, Trial, try_setting
+from kvcache.eviction.traces.edit import split_by_time
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 from kvcache.policy import Param
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"

@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 
 from kvcache import cli
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload as Made
-from kvcache.eviction.generate import generate
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.traces.generate import Workload as Made
+from kvcache.eviction.traces.generate import generate
+from kvcache.eviction.traces.trace import write_trace
 from kvcache.simulation.plot import svg
 from kvcache.simulation.report import figures, percentile, table
 from kvcache.simulation.run import ROUTERS, Settings, simulate
