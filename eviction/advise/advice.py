@@ -283,7 +283,8 @@ def one_by_one(setting: Setting, unset: Collection[str] = _UNSET) -> Iterator[Se
 def values(param: Param) -> list[float]:
     default, low, high = param.default, param.low, param.high
     wanted = (low, (low + default) / 2, (default + high) / 2, high)
-    return [value for value in dict.fromkeys(wanted) if value != default]
+    possible = [float(int(value)) if param.whole else value for value in wanted]
+    return [value for value in dict.fromkeys(possible) if value != default]
 
 
 def together(plain: Tried, tuned: Sequence[Tried]) -> Setting | None:

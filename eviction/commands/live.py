@@ -24,6 +24,7 @@ from kvcache.wire_tuning import SET, TELL, InForce
 
 DEADLINE_S = 10
 PAUSE_S = 0.1
+WAIT_S_MAX = 3_600
 
 _ADDRESS = click.option(
     "--address", default="", help="unix:///path or tcp://host:port (default: this user's node)"
@@ -38,12 +39,17 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="one JSON object")
 )
 @click.option("--tier", default="host", show_default=True, help="host, or nvme")
 @click.option(
-    "--wait", "wait_s", default=60.0, show_default=True, help="seconds until it decides; 0: do not wait"
+    "--wait",
+    "wait_s",
+    type=click.IntRange(0, WAIT_S_MAX),
+    default=60,
+    show_default=True,
+    help="seconds until it decides; 0: do not wait",
 )
 @_ADDRESS
 @_JSON
 def set_command(
-    policy: str, params: tuple[str, ...], tier: str, wait_s: float, address: str, as_json: bool
+    policy: str, params: tuple[str, ...], tier: str, wait_s: int, address: str, as_json: bool
 ) -> None:
     """Have another policy decide in a running node. Nothing that is held is lost.
 

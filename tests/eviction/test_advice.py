@@ -234,6 +234,7 @@ def test_what_to_set() -> None:
 def test_values_are_within_what_is_possible() -> None:
     assert values(Param(1.0, 0.0, 4.0, "")) == [0.0, 0.5, 2.5, 4.0]
     assert values(Param(0.0, 0.0, 4.0, "")) == [2.0, 4.0]
+    assert values(Param(1, 0, 4, "", whole=True)) == [0.0, 2.0, 4.0]
     names = {name for each in one_by_one(Setting("leaf-hazard+keep")) for name, _ in each.settings}
     assert names == {"samples", "decay", "memory", "decline", "tool_call_ms"}
 
