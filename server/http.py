@@ -84,7 +84,7 @@ async def serve(settings: Settings) -> None:
     fleet = FleetIndex(index, clock)  # Engines may register here, and somebody has to say how late it is.
     answers = IndexAnswers(index, clock, fleet.worker_sources, fleet.is_of)
     fleet.changed = answers.workers_changed
-    frames = LocateFrames(answers, credentials)
+    frames = LocateFrames(answers, credentials, setting="index_listen")
     metrics.watch_lookups(lambda: (frames.asked, frames.connections))
     site = HttpSite(HttpApp(follower, fleet, metrics, credentials, clock).application())
     try:
