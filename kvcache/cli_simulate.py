@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 from kvcache.eviction.traces.files import open_trace
 from kvcache.eviction.traces.generate import Workload as Made
 from kvcache.eviction.traces.generate import generate
@@ -147,7 +147,7 @@ def read_weights(path: Path) -> Weights:
             read = tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(
-            "bad_config", f"{path} cannot be read", str(error)[:200], "give a TOML file"
+            "bad_config", f"{path} cannot be read", plainly(error)[:200], "give a TOML file"
         ) from error
     found = read.get("weights", read)
     if not isinstance(found, dict):
@@ -200,4 +200,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise BadInput("bad_config", f"{path} cannot be written", str(error)) from error
+        raise BadInput(
+            "bad_config", f"{path} cannot be written", plainly(error), "give another --plot"
+        ) from error

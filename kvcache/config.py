@@ -17,7 +17,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from kvcache.address import UNIX_PATH_BYTES_MAX, parse
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 
 ENVIRONMENT_PREFIX = "KVCACHE_"
 # Read elsewhere: where clients look for the node, which copy loop is used, how long the tests try.
@@ -342,6 +342,6 @@ def _from_file(path: str) -> dict[str, object]:
         raise BadInput(
             "bad_config",
             f"the settings file {path} cannot be read",
-            str(error),
+            plainly(error),
             "check the path and the TOML",
         ) from error

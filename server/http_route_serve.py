@@ -12,7 +12,7 @@ from pathlib import Path
 from kvcache.clock import SystemClock
 from kvcache.config import parse_size
 from kvcache.credentials import Credentials
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 from kvcache.fleet import Fleet, token
 from kvcache.locality import LocalityIndex
 from kvcache.locator import Locator
@@ -176,7 +176,7 @@ def _weights(path: str) -> Weights:
         table = tomllib.loads(raw.decode()).get("weights", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(
-            "bad_config", f"{path} is no file of weights", str(error), "see docs/routing.md"
+            "bad_config", f"{path} is no file of weights", plainly(error), "see docs/routing.md"
         ) from error
     if not isinstance(table, dict):
         raise BadInput("bad_config", f"{path} has no table [weights]", "", "see docs/routing.md")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 from kvcache.eviction.advise.advice import Adviser
 from kvcache.eviction.advise.report import Findings, page
 from kvcache.eviction.advise.words import situation
@@ -101,5 +101,5 @@ def write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(
-            "bad_config", f"{path} cannot be written", str(error), "give another --output"
+            "bad_config", f"{path} cannot be written", plainly(error), "give another --output"
         ) from error

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 from kvcache.eviction.traces.edit import with_plain_words, with_used_blocks, with_whole_lengths
 from kvcache.eviction.traces.mooncake import mooncake_lines, read_mooncake
 from kvcache.eviction.traces.qwen import qwen_lines, read_qwen
@@ -96,7 +96,7 @@ def format_of(path: Path) -> str:
     except FileNotFoundError as error:
         raise bad(f"{path} is not there", "no file has this name", "check the path") from error
     except OSError as error:
-        raise bad(f"{path} cannot be read", str(error)) from error
+        raise bad(f"{path} cannot be read", plainly(error)) from error
     if first.startswith(b"PK\x03\x04"):
         return KVTRACE
     if first.startswith(MAGIC):
@@ -165,7 +165,10 @@ def save_trace(path: Path, trace: Trace, form: str = "") -> str:
             else:
                 _write_lines(part, mooncake_lines(trace) if form == MOONCAKE else qwen_lines(trace))
     except OSError as error:
-        raise BadInput("bad_config", f"{path} cannot be written", str(error)) from error
+        error.filename = path  # Its folder or a name beside it, which nobody asked for, else.
+        raise BadInput(
+            "bad_config", f"{path} cannot be written", plainly(error), "give another name"
+        ) from error
     return form
 
 

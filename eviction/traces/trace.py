@@ -203,7 +203,9 @@ def read_trace(path: Path, *, sort: bool = False) -> Trace:
             raise
         raise _bad(f"{error.what}, in {path}", error.why, error.todo) from error
     except FileNotFoundError as error:
-        raise _bad(f"{path} is not there", str(error), "give the path of a kvtrace-v1 .npz file") from error
+        raise _bad(
+            f"{path} is not there", "no file has this name", "give the path of a kvtrace-v1 .npz file"
+        ) from error
     except zipfile.BadZipFile as error:
         todo = "is it a kvtrace-v1 .npz file, and whole? Such a file that was cut off has lost its directory"
         raise _bad(f"{path} cannot be read", str(error)[:200], todo) from error
