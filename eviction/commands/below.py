@@ -21,12 +21,18 @@ DWPD_MAX = 10_000.0
 
 def with_below(command: Callable[..., None]) -> Callable[..., None]:
     """Its options."""
-    for option in (
-        click.option("--nvme", default="", metavar="SIZE,...", help="a lower tier under each --capacity"),
-        click.option("--nvme-policy", default="leaf-lru", show_default=True, help="which block goes there"),
-        click.option("--admit", default="all", show_default=True, help=f"of {', '.join(RULES)}"),
-        click.option("--write-budget", default="", metavar="500MB/s", help="what may be written (--model)"),
-        click.option("--dwpd", default="", metavar="N", help="the same, in drive writes a day"),
+    for option in reversed(
+        (
+            click.option("--nvme", default="", metavar="SIZE,...", help="a lower tier under each --capacity"),
+            click.option(
+                "--nvme-policy", default="leaf-lru", show_default=True, help="which block goes there"
+            ),
+            click.option("--admit", default="all", show_default=True, help=f"of {', '.join(RULES)}"),
+            click.option(
+                "--write-budget", default="", metavar="500MB/s", help="what may be written (--model)"
+            ),
+            click.option("--dwpd", default="", metavar="N", help="the same, in drive writes a day"),
+        )
     ):
         command = option(command)
     return command
@@ -47,6 +53,10 @@ class LowerOptions:
         if not self.nvme:
             if self.write_budget or self.dwpd:
                 raise BadInput("bad_config", "a write budget without --nvme", "memory does not wear out")
+            if self.admit != "all" or self.nvme_policy != "leaf-lru":
+                given = "--admit" if self.admit != "all" else "--nvme-policy"
+                why = "it is of what goes there"
+                raise BadInput("bad_config", f"{given} without --nvme", why, "give --nvme, or leave it out")
             return []
         rules = [parse_admission(text.strip()) for text in self.admit.split(",")]
         return [

@@ -124,6 +124,8 @@ def test_two_tiers_say_what_is_written(trace: str) -> None:
     ("arguments", "message"),
     [
         (("--dwpd", "1"), "without --nvme"),
+        (("--admit", "touched>=2"), "--admit without --nvme"),
+        (("--nvme-policy", "leaf-arc"), "--nvme-policy without --nvme"),
         (("--nvme", "10%", "--dwpd", "much"), "--dwpd much"),
         (("--nvme", "10%", "--dwpd", "-1"), "--dwpd -1"),
         (("--nvme", "10%", "--dwpd", "nan"), "--dwpd nan"),
