@@ -212,6 +212,9 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"huge_pages is {config.huge_pages!r}", "it is auto, on or off")
     if config.capacity_bytes < 1 or config.unit_bytes < 1:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
+    if config.socket and not config.socket.startswith("/"):
+        todo = "write /absolute/path.sock"
+        raise BadInput("bad_config", f"socket is {config.socket!r}", "that is no absolute path", todo)
     if config.nvme_places:
         _check_nvme(config)
     _ = config.data_addresses, config.peer_addresses, config.replicate_bytes_s, config.nvme_write_bytes_s
@@ -222,6 +225,9 @@ def _check(config: NodeConfig) -> None:
         raise BadInput(
             "bad_config", f"index_bytes is {config.index_bytes!r}", "an index takes 1 MiB at least"
         )
+    if config.unit == "auto" and config.unit_bytes > config.capacity_bytes:
+        why = f"an extent takes {config.unit_bytes >> 10} KiB at least"
+        raise BadInput("bad_config", f"capacity is {config.capacity!r}", why, "give more, or a smaller unit")
     if config.unit_bytes % 4096 or config.unit_bytes > config.capacity_bytes:
         raise BadInput(
             "bad_config",
