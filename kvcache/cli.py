@@ -31,9 +31,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "serve": Subcommand("kvcache.server.cli:serve", "Run one node."),
     "route": Subcommand("kvcache.server.route_cli:route", "Send requests to the workers that suit them."),
     "index": Subcommand("kvcache.server.index_cli:index", "Say which worker holds how much of a prompt."),
-    "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
+    "demo": Subcommand("kvcache.demo:demo", "Two nodes, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),
-    "check": Subcommand("kvcache.cli_check:check", "Verify every block on NVMe, and drop what is wrong."),
+    "check": Subcommand(
+        "kvcache.cli_check:check", "Verify every block on NVMe; --repair drops what is wrong."
+    ),
     "simulate": Subcommand(
         "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
     ),

@@ -1,4 +1,4 @@
-"""``kvcache demo``: one node, several clients, a trace, a kill. Needs no GPU and no engine.
+"""``kvcache demo``: two nodes, several clients, a trace, a kill. Needs no GPU and no engine.
 
     demo ──starts──► node (kvcache serve) ◄──sockets, shared memory── clients (kvcache.demo_client) x n
       └── prompts, one at a time (kvcache.demo_feed) ──────────────────►│
