@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_every_command_of_the_table_is_there(name: str) -> None:
     command = cli.LazyGroup().get_command(click.Context(cli.commands), name)
     assert command is not None
     assert command.help
+
+
+def test_what_runs_on_one_host_listens_on_ports_of_its_own() -> None:
+    """A node, the index that follows it, and the router that asks that."""
+    ports = []
+    for name, option in (("serve", "--http"), ("index", "--http"), ("route", "--bind")):
+        shown = " ".join(CliRunner().invoke(cli.commands, [name, "--help"]).output.split())
+        told = re.search(rf"{option} TEXT .*?\[default: 127\.0\.0\.1:(\d+)\]", shown)
+        assert told, name
+        ports.append(told[1])
+    assert len(set(ports)) == 3, ports
 
 
 def test_asserts_are_needed() -> None:
