@@ -124,7 +124,7 @@ WELCOME = Welcome(PROTOCOL_VERSION, "host-1", 7, "default", ["reader", "writer"]
 
 
 def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"capacity_bytes": float(3 << 30), "blocks": 1234.0}
+    values = {"capacity_bytes": float(3 << 30), "lookup_tokens": 2000.0, "hit_tokens": 1234.0}
     tokens: list[str] = []
 
     def ask(address: str, token: str) -> tuple[Welcome, StatsReply]:
@@ -139,17 +139,21 @@ def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         "address         tcp://h:1",
         "tenant          default",
         "roles           reader, writer",
-        "blocks          1,234",
+        "hit ratio       61.7% of 2,000 tokens looked up",
         "capacity_bytes  3.0 GiB",
+        "hit_tokens      1,234",
+        "lookup_tokens   2,000",
         "trouble: the NVMe directory /x is not used: it broke",
     ]
     as_json = runner.invoke(cli_info.info, ["--address", "tcp://h:1", "--json"]).output
     assert as_json == (
-        '{"address": "tcp://h:1", "node": "host-1", '
-        '"values": {"capacity_bytes": 3221225472.0, "blocks": 1234.0}, '
+        '{"address": "tcp://h:1", "node": "host-1", "tenant": "default", "roles": ["reader", "writer"], '
+        '"values": {"capacity_bytes": 3221225472.0, "lookup_tokens": 2000.0, "hit_tokens": 1234.0}, '
         '"troubles": ["the NVMe directory /x is not used: it broke"]}\n'
     )
     assert tokens == ["secret", "secret"]
+    values.clear()
+    assert "nothing was looked up yet" in runner.invoke(cli_info.info, ["--address", "tcp://h:1"]).output
 
 
 @pytest.mark.parametrize(
