@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,10 +133,7 @@ async def served(settings: Settings) -> AsyncIterator[str]:
 @dataclass(frozen=True, slots=True)
 class _Indexed:
     view: View
-    followed: FleetIndex | None = None
-
-    def troubles(self) -> list[str]:
-        return self.followed.troubles() if self.followed is not None else []
+    troubles: Callable[[], list[str]] = list
 
 
 @contextlib.asynccontextmanager
@@ -148,7 +145,8 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
     if settings.index != "embedded":
         locator = Locator(settings.index, timeout_ms=settings.index_ms, clock=clock)
         with contextlib.closing(locator):
-            yield _Indexed(LocatorView(locator, clock))
+            view = LocatorView(locator, clock)
+            yield _Indexed(view, view.troubles)
         return
     bytes_max = parse_size(settings.index_size, "index_size")
     if bytes_max < INDEX_BYTES_MIN:
@@ -160,7 +158,7 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
     ticking = asyncio.get_running_loop().create_task(followed.run())
     try:
         followed.follow(fleet)
-        yield _Indexed(IndexView(index, clock, followed.node_source), followed)
+        yield _Indexed(IndexView(index, clock, followed.node_source), followed.troubles)
     finally:
         ticking.cancel()
         await asyncio.gather(ticking, return_exceptions=True)
