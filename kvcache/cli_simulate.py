@@ -103,6 +103,9 @@ def simulate_command(
     """
     if not 0 <= warm_up < 1:
         raise BadInput("bad_config", f"warm-up {warm_up}", "it is a share, 0 to less than 1")
+    if plot and not plot.parent.is_dir():  # Not after the minutes that a simulation takes.
+        why = f"there is no folder {plot.parent}"
+        raise BadInput("bad_config", f"{plot} cannot be written", why, "give another --plot")
     settings = Settings(
         workers=workers,
         capacity=capacity,
