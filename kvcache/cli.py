@@ -7,6 +7,7 @@ that is heavy. Exit status: 0 done, 1 something is wrong with what was asked, 2 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import NoReturn
 import click
 
 from kvcache import __version__
-from kvcache.errors import KVCacheError
+from kvcache.errors import KVCacheError, plainly
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         commands.main(arguments, prog_name="kvcache")
     except KVCacheError as error:
         _fail(f"{error.what} [{error.code}]", error.why, error.todo)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _fail("what it prints cannot be written", plainly(error), "make room where the output goes to")
     sys.exit(0)
 
 

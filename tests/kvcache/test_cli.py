@@ -88,6 +88,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"kvcache {__version__}\n", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_output_to_a_full_disk_is_no_bug_of_ours() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcache", "policy", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "kvcache: what it prints cannot be written\n  why:   No space left on device\n"
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_usage_is_two_and_suggests(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "serv")
     assert status == 2
