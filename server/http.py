@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(serve(settings))
     except KVCacheError as error:
         log.error("%s", error)
+        sys.stdout.write(json.dumps([error.code, error.what, error.why, error.todo]) + "\n")  # For the node.
         return FAILED
     return 0
 
