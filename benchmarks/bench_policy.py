@@ -28,9 +28,9 @@ import harness
 from bench_replay import traces
 from harness import Figure
 
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import BELADY, replay
-from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.simulate.replay import BELADY, replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 
 ROUNDS, QUICK_ROUNDS = 5, 1
 QUICK_BLOCKS = 1_000_000

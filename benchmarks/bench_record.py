@@ -24,9 +24,9 @@ import harness
 from bench_replay import opened
 from harness import Figure
 
-from kvcache.eviction.record import Recorder
-from kvcache.eviction.record_format import packed_chunk
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.traces.record import Recorder
+from kvcache.eviction.traces.record_format import packed_chunk
+from kvcache.eviction.traces.trace import Trace
 from kvcache.wire import BATCH_BLOCKS_MAX
 
 BLOCK_TOKENS = 16

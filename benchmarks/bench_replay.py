@@ -24,13 +24,13 @@ from harness import Figure
 
 from kvcache.cli_simulate import MADE
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.generate import generate
-from kvcache.eviction.replay import BELADY, replay
-from kvcache.eviction.replay_tiers import replay_tiers
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.spill import Below
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import open_trace
+from kvcache.eviction.simulate.replay import BELADY, replay
+from kvcache.eviction.simulate.spill import Below
+from kvcache.eviction.simulate.tiers import replay_tiers
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.generate import generate
+from kvcache.eviction.traces.trace import Trace
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 ROUNDS, QUICK_ROUNDS = 5, 1

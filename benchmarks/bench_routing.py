@@ -19,8 +19,8 @@ import harness
 from harness import Figure
 
 from kvcache.cli_simulate import MADE
-from kvcache.eviction.generate import generate
-from kvcache.eviction.trace_files import open_trace
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.generate import generate
 from kvcache.simulation.report import Figures, figures
 from kvcache.simulation.run import OURS, ROUTERS, Settings, simulate
 from kvcache.simulation.workload import Workload, prepare

@@ -38,10 +38,10 @@ from kvcache.block import BlockSpec, StorageKey
 from kvcache.config import NodeConfig
 from kvcache.eviction.choice import Choice
 from kvcache.eviction.leaf_lru import LeafLru
-from kvcache.eviction.replay import Contexts, LeafCache, replay
-from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.shadows import Cell, Shadows
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.simulate.replay import Contexts, LeafCache, replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.trace import Trace
 from kvcache.namespace import Namespace, shape_of
 from kvcache.server.handlers import Connection
 from kvcache.server.identity import Identity, Peer

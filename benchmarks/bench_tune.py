@@ -24,13 +24,13 @@ import harness
 from bench_replay import traces
 from harness import Figure
 
-from kvcache.eviction.advice import Adviser
-from kvcache.eviction.curves import Estimator
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.stack_curve import stack_curve
-from kvcache.eviction.trace_edit import split_by_time
-from kvcache.eviction.trial import Machine, Setting, try_setting
+from kvcache.eviction.advise.advice import Adviser
+from kvcache.eviction.simulate.curves import Estimator
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.stack_curve import stack_curve
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.simulate.trial import Machine, Setting, try_setting
+from kvcache.eviction.traces.edit import split_by_time
 
 ROUNDS, QUICK_ROUNDS = 5, 1
 PERCENTS = (1, 3, 10, 30)

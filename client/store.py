@@ -190,7 +190,8 @@ class BlockStore(Protocol):
         """Idempotent. RAISES BadInput, NotAllowed, and Unavailable: without a node there is no name."""
 
     async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
-        """How many leading blocks are held. Holds nothing."""
+        """How many leading blocks are held. Holds nothing. Who is to load them leases the whole prefix at
+        once: a node's hit ratio is of what leases asked for."""
 
     async def lease(
         self,

@@ -42,6 +42,10 @@ class Choice:
                     f"{key} of {self.name} is {value:g}",
                     f"{known[key].low:g} to {known[key].high:g} is possible: {known[key].doc}",
                 )
+            if known[key].whole and not float(value).is_integer():
+                raise BadInput(
+                    "bad_config", f"{key} of {self.name} is {value:g}", f"a whole number is: {known[key].doc}"
+                )
 
     @property
     def said(self) -> str:

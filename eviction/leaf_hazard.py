@@ -91,7 +91,9 @@ class LeafHazard:
     @classmethod
     def params(cls) -> Mapping[str, Param]:
         return {
-            "samples": Param(8, 0, 256, "leaves drawn evenly and compared, beside the oldest of each class"),
+            "samples": Param(
+                8, 0, 256, "leaves drawn evenly and compared, beside the oldest of each class", whole=True
+            ),
             "decay": Param(
                 0.98, 0.5, 1.0, "what 200 requests leave of the weight of what was learned before"
             ),

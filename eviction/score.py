@@ -78,7 +78,11 @@ class Scored:
 
     @classmethod
     def params(cls) -> Mapping[str, Param]:
-        return {"samples": Param(SAMPLES, 1, 1_024, "leaves drawn evenly and scored, beside the oldest")}
+        return {
+            "samples": Param(
+                SAMPLES, 1, 1_024, "leaves drawn evenly and scored, beside the oldest", whole=True
+            )
+        }
 
     def on_request(self, context: RequestContext, path: Sequence[int]) -> None:
         self._use(context, [block for block in path[:] if block in self._seen])

@@ -14,7 +14,7 @@ from typing import Final
 
 from kvcache.address import Address, connected_socket, parse
 from kvcache.clock import NS_PER_MS, Clock, SystemClock
-from kvcache.errors import BadInput, NotAllowed, Unavailable
+from kvcache.errors import BadInput, NotAllowed, Unavailable, plainly
 from kvcache.frames import Arrival, FrameReader, failure_error
 from kvcache.wire import PROTOCOL_VERSION, Failure, Hello, Reply, Request, Welcome, encode
 
@@ -27,6 +27,14 @@ def gone(address: Address, why: str) -> Unavailable:
     return Unavailable(
         "unavailable", f"the node at {address} is gone", why, "the blocks are recomputed meanwhile"
     )
+
+
+def _no_node(address: Address, answer: BadInput | NotAllowed) -> BadInput | NotAllowed:
+    """Whatever answers there speaks another protocol, or another release of ours."""
+    if answer.code != "bad_frame":
+        return answer
+    todo = "give a node's socket or its --tcp address; on its --http address it speaks HTTP"
+    return BadInput("bad_frame", f"what answers at {address} is no kvcache node", answer.what, todo)
 
 
 class BlockingChannel:
@@ -59,7 +67,7 @@ class BlockingChannel:
         try:
             sock = connected_socket(where, deadline_ns, clock)
         except OSError as error:
-            raise gone(where, str(error)) from error
+            raise gone(where, plainly(error)) from error
         channel = cls(where, sock, clock)
         try:
             channel._greet(hello, deadline_ns)
@@ -127,7 +135,7 @@ class BlockingChannel:
             raise gone(self.address, f"the stream is broken: {error}") from error
         except OSError as error:
             self._end("disconnected")
-            raise gone(self.address, str(error)) from error
+            raise gone(self.address, plainly(error)) from error
         except BaseException:  # An interrupt, too, leaves a reply behind that nobody waits for.
             self._end("interrupted")
             raise
@@ -138,7 +146,7 @@ class BlockingChannel:
             reply = self.call(hello, deadline_ns)
         except Unavailable as error:
             if isinstance(error.__cause__, BadInput | NotAllowed):  # Say what is there instead of a node.
-                raise error.__cause__ from None
+                raise _no_node(self.address, error.__cause__) from None
             raise
         finally:
             self._wants_descriptor = False

@@ -7,6 +7,7 @@ that is heavy. Exit status: 0 done, 1 something is wrong with what was asked, 2 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import NoReturn
 import click
 
 from kvcache import __version__
-from kvcache.errors import KVCacheError
+from kvcache.errors import KVCacheError, plainly
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,19 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "serve": Subcommand("kvcache.server.cli:serve", "Run one node."),
     "route": Subcommand("kvcache.server.route_cli:route", "Send requests to the workers that suit them."),
     "index": Subcommand("kvcache.server.index_cli:index", "Say which worker holds how much of a prompt."),
-    "demo": Subcommand("kvcache.demo:demo", "A node, a trace, a kill and a restart, every byte compared."),
+    "demo": Subcommand("kvcache.demo:demo", "Two nodes, a trace, a kill and a restart, every byte compared."),
     "info": Subcommand("kvcache.cli_info:info", "What a node holds and has done so far."),
-    "check": Subcommand("kvcache.cli_check:check", "Verify every block on NVMe, and drop what is wrong."),
+    "check": Subcommand(
+        "kvcache.cli_check:check", "Verify every block on NVMe; --repair drops what is wrong."
+    ),
     "simulate": Subcommand(
         "kvcache.cli_simulate:simulate_command", "Compare ways of routing on request traces."
     ),
     "policy": Subcommand("kvcache.cli_policy:policy", "Look at eviction policies, and try yours."),
-    "tune": Subcommand("kvcache.eviction.cli:tune", "Try policies and sizes of the cache on traces."),
-    "trace": Subcommand("kvcache.eviction.trace_cli:trace", "Look at, convert, make and record traces."),
+    "tune": Subcommand(
+        "kvcache.eviction.commands.tune:tune", "Try policies and sizes of the cache on traces."
+    ),
+    "trace": Subcommand("kvcache.eviction.commands.trace:trace", "Look at, convert, make and record traces."),
 }
 
 
@@ -88,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         commands.main(arguments, prog_name="kvcache")
     except KVCacheError as error:
         _fail(f"{error.what} [{error.code}]", error.why, error.todo)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _fail("what it prints cannot be written", plainly(error), "make room where the output goes to")
     sys.exit(0)
 
 

@@ -46,7 +46,9 @@ def check(paths: tuple[Path, ...], repair: bool, address: str, as_json: bool) ->
     No node may run on them; ask a running node with --node (role operator; a token is read from
     KVCACHE_TOKEN). Nothing is changed without --repair.
     """
-    if bool(paths) == bool(address):
+    if paths and address:
+        raise click.UsageError("Give directories or --node ADDRESS, not both: a node checks its own.")
+    if not paths and not address:
         raise click.UsageError("Give the directories of a node that does not run, or --node ADDRESS.")
     if address and repair:
         raise click.UsageError("A running node drops what is wrong by itself: leave --repair out.")

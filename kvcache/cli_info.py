@@ -28,7 +28,14 @@ def info(address: str, as_json: bool) -> None:
     where = address or default_address()
     welcome, told = ask(where, os.environ.get("KVCACHE_TOKEN", ""))
     if as_json:
-        found = {"address": where, "node": welcome.node, "values": told.values, "troubles": told.troubles}
+        found = {
+            "address": where,
+            "node": welcome.node,
+            "tenant": welcome.tenant,
+            "roles": welcome.roles,
+            "values": told.values,
+            "troubles": told.troubles,
+        }
         click.echo(json.dumps(found))
         return
     click.echo(table(where, welcome, told.values))
@@ -52,10 +59,17 @@ def table(address: str, welcome: Welcome, values: Mapping[str, float]) -> str:
         ("address", address),
         ("tenant", welcome.tenant),
         ("roles", ", ".join(welcome.roles)),
+        ("hit ratio", hit_ratio(values)),
         *((name, readable(name, value)) for name, value in sorted(values.items())),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def hit_ratio(values: Mapping[str, float]) -> str:
+    """Of all that was looked up since the node started."""
+    asked, hit = values.get("lookup_tokens", 0), values.get("hit_tokens", 0)
+    return f"{hit / asked:.1%} of {asked:,.0f} tokens looked up" if asked else "nothing was looked up yet"
 
 
 def readable(name: str, value: float) -> str:

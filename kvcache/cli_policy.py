@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 import click
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.registry import WRAPPERS, load_class, params_of, policy_class, policy_names
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 from kvcache.guard import said
 from kvcache.policy import DevicePolicy, EvictionPolicy, KeyedPolicy
 from kvcache.testing.policies import Grove, PolicyContract
@@ -55,24 +55,39 @@ def policy() -> None:
 
 
 @policy.command("list")
-def list_policies() -> None:
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def list_policies(as_json: bool) -> None:
     """Every policy by name."""
+    said: dict[str, str] = {}
     for name in policy_names():
         try:
-            click.echo(f"{name:20} {_first_line(policy_class(name))}")
+            said[name] = _sentence(policy_class(name))
         except BadInput as error:
-            click.echo(f"{name:20} cannot be loaded: {error.why}")
+            said[name] = f"cannot be loaded: {error.why}"
+    if as_json:
+        click.echo(json.dumps({"policies": said, "around": list(WRAPPERS)}))
+        return
+    for name, text in said.items():
+        click.echo(f"{name:20} {text}")
     click.echo(f"\naround any of them, as in leaf-hazard+keep: {', '.join(WRAPPERS)}")
 
 
 @policy.command()
 @click.argument("name")
-def show(name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def show(name: str, as_json: bool) -> None:
     """The settings of a policy."""
     found = find(name)
-    click.echo(_first_line(found))
-    for setting, param in params_of(name, found).items():
+    settings = params_of(name, found)
+    if as_json:
+        told = {setting: asdict(param) for setting, param in settings.items()}
+        click.echo(json.dumps({"name": name, "is": _sentence(found), "settings": told}))
+        return
+    click.echo(_sentence(found))
+    for setting, param in settings.items():
         click.echo(f"  {setting:16} {param.default:g} ({param.low:g} to {param.high:g}): {param.doc}")
+    if not settings:
+        click.echo("  it has no settings")
 
 
 @policy.command()
@@ -163,7 +178,10 @@ def _words(name: str) -> str:
     return name.removeprefix("test_").replace("_", " ")
 
 
-def _first_line(made: type[EvictionPolicy]) -> str:
+def _sentence(made: type[EvictionPolicy]) -> str:
+    """What it says of itself first, on one line."""
     module = sys.modules.get(made.__module__)
     text = (module.__doc__ if module else None) or made.__doc__ or ""
-    return text.strip().partition("\n")[0]
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split()).replace("``", "")
+    sentence, stop, _ = paragraph.partition(". ")
+    return sentence + stop.strip()

@@ -1,7 +1,7 @@
 """``kvcache simulate``: replay request traces over simulated workers, and compare ways of routing.
 
     kvcache simulate                        a generated workload
-    kvcache simulate TRACE ...              in any format that ``kvcache.eviction.trace_files`` knows
+    kvcache simulate TRACE ...              in any format that ``kvcache.eviction.traces.files`` knows
 
 The model and its limits: docs/routing-simulation.md. Exit status: 0 done, 1 wrong settings or trace, 2 usage.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import click
 
-from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload as Made
-from kvcache.eviction.generate import generate
-from kvcache.eviction.trace_files import open_trace
+from kvcache.errors import BadInput, plainly
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.generate import Workload as Made
+from kvcache.eviction.traces.generate import generate
 from kvcache.routing.weights import Weights
 from kvcache.simulation.feed import Stream
 from kvcache.simulation.plot import svg
@@ -103,6 +103,9 @@ def simulate_command(
     """
     if not 0 <= warm_up < 1:
         raise BadInput("bad_config", f"warm-up {warm_up}", "it is a share, 0 to less than 1")
+    if plot and not plot.parent.is_dir():  # Not after the minutes that a simulation takes.
+        why = f"there is no folder {plot.parent}"
+        raise BadInput("bad_config", f"{plot} cannot be written", why, "give another --plot")
     settings = Settings(
         workers=workers,
         capacity=capacity,
@@ -147,7 +150,7 @@ def read_weights(path: Path) -> Weights:
             read = tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(
-            "bad_config", f"{path} cannot be read", str(error)[:200], "give a TOML file"
+            "bad_config", f"{path} cannot be read", plainly(error)[:200], "give a TOML file"
         ) from error
     found = read.get("weights", read)
     if not isinstance(found, dict):
@@ -200,4 +203,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise BadInput("bad_config", f"{path} cannot be written", str(error)) from error
+        raise BadInput(
+            "bad_config", f"{path} cannot be written", plainly(error), "give another --plot"
+        ) from error

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from kvcache.address import UNIX_PATH_BYTES_MAX, parse
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 
 ENVIRONMENT_PREFIX = "KVCACHE_"
 # Read elsewhere: where clients look for the node, which copy loop is used, how long the tests try.
@@ -231,6 +231,9 @@ def _check(config: NodeConfig) -> None:
         raise BadInput("bad_config", f"huge_pages is {config.huge_pages!r}", "it is auto, on or off")
     if config.capacity_bytes < 1 or config.unit_bytes < 1:
         raise BadInput("bad_config", f"capacity is {config.capacity!r}", "the tier must hold something")
+    if config.socket and not config.socket.startswith("/"):
+        todo = "write /absolute/path.sock"
+        raise BadInput("bad_config", f"socket is {config.socket!r}", "that is no absolute path", todo)
     if config.nvme_places:
         _check_nvme(config)
     if config.hbm != "none" and config.hbm_bytes < config.hbm_unit_bytes:
@@ -249,6 +252,9 @@ def _check(config: NodeConfig) -> None:
         raise BadInput(
             "bad_config", f"index_bytes is {config.index_bytes!r}", "an index takes 1 MiB at least"
         )
+    if config.unit == "auto" and config.unit_bytes > config.capacity_bytes:
+        why = f"an extent takes {config.unit_bytes >> 10} KiB at least"
+        raise BadInput("bad_config", f"capacity is {config.capacity!r}", why, "give more, or a smaller unit")
     if config.unit_bytes % 4096 or config.unit_bytes > config.capacity_bytes:
         raise BadInput(
             "bad_config",
@@ -369,6 +375,6 @@ def _from_file(path: str) -> dict[str, object]:
         raise BadInput(
             "bad_config",
             f"the settings file {path} cannot be read",
-            str(error),
+            plainly(error),
             "check the path and the TOML",
         ) from error

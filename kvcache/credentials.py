@@ -36,7 +36,7 @@ from typing import Annotated
 import msgspec
 
 from kvcache.block import TENANT_KEY_BYTES
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 
 ROLES = ("reader", "writer", "router", "operator", "peer")
 DEFAULT_TENANT = "default"
@@ -195,20 +195,23 @@ def read_private(path: str | Path) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _bad(f"{path} cannot be read: {error}") from error
+        raise _unread(f"{path} cannot be read", plainly(error)) from error
     if len(content) > FILE_BYTES_MAX:
-        raise _bad(f"{path} is over {FILE_BYTES_MAX} bytes")
+        raise _unread(f"{path} is over {FILE_BYTES_MAX:,} bytes", "no file of tokens or keys is so long")
     return content
 
 
 def _check_private(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise _bad(f"{path} is not a regular file")
+        raise _unread(f"{path} is not a regular file", "secrets are kept in one")
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         mode = stat.S_IMODE(status.st_mode)
-        raise _bad(f"others can read or write {path} (mode {mode:o})", f"run: chmod 600 {path}")
+        raise _unread(
+            f"others can read or write {path} (mode {mode:o})", "it holds secrets", f"run: chmod 600 {path}"
+        )
     if status.st_uid not in (os.geteuid(), 0):
-        raise _bad(f"{path} belongs to user {status.st_uid}", f"run: chown {os.geteuid()} {path}")
+        why = f"this process runs as user {os.geteuid()}"
+        raise _unread(f"{path} belongs to user {status.st_uid}", why, f"run: chown {os.geteuid()} {path}")
 
 
 def _credential(number: int, entry: _Entry) -> Credential:
@@ -245,8 +248,12 @@ def _digest(token: str) -> bytes:
     return blake2b(token.encode(errors="surrogatepass"), digest_size=32).digest()
 
 
-_TODO = "see kvcache/credentials.py for what the file holds"
+_TODO = "see SECURITY.md for what the file holds"
 
 
 def _bad(what: str, todo: str = _TODO) -> BadInput:
     return BadInput("bad_credentials", what, "the credentials file is used whole or not at all", todo)
+
+
+def _unread(what: str, why: str, todo: str = "check its path and whose it is") -> BadInput:
+    return BadInput("bad_credentials", what, why, todo)

@@ -1,4 +1,4 @@
-"""``kvcache demo``: one node, several clients, a trace, a kill. Needs no GPU and no engine.
+"""``kvcache demo``: two nodes, several clients, a trace, a kill. Needs no GPU and no engine.
 
     demo ──starts──► node (kvcache serve) ◄──sockets, shared memory── clients (kvcache.demo_client) x n
       └── prompts, one at a time (kvcache.demo_feed) ──────────────────►│
@@ -39,8 +39,8 @@ from kvcache.demo_locate import Located, ask_locate
 from kvcache.demo_nodes import Nodes, NodeSettings
 from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace, read_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 
 CLIENTS = 3
 NODES = 2

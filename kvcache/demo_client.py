@@ -3,7 +3,7 @@
     stdin   one ``Setup``, then one ``Prompt`` a line                        (JSON)
     stdout  ``READY`` once connected, then one ``Outcome`` a line, in the same order
 
-For each prompt: match, load what is held and compare every byte with the pattern of its key, then save
+For each prompt: lease, load what is held and compare every byte with the pattern of its key, then save
 what was missing, as prefill would have made it. Memory is one batch of blocks, however long the prompt.
 The process ends when its input does, so it never outlives the demo.
 
@@ -123,10 +123,7 @@ class Replayer:
         )
 
     def _load(self, prefix: Sequence[BlockHash]) -> Outcome:
-        held = self._store.match(self._handle, prefix)
-        if held == 0:
-            return Outcome()
-        lease = self._store.lease(self._handle, prefix[:held])
+        lease = self._store.lease(self._handle, prefix)
         try:
             return self._load_lease(lease)
         finally:

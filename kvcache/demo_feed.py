@@ -20,7 +20,7 @@ from kvcache.clock import NS_PER_S
 from kvcache.demo_client import READY, Outcome, Prompt, Setup
 from kvcache.demo_report import Totals
 from kvcache.errors import Unavailable
-from kvcache.eviction.trace import Request, Trace
+from kvcache.eviction.traces.trace import Request, Trace
 
 END_S = 5.0
 

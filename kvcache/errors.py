@@ -6,6 +6,8 @@ replies, HTTP bodies and metric labels. ``CODES`` lists every code; docs/errors.
 
 from __future__ import annotations
 
+import os
+
 CODES: dict[str, str] = {
     "bad_frame": "the bytes on the wire are not a frame of this protocol",
     "bad_version": "the peer speaks a protocol version that this side does not",
@@ -65,3 +67,12 @@ class NotAllowed(KVCacheError):
 
 class Unavailable(KVCacheError):
     """The store could not be reached, or did not answer in time. The engine recomputes."""
+
+
+def plainly(error: Exception) -> str:
+    """What a library said, for a person: ``Permission denied: /run/x``, without numbers of the system."""
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error) or type(error).__name__
+    # Errors of looking up names are negative; those of asyncio repeat in many words what was asked.
+    words = os.strerror(error.errno) if error.errno > 0 else f"{error.strerror}"
+    return f"{words}: {error.filename}" if error.filename else words

@@ -36,8 +36,14 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvcache.address import parse
-from kvcache.credentials import DEFAULT_TENANT, TENANT_PATTERN, TOKEN_PATTERN, read_private
-from kvcache.errors import BadInput
+from kvcache.credentials import (
+    DEFAULT_TENANT,
+    TENANT_PATTERN,
+    TOKEN_CHARS_MIN,
+    TOKEN_PATTERN,
+    read_private,
+)
+from kvcache.errors import BadInput, plainly
 
 ENGINE_SOURCE = "engine:"
 WORKERS_MAX = 65_536
@@ -248,8 +254,8 @@ def token(file: str) -> str:
         raise BadInput(
             "bad_credentials",
             f"{file} holds no token",
-            "it is one line of visible ASCII",
-            "see --credentials",
+            f"it is one line of {TOKEN_CHARS_MIN} visible ASCII characters at least",
+            "write the token alone into it",
         )
     return found
 
@@ -266,7 +272,7 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             raw = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
-        raise _unusable(path, str(error)) from error
+        raise _unusable(path, plainly(error)) from error
     if len(raw) > FILE_BYTES_MAX:
         raise _unusable(path, f"it is over {FILE_BYTES_MAX:,} bytes")
     return raw

@@ -174,6 +174,7 @@ _DOCUMENT = """# Metrics
 `GET /metrics` on a node's HTTP address, in Prometheus' text format. Written by
 `python -m kvcache.metrics > docs/metrics.md` from the one table in `kvcache/metrics.py`.
 Counters end in `_total` and start at 0 with the node. No label holds a tenant, a key or a prompt.
+Which of them to look at when the hit ratio fell: [hit-ratio](hit-ratio.md).
 
 | metric | kind | labels | meaning |
 | --- | --- | --- | --- |

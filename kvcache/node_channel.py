@@ -22,6 +22,10 @@ def connected(
     try:
         channel = BlockingChannel.connect(address, hello, deadline_ns)
     except Unavailable as error:
+        if isinstance(error.__cause__, PermissionError):
+            todo = "run this as the node's user, or have it list this one in its --credentials (SECURITY.md)"
+        elif error.__cause__ is None:
+            todo = "it is there and says nothing: is its process stopped, or its host overloaded?"
         raise Unavailable("unavailable", f"no node answers at {address}", error.why, todo) from error
     with closing(channel):
         yield channel

@@ -102,6 +102,8 @@ class Param:
     low: float
     high: float
     doc: str
+    whole: bool = False
+    """Only whole numbers."""
 
 
 class EvictionPolicy(Protocol):

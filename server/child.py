@@ -15,7 +15,7 @@ import sys
 import msgspec
 
 from kvcache.config import NodeConfig, parse_bind
-from kvcache.errors import BadInput
+from kvcache.errors import CODES, BadInput
 
 log = logging.getLogger("kvcache.server")
 
@@ -92,13 +92,17 @@ class HttpChild:
             line = b""
         if not line.startswith(b"http"):
             await self._end()
-            raise BadInput(
-                "address_in_use",
-                f"HTTP does not start on {self._bind}",
-                "its reason stands above this line in the log",
-                "give another --http, or --http none",
-            )
+            raise self._refusal(line)
         return line.decode().strip()
+
+    def _refusal(self, line: bytes) -> BadInput:
+        """What the process said on its way out; if it said nothing, it is stuck or has died."""
+        try:
+            code, what, why, todo = msgspec.json.decode(line, type=tuple[str, str, str, str])
+        except msgspec.DecodeError:
+            what, why = f"HTTP does not start on {self._bind}", "the log above may have its reason"
+            return BadInput("unavailable", what, why, "try again, or --http none")
+        return BadInput(code if code in CODES else "unavailable", what, why, todo)
 
     def _index_addresses(self) -> list[str]:
         """The node's socket may be the default one, which the settings do not name."""

@@ -72,8 +72,12 @@ SETTINGS: dict[str, str] = {
 
 
 def _with_settings(command: click.Command) -> click.Command:
+    """Their defaults stand in the help alone: an option that is not given leaves room for the environment."""
+    usual = NodeConfig()
     for name, text in SETTINGS.items():
-        command.params.append(click.Option([f"--{name.replace('_', '-')}"], help=text))
+        default = getattr(usual, name)
+        shown = text if default == "" else f"{text}  [default: {default}]"
+        command.params.append(click.Option([f"--{name.replace('_', '-')}"], help=shown))
     return command
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(serve(settings))
     except KVCacheError as error:
         log.error("%s", error)
+        sys.stdout.write(json.dumps([error.code, error.what, error.why, error.todo]) + "\n")  # For the node.
         return FAILED
     return 0
 
@@ -84,7 +86,7 @@ async def serve(settings: Settings) -> None:
     fleet = FleetIndex(index, clock)  # Engines may register here, and somebody has to say how late it is.
     answers = IndexAnswers(index, clock, fleet.worker_sources, fleet.is_of)
     fleet.changed = answers.workers_changed
-    frames = LocateFrames(answers, credentials)
+    frames = LocateFrames(answers, credentials, setting="index_listen")
     metrics.watch_lookups(lambda: (frames.asked, frames.connections))
     site = HttpSite(HttpApp(follower, fleet, metrics, credentials, clock).application())
     try:

@@ -248,7 +248,10 @@ _NOBODY = Credential("", frozenset())
 def _nothing_here() -> NotAllowed:
     """For a path that is not there and for one that this credential may not use."""
     return NotAllowed(
-        "not_allowed", "there is nothing here for this credential", "", "see docs/http.md for paths and roles"
+        "not_allowed",
+        "nothing answers this method at this path, or not to this credential",
+        "",
+        "see docs/http.md for paths, methods and roles",
     )
 
 

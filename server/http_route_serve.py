@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvcache.clock import SystemClock
 from kvcache.config import parse_size
 from kvcache.credentials import Credentials
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 from kvcache.fleet import Fleet, token
 from kvcache.locality import LocalityIndex
 from kvcache.locator import Locator
@@ -133,10 +133,7 @@ async def served(settings: Settings) -> AsyncIterator[str]:
 @dataclass(frozen=True, slots=True)
 class _Indexed:
     view: View
-    followed: FleetIndex | None = None
-
-    def troubles(self) -> list[str]:
-        return self.followed.troubles() if self.followed is not None else []
+    troubles: Callable[[], list[str]] = list
 
 
 @contextlib.asynccontextmanager
@@ -148,7 +145,8 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
     if settings.index != "embedded":
         locator = Locator(settings.index, timeout_ms=settings.index_ms, clock=clock)
         with contextlib.closing(locator):
-            yield _Indexed(LocatorView(locator, clock))
+            view = LocatorView(locator, clock)
+            yield _Indexed(view, view.troubles)
         return
     bytes_max = parse_size(settings.index_size, "index_size")
     if bytes_max < INDEX_BYTES_MIN:
@@ -160,7 +158,7 @@ async def _indexed(settings: Settings, fleet: Fleet, clock: SystemClock) -> Asyn
     ticking = asyncio.get_running_loop().create_task(followed.run())
     try:
         followed.follow(fleet)
-        yield _Indexed(IndexView(index, clock, followed.node_source), followed)
+        yield _Indexed(IndexView(index, clock, followed.node_source), followed.troubles)
     finally:
         ticking.cancel()
         await asyncio.gather(ticking, return_exceptions=True)
@@ -176,7 +174,7 @@ def _weights(path: str) -> Weights:
         table = tomllib.loads(raw.decode()).get("weights", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(
-            "bad_config", f"{path} is no file of weights", str(error), "see docs/routing.md"
+            "bad_config", f"{path} is no file of weights", plainly(error), "see docs/routing.md"
         ) from error
     if not isinstance(table, dict):
         raise BadInput("bad_config", f"{path} has no table [weights]", "", "see docs/routing.md")

@@ -16,6 +16,7 @@ from kvcache.config import parse_bind
 from kvcache.credentials import Credentials
 from kvcache.errors import BadInput
 from kvcache.server.binding import refuse_unsafe_bind
+from kvcache.server.listening import not_bound
 
 SHUTDOWN_S = 1.0
 BACKLOG = 512
@@ -56,12 +57,7 @@ class HttpSite:
         try:
             self._server = await asyncio.get_running_loop().create_server(door, host, port, backlog=BACKLOG)
         except OSError as error:
-            raise BadInput(
-                "address_in_use",
-                f"http://{host}:{port} cannot be bound",
-                str(error),
-                f"give another --{self._setting}",
-            ) from error
+            raise not_bound(f"http://{host}:{port}", error, f"give another --{self._setting}") from error
         chosen = self._server.sockets[0].getsockname()[1]
         return f"http://[{host}]:{chosen}" if ":" in host else f"http://{host}:{chosen}"
 

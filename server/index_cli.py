@@ -60,10 +60,13 @@ class Settings:
 @click.option("--follow", default="", help="control addresses of more nodes, with commas")
 @click.option("--token-file", default="", help="file with the token for these (else $KVCACHE_TOKEN)")
 @click.option(
-    "--http", default="127.0.0.1:8220", help="HOST:PORT for routers, metrics and operators, or none"
+    "--http",
+    default="127.0.0.1:8220",
+    show_default=True,
+    help="HOST:PORT for routers, metrics and operators, or none",
 )
 @click.option("--listen", default="", help="where raw look-ups are answered: unix:///PATH,tcp://HOST:PORT")
-@click.option("--bytes", "bytes_max", default="1GiB", help="most memory for what is known, for instance 4GiB")
+@click.option("--bytes", "bytes_max", default="1GiB", show_default=True, help="most memory for what is known")
 @click.option("--credentials", default="", help="TOML file of tokens and users")
 @click.option("--json", "as_json", is_flag=True, help="print a JSON object a line")
 @click.option("--verbose", is_flag=True, help="log more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -12,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvcache.errors import BadInput
+from kvcache.errors import BadInput, plainly
 
 BACKLOG = 128
 # A host that vanished is noticed after about a minute: its reservations wait for nothing else.
@@ -21,12 +22,13 @@ KEEPALIVE_PERIOD_S = 10
 KEEPALIVE_PROBES = 3
 
 
-def lock(path: Path) -> int:
+def lock(path: Path, setting: str = "--socket") -> int:
     """The descriptor of a lock file beside the socket; the lock lasts while it is open. The file stays.
+    ``setting`` named this socket.
 
     RAISES BadInput when another node has it, or when what bears the socket's name is no socket."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with _binding(f"unix://{path}", "--socket"), contextlib.ExitStack() as undo:
+    with _binding(f"unix://{path}", setting), contextlib.ExitStack() as undo:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(f"{path}.lock", flags, 0o600)
         undo.callback(os.close, descriptor)
@@ -37,17 +39,17 @@ def lock(path: Path) -> int:
                 "address_in_use",
                 f"another node serves unix://{path}",
                 "one socket belongs to one node",
-                "stop that node, or give this one another --socket",
+                f"stop that node, or give this one another {setting}",
             ) from error
-        _remove_left(path)
+        _remove_left(path, setting)
         undo.pop_all()
     return descriptor
 
 
-def listen_unix(path: Path, mode: int) -> socket.socket:
+def listen_unix(path: Path, mode: int, setting: str = "--socket") -> socket.socket:
     """REQUIRES: the lock. ``mode`` is who may connect."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    with _binding(f"unix://{path}", "--socket", listener):
+    with _binding(f"unix://{path}", setting, listener):
         # The file is made with the socket's own mode. (The umask is the whole process's, threads and all.)
         os.fchmod(listener.fileno(), mode)
         listener.bind(str(path))
@@ -56,10 +58,10 @@ def listen_unix(path: Path, mode: int) -> socket.socket:
     return listener
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
+def listen_tcp(host: str, port: int, setting: str = "--tcp") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    with _binding(f"tcp://{host}:{port}", "--tcp", listener):
+    with _binding(f"tcp://{host}:{port}", setting, listener):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
@@ -80,7 +82,7 @@ def tune(connection: socket.socket) -> None:
         connection.setsockopt(level, option, value)
 
 
-def _remove_left(path: Path) -> None:
+def _remove_left(path: Path, setting: str) -> None:
     """Remove the socket of a node that was killed: the lock says that it is dead."""
     try:
         mode = path.lstat().st_mode
@@ -91,7 +93,7 @@ def _remove_left(path: Path) -> None:
             "bad_config",
             f"{path} is there and is no socket",
             "the node's socket would take its place, and it is not the node's to remove",
-            "give another --socket, or move it away",
+            f"give another {setting}, or move it away",
         )
     path.unlink()
 
@@ -103,9 +105,13 @@ def _binding(address: str, setting: str, listener: socket.socket | None = None) 
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise BadInput(
-            "address_in_use", f"{address} cannot be bound", str(error), f"give another {setting}"
-        ) from error
+        raise not_bound(address, error, f"give another {setting}") from error
+
+
+def not_bound(address: str, error: OSError, todo: str) -> BadInput:
+    """What the system refused: an address that another has, or one that cannot be had at all."""
+    code = "address_in_use" if error.errno == errno.EADDRINUSE else "bad_config"
+    return BadInput(code, f"{address} cannot be bound", plainly(error), todo)
 
 
 async def receive_exactly(connection: socket.socket, count: int) -> bytes:

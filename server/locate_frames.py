@@ -70,13 +70,19 @@ class LocateFrames:
     """Listens where it is told. ``close`` ends all of it, and may be called twice."""
 
     def __init__(
-        self, answers: Answers, credentials: Credentials, connections_max: int = CONNECTIONS_MAX
+        self,
+        answers: Answers,
+        credentials: Credentials,
+        connections_max: int = CONNECTIONS_MAX,
+        setting: str = "listen",
     ) -> None:
+        """``setting`` is what the addresses are given with."""
         self.asked = 0
         """Questions answered so far."""
         self._answers = answers
         self._credentials = credentials
         self._connections_max = connections_max
+        self._setting = setting
         self._guard = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
         self._listeners: list[tuple[socket.socket, threading.Thread]] = []
@@ -88,19 +94,23 @@ class LocateFrames:
     def connections(self) -> int:
         return len(self._open)
 
+    @property
+    def _option(self) -> str:
+        return f"--{self._setting.replace('_', '-')}"
+
     def listen(self, address: Address) -> str:
         """From now on. Returns the address, with its port if the system chose it. RAISES BadInput."""
         if isinstance(address, UnixAddress):
             path = Path(address.path)
-            self._locks.append(lock(path))
+            self._locks.append(lock(path, self._option))
             # Who is at the other end of a unix socket the kernel says, so others may try.
             others = self._credentials.has_tokens or self._credentials.lists_other_users(os.getuid())
-            listener = listen_unix(path, 0o666 if others else 0o600)
+            listener = listen_unix(path, 0o666 if others else 0o600, self._option)
             self._paths.append(path)
             where = str(address)
         else:
-            refuse_unsafe_bind((address.host, address.port), self._credentials, "listen")
-            listener = listen_tcp(address.host, address.port)
+            refuse_unsafe_bind((address.host, address.port), self._credentials, self._setting)
+            listener = listen_tcp(address.host, address.port, self._option)
             where = str(TcpAddress(address.host, listener.getsockname()[1]))
         listener.setblocking(True)
         thread = threading.Thread(target=self._accept, args=(listener,), name="kvcache-accept", daemon=True)

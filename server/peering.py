@@ -98,5 +98,6 @@ def peer_token(path: str) -> str:
     except UnicodeDecodeError:
         token = ""
     if not token or len(token.split()) > 1:
-        raise BadInput("bad_credentials", f"{path} holds no token", "it is one line of ASCII", "see docs")
+        todo = "write the token alone into it"
+        raise BadInput("bad_credentials", f"{path} holds no token", "it is one line of ASCII", todo)
     return token

@@ -18,9 +18,9 @@ from kvcache.block import HASH_BYTES
 from kvcache.clock import NS_PER_S, Clock
 from kvcache.config import NodeConfig, parse_size
 from kvcache.errors import BadInput, NotAllowed
-from kvcache.eviction.record import Recorder
-from kvcache.eviction.record_files import BYTES_MIN, RecordFiles
-from kvcache.eviction.record_format import Head
+from kvcache.eviction.traces.record import Recorder
+from kvcache.eviction.traces.record_files import BYTES_MIN, RecordFiles
+from kvcache.eviction.traces.record_format import Head
 from kvcache.request_hints import UNKNOWN
 from kvcache.wire import BATCH_BLOCKS_MAX, Record, Reserve, TakeLease
 from kvcache.wire_record import SAMPLE_ALL

@@ -21,7 +21,7 @@ EXIT_BUG = 70
 
 @click.command()
 @click.option("--fleet", required=True, help="file of workers (TOML or JSON), see docs/routing.md")
-@click.option("--bind", default="127.0.0.1:8220", show_default=True, help="HOST:PORT to serve on")
+@click.option("--bind", default="127.0.0.1:8230", show_default=True, help="HOST:PORT to serve on")
 @click.option("--weights", default="", help="TOML file whose table [weights] changes what terms weigh")
 @click.option(
     "--index",

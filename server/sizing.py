@@ -15,8 +15,8 @@ def takes_huge_pages(config: NodeConfig) -> bool:
     if config.capacity_bytes > available:
         raise BadInput(
             "bad_config",
-            f"capacity is {config.capacity_bytes} bytes",
-            f"this host has {available} bytes of memory available",
+            f"capacity is {config.capacity}",
+            f"this host has {available / (1 << 30):,.1f} GiB of memory available",
             "lower --capacity",
         )
     return huge

@@ -26,8 +26,8 @@ from kvcache.demo_client import Outcome, Prompt, Replayer, Setup, namespace_of, 
 from kvcache.demo_feed import Feed
 from kvcache.demo_locate import Located
 from kvcache.demo_report import MODEL, Kill, Nvme, Report, Totals, as_json, progress, summary
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import write_trace
 from kvcache.namespace import Namespace
 from kvcache.testing.processes import NodeProcess
 
@@ -48,20 +48,19 @@ class DictStore:
         self.blocks: dict[BlockHash, list[bytes]] = {}
         self.lost: set[int] = set()
         self.room = 1 << 30
+        self.asked = 0
         self.released = 0
 
     def open(self, namespace: Namespace, spec: BlockSpec) -> Handle:
         key = bytes(32)
         return Handle(namespace, spec, namespace.namespace_id(), namespace.root(key), key)
 
-    def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
-        held = [name in self.blocks for name in prefix]
-        return held.index(False) if False in held else len(held)
-
     def lease(
         self, handle: Handle, prefix: Sequence[BlockHash], request: str = "", duration_ms: int = LEASE_MS
     ) -> Lease:
-        return Lease(handle, tuple(prefix[: self.match(handle, prefix)]), (), 1)
+        self.asked += len(prefix)
+        held = [name in self.blocks for name in prefix]
+        return Lease(handle, tuple(prefix[: held.index(False) if False in held else len(held)]), (), 1)
 
     def load(self, lease: Lease, into: Sequence[Sequence[Buffer]], start: int = 0) -> frozenset[int]:
         for name, pieces in zip(lease.prefix[start:], into, strict=False):
@@ -106,7 +105,8 @@ def test_what_was_saved_is_hit() -> None:
     assert counted(client.replay(PROMPT)) == (0, 5, 0, 0)
     assert counted(client.replay(PROMPT)) == (5, 0, 0, 0)
     assert counted(client.replay(Prompt([0, 1, 9]))) == (2, 1, 0, 0)
-    assert store.released == 2
+    assert store.released == 3
+    assert store.asked == 5 + 5 + 3, "the node's hit ratio is of whole prompts"
 
 
 def test_an_empty_prompt_is_nothing() -> None:

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from kvcache.errors import BadInput
-from kvcache.eviction.trace_cli import trace
-from kvcache.eviction.trace_files import open_trace
+from kvcache.eviction.commands.trace import trace
+from kvcache.eviction.traces.files import open_trace
 from kvcache.testing.processes import NodeProcess
 from tests.server.talk import HASHES, connected, lease, opened
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvcache.eviction.cli import tune
-from kvcache.eviction.trace_cli import trace
+from kvcache.eviction.commands.trace import trace
+from kvcache.eviction.commands.tune import tune
 from kvcache.testing.processes import NodeProcess
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tuning.md").read_text()

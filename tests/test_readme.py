@@ -13,7 +13,14 @@ from kvcache.cli import SUBCOMMANDS
 from kvcache.testing.processes import NodeProcess
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/architecture.md", "docs/http.md", "docs/vllm.md", "docs/transformers.md")
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/hit-ratio.md",
+    "docs/http.md",
+    "docs/vllm.md",
+    "docs/transformers.md",
+)
 
 # What the example leaves to the reader: a namespace, tokens, and memory.
 BEFORE = """

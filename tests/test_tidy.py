@@ -65,7 +65,7 @@ BORDERS = re.compile(
     r"client/connectors/\w+\.py|server/node\.py|kvcache/guard\.py|kvcache/cli_policy\.py|tests/.*|benchmarks/.*"
 )
 PRINTERS = re.compile(
-    r"(kvcache|server|eviction|client)/(cli|demo)(_\w+)?\.py|benchmarks/.*|tests/.*|\.ci/.*"
+    r"(kvcache|server|client)/(cli|demo)(_\w+)?\.py|eviction/commands/.*|benchmarks/.*|tests/.*|\.ci/.*"
 )
 
 BANNED_MODULES = frozenset({"pickle", "marshal", "shelve", "dill", "cloudpickle"})

@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from heapq import heappop, heappush
 
-from kvcache.eviction.replay_tree import NONE, Forest
+from kvcache.eviction.simulate.tree import NONE, Forest
 
 _NEVER = 1 << 31
 

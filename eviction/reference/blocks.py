@@ -13,7 +13,7 @@ from kvcache.eviction.reference.queues import Fifo, Lru
 from kvcache.eviction.reference.s3fifo import S3Fifo
 from kvcache.eviction.reference.sieve import Sieve
 from kvcache.eviction.reference.tinylfu import WTinyLfu
-from kvcache.eviction.replay_tree import NONE, Forest
+from kvcache.eviction.simulate.tree import NONE, Forest
 
 
 class BlockPolicy(Protocol):

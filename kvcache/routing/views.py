@@ -113,6 +113,14 @@ class LocatorView:
     def place(self, source: str, namespace: NamespaceId, hints: bytes) -> None:
         self._locator.place(source, namespace, hints)
 
+    def troubles(self) -> list[str]:
+        """For people. The index is asked if it was not lately, so that this is so without requests, too."""
+        self._refresh()
+        trouble = self._locator.trouble
+        return (
+            [f"choices are made without the index at {self._locator.address}: {trouble}"] if trouble else []
+        )
+
     def _refresh(self) -> None:
         """Keeps what it has when the index does not answer: its age tells."""
         now_ns = self._clock.now_ns()

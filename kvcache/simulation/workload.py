@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcache.errors import BadInput
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.traces.trace import Trace
 
 _WORD = (1 << 64) - 1
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from kvcache.config import NodeConfig
-from kvcache.eviction import record_files
 from kvcache.eviction.registry import POLICIES
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_files import open_trace
+from kvcache.eviction.traces import record_files
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.trace import Trace
 from kvcache.leaf_lru import LeafLru
 from kvcache.policy import RequestContext
 from kvcache.request_hints import session_number

@@ -8,11 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from kvcache.clock import NS_PER_MS
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.record import Recorder
-from kvcache.eviction.record_format import Head, packed_chunk
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import renumbered
+from kvcache.eviction.traces.edit import renumbered
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.record import Recorder
+from kvcache.eviction.traces.record_format import Head, packed_chunk
+from kvcache.eviction.traces.trace import Trace
 
 BLOCK = 16
 START_NS = 5_000 * NS_PER_MS

@@ -10,16 +10,24 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction import advice as advice_module
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.advice import Adviser, Finalist, Tried, first_requests, one_by_one, together, values
-from kvcache.eviction.advice_words import situation, to_set, words, wrapped
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.models import model_named
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import Trace, read_trace
-from kvcache.eviction.trace_edit import split_by_time
-from kvcache.eviction.trial import Difference, Machine, Setting, Trial, try_setting
+from kvcache.eviction.advise import advice as advice_module
+from kvcache.eviction.advise.advice import (
+    Adviser,
+    Finalist,
+    Tried,
+    first_requests,
+    one_by_one,
+    together,
+    values,
+)
+from kvcache.eviction.advise.words import situation, to_set, words, wrapped
+from kvcache.eviction.simulate.models import model_named
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.simulate.trial import Difference, Machine, Setting, Trial, try_setting
+from kvcache.eviction.traces.edit import split_by_time
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 from kvcache.policy import Param
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
@@ -226,6 +234,7 @@ def test_what_to_set() -> None:
 def test_values_are_within_what_is_possible() -> None:
     assert values(Param(1.0, 0.0, 4.0, "")) == [0.0, 0.5, 2.5, 4.0]
     assert values(Param(0.0, 0.0, 4.0, "")) == [2.0, 4.0]
+    assert values(Param(1, 0, 4, "", whole=True)) == [0.0, 2.0, 4.0]
     names = {name for each in one_by_one(Setting("leaf-hazard+keep")) for name, _ in each.settings}
     assert names == {"samples", "decay", "memory", "decline", "tool_call_ms"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.capacity import parse_capacities, parse_capacity
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.models import model_named
+from kvcache.eviction.simulate.capacity import parse_capacities, parse_capacity
+from kvcache.eviction.simulate.models import model_named
+from kvcache.eviction.traces.generate import Workload, generate
 
 TRACE = generate(Workload(request_count=20))
 MODEL = model_named("llama-3.1-8b")

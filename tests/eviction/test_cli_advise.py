@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction.cli import tune
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.commands.tune import tune
+from kvcache.eviction.traces.trace import write_trace
 from tests.eviction.test_advice import scans
 
 

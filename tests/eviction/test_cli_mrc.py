@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction.cli import tune
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.trace import read_trace, write_trace
+from kvcache.eviction.commands.tune import tune
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import read_trace, write_trace
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction import cli_progress
-from kvcache.eviction.cli import tune
-from kvcache.eviction.cli_progress import Bar, bar
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.trace import read_trace, write_trace
+from kvcache.eviction.commands import progress as cli_progress
+from kvcache.eviction.commands.progress import Bar, bar
+from kvcache.eviction.commands.tune import tune
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import read_trace, write_trace
 
 FIELDS = {
     "trace",
@@ -124,6 +124,8 @@ def test_two_tiers_say_what_is_written(trace: str) -> None:
     ("arguments", "message"),
     [
         (("--dwpd", "1"), "without --nvme"),
+        (("--admit", "touched>=2"), "--admit without --nvme"),
+        (("--nvme-policy", "leaf-arc"), "--nvme-policy without --nvme"),
         (("--nvme", "10%", "--dwpd", "much"), "--dwpd much"),
         (("--nvme", "10%", "--dwpd", "-1"), "--dwpd -1"),
         (("--nvme", "10%", "--dwpd", "nan"), "--dwpd nan"),
@@ -165,7 +167,7 @@ def test_wrong_settings_are_said_in_plain_words(trace: str, arguments: tuple[str
 def test_what_is_wrong_is_said_before_anything_is_shown_or_replayed(
     trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcache.eviction.cli_replay.open_trace", pytest.fail)
+    monkeypatch.setattr("kvcache.eviction.commands.replay.open_trace", pytest.fail)
     for arguments in (["--policy", "leaf-lru,leaf-lur"], ["--policy", "leaf-hazard", "--set", "samples=-1"]):
         result = run(trace, *arguments)
         assert isinstance(result.exception, BadInput) and not result.output
@@ -208,7 +210,7 @@ def test_who_waits_for_a_large_trace_sees_how_far_it_is_read(
         labels.append(f"{label} {total > 1}")
         return Bar(label, total)
 
-    monkeypatch.setattr("kvcache.eviction.cli_replay.bar", drawn)
+    monkeypatch.setattr("kvcache.eviction.commands.replay.bar", drawn)
     assert run(trace, "--no-bound", "--capacity", "3%").exit_code == 0
     assert labels == ["reading made.npz True", "made.npz: leaf-lru, 3% True"]
 

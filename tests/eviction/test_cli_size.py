@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction.cli import tune
-from kvcache.eviction.cli_size import Shop, cheapest_first
-from kvcache.eviction.curves import Estimator
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.sizing import Goal, Option, Sizer
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.advise.sizing import Goal, Option, Sizer
+from kvcache.eviction.commands.size import Shop, cheapest_first
+from kvcache.eviction.commands.tune import tune
+from kvcache.eviction.simulate.curves import Estimator
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import write_trace
 
 
 @pytest.fixture(scope="module")

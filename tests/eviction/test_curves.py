@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.curves import EXACT, REPLAYED, SAMPLED, Estimator, unwatched
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import read_trace
+from kvcache.eviction.simulate.curves import EXACT, REPLAYED, SAMPLED, Estimator, unwatched
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import read_trace
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
 MADE = Forest(generate(Workload(request_count=3_000, seed=9)))

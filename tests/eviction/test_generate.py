@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace, read_trace, write_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace, write_trace
 
 workloads = st.builds(
     Workload,

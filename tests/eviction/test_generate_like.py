@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.generate_like import fit, generate_like
-from kvcache.eviction.replay import replay
-from kvcache.eviction.trace import Trace, read_trace
-from kvcache.eviction.trace_shape import Shape, shape_of
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.generate_like import fit, generate_like
+from kvcache.eviction.traces.shape import Shape, shape_of
+from kvcache.eviction.traces.trace import Trace, read_trace
 
 REAL = Path(__file__).parents[3] / "shared" / "traces"
 SIZES = {0.01: 0.05, 0.03: 0.035, 0.1: 0.02, 0.3: 0.02}

@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace
 
 BLOCK_TOKENS = 16
 GROWTH = 4

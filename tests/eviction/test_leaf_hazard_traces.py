@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import read_trace
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.trace import read_trace
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
 CELLS = [

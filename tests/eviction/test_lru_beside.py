@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.leaf_hazard import LeafHazard
 from kvcache.eviction.lru_beside import LruBeside
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
 from kvcache.eviction.reuse_times import ReuseTimes, Use
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 from kvcache.policy import TreeView
 
 KIND = ReuseTimes(1.0).kind(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.models import MODELS, model_named
+from kvcache.eviction.simulate.models import MODELS, model_named
 
 
 def test_bytes_a_token_follow_from_the_layers() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcache.eviction.picture import Line, draw
+from kvcache.eviction.commands.picture import Line, draw
 
 
 def test_a_curve_rises_from_left_to_right() -> None:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.clock import NS_PER_MS
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.record import Recorder
-from kvcache.eviction.record_format import Head, packed_chunk
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import coarsened, renumbered
-from kvcache.eviction.trace_files import RECORDED, format_of, open_trace
-from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.eviction.traces.edit import coarsened, renumbered
+from kvcache.eviction.traces.files import RECORDED, format_of, open_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.record import Recorder
+from kvcache.eviction.traces.record_format import Head, packed_chunk
+from kvcache.eviction.traces.recorded import read_recorded
+from kvcache.eviction.traces.trace import Trace
 from tests.eviction.record_world import BLOCK, START_NS, Played, alike, content, hashes, made, whole_blocks
 
 

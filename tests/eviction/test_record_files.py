@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.eviction import record_files
-from kvcache.eviction.record_files import BYTES_MIN, QUEUE_MAX, RecordFiles
-from kvcache.eviction.record_format import Head
+from kvcache.eviction.traces import record_files
+from kvcache.eviction.traces.record_files import BYTES_MIN, QUEUE_MAX, RecordFiles
+from kvcache.eviction.traces.record_format import Head
 
 HEAD = Head("a" * 16, 0, 1, 0, 0, 128, 1.0)
 PATIENCE_S = 60.0
@@ -158,7 +158,7 @@ def test_a_full_disk_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(descriptor: int, data: memoryview) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvcache.eviction.record_files.os.write", full)
+    monkeypatch.setattr("kvcache.eviction.traces.record_files.os.write", full)
     files = RecordFiles(tmp_path, BYTES_MIN)
     files.begin(HEAD)
     files._thread.join(PATIENCE_S)
@@ -175,7 +175,7 @@ def test_a_disk_that_hangs_costs_records_and_no_time(tmp_path: Path, monkeypatch
         goes_on.wait(PATIENCE_S)
         return write(descriptor, data)
 
-    monkeypatch.setattr("kvcache.eviction.record_files.os.write", slow)
+    monkeypatch.setattr("kvcache.eviction.traces.record_files.os.write", slow)
     files = RecordFiles(tmp_path, BYTES_MIN)
     files.begin(HEAD)
     taken = [files.put(b"x") for _ in range(2 * QUEUE_MAX)]

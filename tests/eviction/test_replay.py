@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.leaf_lru import LeafLru
-from kvcache.eviction.replay import LeafCache, replay
-from kvcache.eviction.replay_tree import NONE, Forest, Path
-from kvcache.eviction.trace import Trace, read_trace
+from kvcache.eviction.simulate.replay import LeafCache, replay
+from kvcache.eviction.simulate.tree import NONE, Forest, Path
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 from kvcache.policy import RequestContext
 
 SHARED = FilePath(__file__).parents[3] / "shared" / "traces"

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
 from kvcache.eviction.admission import DAY_S, RULES, parse_admission
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tiers import TiersResult, TwoTiers, replay_tiers
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.spill import Below
-from kvcache.eviction.trace import read_trace
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.spill import Below
+from kvcache.eviction.simulate.tiers import TiersResult, TwoTiers, replay_tiers
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import read_trace
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
 MADE = Forest(generate(Workload(request_count=500, block_tokens=64, seed=9)))

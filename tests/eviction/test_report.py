@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction.cli import tune
-from kvcache.eviction.report_charts import Axis, Series, bar_chart, line_chart
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.advise.charts import Axis, Series, bar_chart, line_chart
+from kvcache.eviction.commands.tune import tune
+from kvcache.eviction.traces.trace import write_trace
 from tests.eviction.browser import picture, pixels, run
 from tests.eviction.test_advice import scans
 
@@ -171,7 +171,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_where_the_page_cannot_be_is_said_before_anything_takes_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcache.eviction.cli_report.opened", pytest.fail)
+    monkeypatch.setattr("kvcache.eviction.commands.report.opened", pytest.fail)
     for output in (tmp_path, tmp_path / "none" / "x.html"):
         error = report("any.npz", "--capacity", "60", "--output", str(output)).exception
         assert isinstance(error, BadInput) and "cannot be written" in error.what

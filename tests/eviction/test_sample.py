@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.sample import RATE_MIN, enough, sample, uses_of
+from kvcache.eviction.simulate.sample import RATE_MIN, enough, sample, uses_of
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 from tests.eviction.test_replay import tiny
 
 FOREST = Forest(generate(Workload(request_count=1_500, seed=2)))

@@ -6,13 +6,13 @@ import pytest
 
 from kvcache.errors import BadInput
 from kvcache.eviction.admission import ALL, parse_admission
-from kvcache.eviction.curves import Estimator
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tiers import replay_tiers
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.sizing import Goal, Option, Sizer, _least
-from kvcache.eviction.spill import Below
+from kvcache.eviction.advise.sizing import Goal, Option, Sizer, _least
+from kvcache.eviction.simulate.curves import Estimator
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.spill import Below
+from kvcache.eviction.simulate.tiers import replay_tiers
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 
 FOREST = Forest(generate(Workload(request_count=250, seed=5, block_tokens=64, arrivals_a_second=0.1)))
 WHOLE = Estimator(FOREST, 1.0)

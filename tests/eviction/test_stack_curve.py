@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.stack_curve import stack_curve
-from kvcache.eviction.trace import Trace, read_trace
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.stack_curve import stack_curve
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, read_trace
 from tests.eviction.test_replay import tiny, workloads
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"

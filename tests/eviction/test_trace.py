@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.trace import Trace, read_trace, write_trace
+from kvcache.eviction.traces.trace import Trace, read_trace, write_trace
 
 REAL = Path(__file__).parents[3] / "shared" / "traces"
 

@@ -7,12 +7,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate_like import fit, generate_like
-from kvcache.eviction.trace import Trace, write_trace
-from kvcache.eviction.trace_cli import trace as command
-from kvcache.eviction.trace_edit import anonymized, coarsened, renumbered, split_by_session, split_by_time
-from kvcache.eviction.trace_files import WRITABLE, Reading, open_trace, save_trace
-from kvcache.eviction.trace_shape import picture, shape_of, uses_of
+from kvcache.eviction.commands.trace import trace as command
+from kvcache.eviction.traces.edit import anonymized, coarsened, renumbered, split_by_session, split_by_time
+from kvcache.eviction.traces.files import WRITABLE, Reading, open_trace, save_trace
+from kvcache.eviction.traces.generate_like import fit, generate_like
+from kvcache.eviction.traces.shape import picture, shape_of, uses_of
+from kvcache.eviction.traces.trace import Trace, write_trace
 from tests.eviction.test_trace import traces
 
 

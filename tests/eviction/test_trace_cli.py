@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvcache.errors import BadInput
-from kvcache.eviction import cli_progress, trace_cli
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import read_trace, write_trace
-from kvcache.eviction.trace_cli import trace
-from kvcache.eviction.trace_files import MOONCAKE, Reading, format_of, open_trace, save_trace
+from kvcache.eviction.commands import progress as cli_progress
+from kvcache.eviction.commands import trace as trace_cli
+from kvcache.eviction.commands.trace import trace
+from kvcache.eviction.traces.files import MOONCAKE, Reading, format_of, open_trace, save_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import read_trace, write_trace
 
 
 def run(*arguments: str | Path) -> Result:

@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import (
+from kvcache.eviction.traces.edit import (
     anonymized,
     coarsened,
     renumbered,
@@ -21,6 +19,8 @@ from kvcache.eviction.trace_edit import (
     subset,
     with_sessions,
 )
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace
 
 
 def made(seed: int = 1, count: int = 80, block_tokens: int = 16) -> Trace:

@@ -14,9 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace, write_trace
-from kvcache.eviction.trace_files import (
+from kvcache.eviction.traces.files import (
     KVTRACE,
     MOONCAKE,
     QWEN,
@@ -27,6 +25,8 @@ from kvcache.eviction.trace_files import (
     open_trace,
     save_trace,
 )
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace, write_trace
 
 Fields = dict[str, object]
 

@@ -15,13 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.record_format import CHUNK_BYTES_MAX, Head, chunks_of, opened_file, packed_chunk
-from kvcache.eviction.replay import replay
-from kvcache.eviction.trace import Trace, write_trace
-from kvcache.eviction.trace_cli import trace as command
-from kvcache.eviction.trace_files import QWEN, TESTER, WRITABLE, Reading, open_trace, save_trace
-from kvcache.eviction.trace_rows import LINE_BYTES_MAX
+from kvcache.eviction.commands.trace import trace as command
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.traces.files import QWEN, TESTER, WRITABLE, Reading, open_trace, save_trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.record_format import CHUNK_BYTES_MAX, Head, chunks_of, opened_file, packed_chunk
+from kvcache.eviction.traces.rows import LINE_BYTES_MAX
+from kvcache.eviction.traces.trace import Trace, write_trace
 
 HEAD = Head("a" * 16, 0, 1, 0, 0, 128, 1.0)
 
@@ -168,7 +168,7 @@ def test_a_recording_is_unpacked_a_chunk_at_a_time(tmp_path: Path) -> None:
 
 def test_numbers_of_blocks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of known blocks gives each another number: a few bytes could fill the memory."""
-    monkeypatch.setattr("kvcache.eviction.trace_recorded.NUMBERS_MAX", 1_000)
+    monkeypatch.setattr("kvcache.eviction.traces.recorded.NUMBERS_MAX", 1_000)
     new, old = bytes([0, 0, 0, 1, 100, 0]), bytes([0, 0, 0, 1, 101, 50, 0])
     path = tmp_path / "t.kvrec"
     path.write_bytes(HEAD.packed() + packed_chunk(new + old * 10))
@@ -200,8 +200,8 @@ def test_what_was_there_stays_until_what_is_new_is_whole(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvcache.eviction.trace_files.write_trace", full)
-    monkeypatch.setattr("kvcache.eviction.trace_files.qwen_lines", full)
+    monkeypatch.setattr("kvcache.eviction.traces.files.write_trace", full)
+    monkeypatch.setattr("kvcache.eviction.traces.files.qwen_lines", full)
     with pytest.raises(BadInput, match="No space left"):
         save_trace(target, made(), form)
     assert target.read_text() == "before" and [target] == list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.trace_mooncake import mooncake_lines, read_mooncake
-from kvcache.eviction.trace_rows import LINE_BYTES_MAX
+from kvcache.eviction.traces.mooncake import mooncake_lines, read_mooncake
+from kvcache.eviction.traces.rows import LINE_BYTES_MAX
 
 
 def written(path: Path, *lines: object) -> Path:

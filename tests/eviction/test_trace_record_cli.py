@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from kvcache.channel import BlockingChannel
 from kvcache.errors import BadInput, Unavailable
-from kvcache.eviction import trace_record_cli
-from kvcache.eviction.trace_cli import trace
-from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.eviction.commands import trace_record as trace_record_cli
+from kvcache.eviction.commands.trace import trace
+from kvcache.eviction.traces.recorded import read_recorded
 from kvcache.testing.processes import NodeProcess
 from kvcache.wire import Record, StatsReply
 from tests.server.talk import HASHES, connected, lease, opened

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.errors import BadInput
-from kvcache.eviction.record_format import MAGIC, Head, packed_chunk
-from kvcache.eviction.trace_files import open_trace
-from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.eviction.traces.files import open_trace
+from kvcache.eviction.traces.record_format import MAGIC, Head, packed_chunk
+from kvcache.eviction.traces.recorded import read_recorded
 from tests.eviction.record_world import Played, content, made
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace, read_trace
-from kvcache.eviction.trace_shape import percentiles, picture, shape_of, uses_of, window
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.shape import percentiles, picture, shape_of, uses_of, window
+from kvcache.eviction.traces.trace import Trace, read_trace
 
 REAL = Path(__file__).parents[3] / "shared" / "traces"
 workloads = st.builds(

@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from kvcache.eviction.admission import parse_admission
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tiers import replay_tiers
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.spill import Below
-from kvcache.eviction.trial import Difference, Machine, Setting, Trial, difference, try_setting
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.spill import Below
+from kvcache.eviction.simulate.tiers import replay_tiers
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.simulate.trial import Difference, Machine, Setting, Trial, difference, try_setting
+from kvcache.eviction.traces.generate import Workload, generate
 
 FOREST = Forest(generate(Workload(request_count=300, seed=6, block_tokens=64)))
 

@@ -216,7 +216,7 @@ def test_something_else_at_the_address_is_named(bench: Bench) -> None:
         peer.take()
         peer.sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-    with pytest.raises(BadInput, match="frames start with"):
+    with pytest.raises(BadInput, match=r"is no kvcache node.*--tcp"):
         bench.connect(script)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,17 @@ def test_every_command_of_the_table_is_there(name: str) -> None:
     assert command.help
 
 
+def test_what_runs_on_one_host_listens_on_ports_of_its_own() -> None:
+    """A node, the index that follows it, and the router that asks that."""
+    ports = []
+    for name, option in (("serve", "--http"), ("index", "--http"), ("route", "--bind")):
+        shown = " ".join(CliRunner().invoke(cli.commands, [name, "--help"]).output.split())
+        told = re.search(rf"{option} TEXT .*?\[default: 127\.0\.0\.1:(\d+)\]", shown)
+        assert told, name
+        ports.append(told[1])
+    assert len(set(ports)) == 3, ports
+
+
 def test_asserts_are_needed() -> None:
     done = kvcache("--version", flags=("-O",))
     assert done.returncode == 1
@@ -74,6 +86,24 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"kvcache {__version__}\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_output_to_a_full_disk_is_no_bug_of_ours() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcache", "policy", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "kvcache: what it prints cannot be written\n  why:   No space left on device\n"
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_usage_is_two_and_suggests(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +142,7 @@ WELCOME = Welcome(PROTOCOL_VERSION, "host-1", 7, "default", ["reader", "writer"]
 
 
 def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"capacity_bytes": float(3 << 30), "blocks": 1234.0}
+    values = {"capacity_bytes": float(3 << 30), "lookup_tokens": 2000.0, "hit_tokens": 1234.0}
     tokens: list[str] = []
 
     def ask(address: str, token: str) -> tuple[Welcome, StatsReply]:
@@ -127,17 +157,21 @@ def test_info_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         "address         tcp://h:1",
         "tenant          default",
         "roles           reader, writer",
-        "blocks          1,234",
+        "hit ratio       61.7% of 2,000 tokens looked up",
         "capacity_bytes  3.0 GiB",
+        "hit_tokens      1,234",
+        "lookup_tokens   2,000",
         "trouble: the NVMe directory /x is not used: it broke",
     ]
     as_json = runner.invoke(cli_info.info, ["--address", "tcp://h:1", "--json"]).output
     assert as_json == (
-        '{"address": "tcp://h:1", "node": "host-1", '
-        '"values": {"capacity_bytes": 3221225472.0, "blocks": 1234.0}, '
+        '{"address": "tcp://h:1", "node": "host-1", "tenant": "default", "roles": ["reader", "writer"], '
+        '"values": {"capacity_bytes": 3221225472.0, "lookup_tokens": 2000.0, "hit_tokens": 1234.0}, '
         '"troubles": ["the NVMe directory /x is not used: it broke"]}\n'
     )
     assert tokens == ["secret", "secret"]
+    values.clear()
+    assert "nothing was looked up yet" in runner.invoke(cli_info.info, ["--address", "tcp://h:1"]).output
 
 
 @pytest.mark.parametrize(

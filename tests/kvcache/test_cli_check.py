@@ -330,3 +330,9 @@ def test_the_bar_is_for_those_who_watch(
     with cli_check.Bar(False) as bar:
         bar.show("reading blocks", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_node_and_a_directory_are_not_one_question(tmp_path: Path) -> None:
+    told = run(str(tmp_path), "--node", "unix:///node.sock")
+    assert told.exit_code == 2
+    assert "not both" in told.output

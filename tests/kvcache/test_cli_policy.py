@@ -106,6 +106,19 @@ def test_what_takes_too_long_is_refused() -> None:
     ]
 
 
+def test_lists_are_for_scripts_too() -> None:
+    listed = json.loads(CliRunner().invoke(list_policies, ["--json"]).output)
+    assert set(POLICIES) <= set(listed["policies"])
+    assert "keep" in listed["around"]
+    for text in listed["policies"].values():
+        assert text.endswith("."), f"cut off: {text}"
+        assert "`" not in text
+    shown = json.loads(CliRunner().invoke(show, ["leaf-hazard", "--json"]).output)
+    assert shown["settings"]["samples"]["default"] == 8
+    assert json.loads(CliRunner().invoke(show, ["leaf-lru", "--json"]).output)["settings"] == {}
+    assert "no settings" in CliRunner().invoke(show, ["leaf-lru"]).output
+
+
 def test_names_and_settings_are_listed() -> None:
     listed = CliRunner().invoke(list_policies).output
     assert all(name in listed for name in POLICIES)

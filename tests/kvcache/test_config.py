@@ -142,6 +142,9 @@ def test_a_size_is_exact_and_never_too_long_to_be_one() -> None:
         ({"peers": "unix://a"}, ["peers is 'unix://a'", "'a' is not absolute"]),
         ({"nvme": "/a"}, ["that is no PATH:SIZE", "/mnt/nvme0/kvcache:200GiB"]),
         ({"nvme": "/a:1GB2"}, ["the size in nvme is '1GB2'"]),
+        ({"socket": "unix:///a"}, ["socket is 'unix:///a'", "/absolute/path.sock"]),
+        ({"socket": "node.sock"}, ["socket is 'node.sock'", "no absolute path"]),
+        ({"capacity": "1KiB"}, ["capacity is '1KiB'", "256 KiB at least"]),
     ],
 )
 def test_a_wrong_value_says_what_it_may_be(flags: dict[str, str | int | bool], said: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 from hashlib import blake2b
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvcache.credentials import FILE_BYTES_MAX, ROLES, Credential, Credentials
 from kvcache.errors import BadInput
 from tests.kvcache.elsewhere import printed_elsewhere
 
+ROOT = Path(__file__).parent.parent.parent
 MASTER = "00112233445566778899aabbccddeeff" * 2
 TOKEN = "a-token-of-team-a-0001"
 OTHER = "a-token-of-team-b-0002"
@@ -209,6 +211,21 @@ class TestTheFileIsPrivate:
         assert "regular" in refusal(tmp_path).what
         os.mkfifo(tmp_path / "fifo", 0o600)
         assert "regular" in refusal(tmp_path / "fifo").what
+
+    def test_the_reason_is_in_words(self, tmp_path: Path) -> None:
+        error = refusal(tmp_path / "missing")
+        assert error.why == f"No such file or directory: {tmp_path / 'missing'}"
+        assert "Errno" not in str(error)
+
+
+def test_the_example_for_operators_is_taken(tmp_path: Path) -> None:
+    [example] = re.findall(r"```toml\n(.*?)```", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
+    key = tmp_path / "master.key"
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    found = Credentials.from_file(written(tmp_path, example))
+    assert found.has_tokens
+    assert found.lists_other_users(0)
 
 
 class TestRefusals:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import socket
 from pathlib import Path
 
 import pytest
 
-from kvcache.errors import CODES, BadInput, KVCacheError, NotAllowed, Unavailable
+from kvcache.errors import CODES, BadInput, KVCacheError, NotAllowed, Unavailable, plainly
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "errors.md"
@@ -83,3 +84,21 @@ class TestErrors:
     def test_the_kinds_are_apart(self) -> None:
         assert not issubclass(NotAllowed, BadInput)
         assert not issubclass(Unavailable, BadInput)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "anything", "/x"), "No such file or directory: /x"),
+        (
+            OSError(98, "error while attempting to bind on address ('::1', 1): in use"),
+            "Address already in use",
+        ),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (TimeoutError("timed out"), "timed out"),
+        (TimeoutError(), "TimeoutError"),
+        (ValueError("line 1"), "line 1"),
+    ],
+)
+def test_what_the_system_says_is_said_in_words(error: Exception, said: str) -> None:
+    assert plainly(error) == said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,19 @@ def test_one_that_fails_to_start_again_is_tried_again(
         assert not is_alive(serving)
 
     asyncio.run(play())
+
+
+@pytest.mark.slow
+def test_the_reason_of_one_that_does_not_start_is_the_nodes() -> None:
+    """With what helps: it may be another address than HTTP's that cannot be had."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        http = HttpChild(
+            "unix:///nowhere/node.sock", NodeConfig(http=f"127.0.0.1:{port}", index_listen="none"), ""
+        )
+        with pytest.raises(BadInput) as caught:
+            asyncio.run(http.start())
+        assert (caught.value.code, caught.value.why) == ("address_in_use", "Address already in use")
+        index = NodeConfig(http="127.0.0.1:0", index_listen=f"tcp://127.0.0.1:{port}")
+        with pytest.raises(BadInput, match="give another --index-listen"):
+            asyncio.run(HttpChild("unix:///nowhere/node.sock", index, "").start())

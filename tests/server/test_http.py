@@ -230,5 +230,6 @@ async def test_without_tokens_only_loopback_names_are_answered() -> None:
         for host in ("evil.example", "evil.example:8210", "127.0.0.1.evil.example", "[::2]:80"):
             response = await here.get("/v1/stats", Host=host)
             assert (response.status, (await response.json())["code"]) == (404, "not_allowed")
+        assert "this method" in (await (await here.get("/v1/locate")).json())["what"]
         for host in ("localhost:1", "127.0.0.1", "[::1]:8210"):
             assert (await here.get("/v1/stats", Host=host)).status == 200

@@ -12,10 +12,10 @@ from kvcache.channel import BlockingChannel
 from kvcache.clock import NS_PER_S
 from kvcache.config import NodeConfig
 from kvcache.errors import BadInput
-from kvcache.eviction import record_files
-from kvcache.eviction.record_files import RecordFiles
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.eviction.traces import record_files
+from kvcache.eviction.traces.record_files import RecordFiles
+from kvcache.eviction.traces.recorded import read_recorded
+from kvcache.eviction.traces.trace import Trace
 from kvcache.server.recording import Plan, Recording, asked_plan
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import (
@@ -206,7 +206,7 @@ def test_a_disk_that_fails_at_the_very_end_is_said_too(
     def full(descriptor: int, data: memoryview) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvcache.eviction.record_files.os.write", full)
+    monkeypatch.setattr("kvcache.eviction.traces.record_files.os.write", full)
     node = serve(record=str(tmp_path / "rec"))
     with connected(node.node.address) as channel:
         lease(channel, opened(channel), HASHES[:9])

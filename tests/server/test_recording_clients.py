@@ -10,11 +10,11 @@ import pytest
 from kvcache.block import BlockHash, BlockSpec
 from kvcache.client import connect_blocking
 from kvcache.client.store import BlockingStore, Handle, SaveHints
-from kvcache.eviction import record_files
-from kvcache.eviction.generate import Workload, generate
-from kvcache.eviction.trace import Trace
-from kvcache.eviction.trace_edit import coarsened, renumbered
-from kvcache.eviction.trace_recorded import read_recorded
+from kvcache.eviction.traces import record_files
+from kvcache.eviction.traces.edit import coarsened, renumbered
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.recorded import read_recorded
+from kvcache.eviction.traces.trace import Trace
 from kvcache.namespace import Namespace, shape_of
 from tests.eviction.record_world import alike, whole_blocks
 from tests.server.conftest import Serve

@@ -14,7 +14,7 @@ from kvcache.client.router import Routed, Router
 from kvcache.credentials import Credentials
 from kvcache.fleet import Fleet, Worker
 from kvcache.locator import Locator
-from kvcache.routing.views import REFRESH_NS
+from kvcache.routing.views import REFRESH_NS, LocatorView
 from kvcache.routing.weights import Weights
 from kvcache.sequence import sequence_hashes
 from kvcache.server.locate_answers import IndexAnswers
@@ -120,6 +120,23 @@ def test_what_comes_later_is_seen_and_an_index_that_goes_is_missed(
         clock.ns += REFRESH_NS
         gone = far.choose("m", TOKENS)
         assert gone.choice.blind and "without an index: " in gone.why
+
+
+def test_who_operates_the_router_is_told_that_the_index_is_gone(
+    elsewhere: Elsewhere, locate: Locators, tmp_path: Path
+) -> None:
+    """Also when no request has asked it."""
+    clock = elsewhere.clock
+    view = LocatorView(locate(elsewhere.address, clock=clock), clock)
+    assert view.troubles() == []
+    elsewhere.frames.close()
+    clock.ns += REFRESH_NS
+    [said] = view.troubles()
+    assert "without the index at unix://" in said and "unavailable" in said
+    again = Elsewhere(tmp_path)
+    clock.ns += 2 * S
+    assert view.troubles() == []
+    again.frames.close()
 
 
 def test_an_index_that_began_anew_numbers_its_sources_anew(

@@ -16,9 +16,9 @@ from kvcache.clock import NS_PER_S
 from kvcache.config import NodeConfig, load
 from kvcache.errors import BadInput
 from kvcache.eviction.choice import Choice
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.shadows import BLOCKS_MAX, SAMPLE_MIN
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace
 from kvcache.leaf_lru import LeafLru
 from kvcache.ledger import Ledger
 from kvcache.namespace import Namespace, shape_of

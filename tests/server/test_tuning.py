@@ -256,6 +256,7 @@ def test_settings_that_no_policy_has_are_refused_at_the_start() -> None:
         ("leaf-hazard", "samples", "name=number"),
         ("leaf-hazard", "samples=4,samples=5", "twice"),
         ("leaf-hazard", "samples=-1", "is possible"),
+        ("leaf-hazard", "samples=16.5", "a whole number is"),
     ):
         with pytest.raises(BadInput, match=words) as caught:
             Node(NodeConfig(policy=policy, policy_params=params, http="none"))

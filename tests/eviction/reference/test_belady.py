@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.reference.belady import next_uses
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
-from kvcache.eviction.trace import Trace
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
+from kvcache.eviction.traces.trace import Trace
 
 NEVER = 1 << 31
 

@@ -8,11 +8,11 @@ from random import Random
 import pytest
 
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload, generate
 from kvcache.eviction.reference.blocks import BLOCK_POLICIES, BlockPolicy
 from kvcache.eviction.reference.tinylfu import Sketch
-from kvcache.eviction.replay import replay
-from kvcache.eviction.replay_tree import Forest
+from kvcache.eviction.simulate.replay import replay
+from kvcache.eviction.simulate.tree import Forest
+from kvcache.eviction.traces.generate import Workload, generate
 
 MADE = Forest(generate(Workload(request_count=400, block_tokens=64, seed=5)))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvcache.eviction.generate import Workload as Made
-from kvcache.eviction.generate import generate
+from kvcache.eviction.traces.generate import Workload as Made
+from kvcache.eviction.traces.generate import generate
 from kvcache.simulation.workload import Workload, prepare
 
 BLOCK = 64

@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 
 from kvcache import cli
 from kvcache.errors import BadInput
-from kvcache.eviction.generate import Workload as Made
-from kvcache.eviction.generate import generate
-from kvcache.eviction.trace import write_trace
+from kvcache.eviction.traces.generate import Workload as Made
+from kvcache.eviction.traces.generate import generate
+from kvcache.eviction.traces.trace import write_trace
 from kvcache.simulation.plot import svg
 from kvcache.simulation.report import figures, percentile, table
 from kvcache.simulation.run import ROUTERS, Settings, simulate
@@ -130,3 +130,10 @@ def test_what_is_no_trace_is_said(tmp_path: Path, name: str, content: bytes | No
 def test_what_is_wrong_is_said(trace: Path, arguments: list[object], said: str) -> None:
     result = run(trace, *arguments)
     assert result.exit_code == 1 and said in str(result.exception)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    done = run("--plot", tmp_path / "none" / "picture.svg")
+    assert isinstance(done.exception, BadInput)
+    assert "there is no folder" in done.exception.why
+    assert not done.output

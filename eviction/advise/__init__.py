@@ -1,0 +1,1 @@
+"""What to run and what to buy, and the page that shows it."""

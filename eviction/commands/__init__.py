@@ -1,0 +1,1 @@
+"""``kvcache tune`` and ``kvcache trace``."""
