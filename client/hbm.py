@@ -89,6 +89,10 @@ class DeviceBlocks(Protocol):
     def check(self, spec: BlockSpec) -> None:
         """RAISES BadInput (bad_block) when they have not this shape."""
 
+    def follow(self) -> None:
+        """What is begun from now on also comes behind what is queued now on the current stream of this
+        thread, whichever thread begins it. Returns at once."""
+
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """Fill those from ``first`` on from these slots of the slab."""
 

@@ -32,7 +32,8 @@ from kvcache.wire import HBM, HOST, Reserved
 
 @dataclass(slots=True)
 class Draft:
-    """One save under way. ``begun`` is None when nothing is reserved (any more) for it."""
+    """One save under way. ``begun`` is None when nothing is reserved (any more) for it. ``unplaced``: the
+    device did not say behind what some planes are ready, so nobody may read them."""
 
     handle: Handle
     prefix: Sequence[BlockHash]
@@ -42,6 +43,7 @@ class Draft:
     begun: Begun | None = None
     ready: int = 0
     ended: bool = False
+    unplaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,11 @@ def advance(context: Context, draft: Draft, planes: int) -> Operation[None]:
     """RAISES BadInput when ``planes`` goes back or beyond the block, and when the save has ended."""
     check_planes(draft.handle.spec, draft.ended, draft.ready, planes)
     draft.ready = planes
+    try:
+        draft.blocks.follow()  # Also where nothing is begun: whoever finishes may have another stream.
+    except Unavailable:
+        draft.unplaced = True
+        yield from _give_up(context, draft)
     begun = _begun(context, draft)
     if begun is None:
         return
@@ -106,7 +113,7 @@ def finish(context: Context, draft: Draft) -> Operation[int]:
             context.tally.add("streamed_blocks", count)
             context.tally.add("hbm_saved_blocks", count if begun.tier == HBM else 0)
             held = begun.reserved.start + count
-    if held < len(draft.prefix):
+    if held < len(draft.prefix) and not draft.unplaced:
         saving = hbm_saving.save(context, handle, draft.prefix, draft.blocks, draft.parent, draft.hints)
         held = max(held, (yield from saving))
     return held

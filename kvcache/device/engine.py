@@ -186,6 +186,10 @@ class TensorBlocks:
         if spec != self._spec or self._memory.shape[1] != spec.block_bytes:
             raise _unfit(f"rows of {self._memory.shape[1]} bytes", f"a block has {spec.block_bytes}")
 
+    def follow(self) -> None:
+        """RAISES Unavailable."""
+        self._line.follow()
+
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """RAISES Unavailable, BadInput."""
         slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
@@ -251,6 +255,10 @@ class PagedBlocks:
         """RAISES BadInput."""
         if spec != self._spec:
             raise _unfit(f"pages that make up {self._spec}", f"a block is {spec}")
+
+    def follow(self) -> None:
+        """RAISES Unavailable."""
+        self._line.follow()
 
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         """RAISES Unavailable. What is in a slot goes to the pages before anybody knows whether it is right:

@@ -52,6 +52,11 @@ class Line:
         """What ``told`` runs on."""
         return self._streams.current()
 
+    def follow(self) -> None:
+        """The place moves on: also behind what the current stream has queued by now. RAISES Unavailable."""
+        self.here.after(self.ready)
+        self.ready = self.here.mark()
+
     def beside(self) -> Stream:
         """Another, until ``told`` ends. REQUIRES: what is queued there is waited for in ``here``."""
         self._beside.append(self._streams.new("link", urgent=True))

@@ -83,6 +83,7 @@ class Blocks:
     def __init__(self, device: List, count: int) -> None:
         self.device = device
         self.places = [bytearray(SIZE) for _ in range(count)]
+        self.is_placed = True
 
     def __len__(self) -> int:
         return len(self.places)
@@ -90,6 +91,10 @@ class Blocks:
     def check(self, spec: BlockSpec) -> None:
         if spec != SPEC:
             raise BadInput("bad_block", "another shape", "", "")
+
+    def follow(self) -> None:
+        if not self.is_placed:
+            raise Unavailable("unavailable", "no place in what is queued", "the device failed")
 
     def load(self, incarnation: bytes, offsets: Sequence[int], first: int) -> bytes:
         self._try(incarnation)

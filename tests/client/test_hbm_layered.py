@@ -54,6 +54,19 @@ def test_planes_go_into_hbm_and_are_published_at_the_end() -> None:
     assert not rig.context.link._writings
 
 
+@pytest.mark.parametrize("hot", [0, 3])
+def test_planes_that_are_ready_nobody_knows_when_are_read_by_nobody(hot: int) -> None:
+    rig = Rig(hot)
+    rig.empty()
+    draft = begun(rig)
+    assert isinstance(draft.blocks, Blocks)
+    draft.blocks.is_placed = False
+    advanced(rig, draft, 1)
+    assert finished(rig, draft) == 0
+    assert not any(isinstance(each, Commit) for each in rig.asked)
+    assert all(going.ended and not going.planes for going in rig.device.going)
+
+
 def test_without_a_slab_they_go_into_host_memory() -> None:
     rig = Rig(on_device=False)
     rig.empty()

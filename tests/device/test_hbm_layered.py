@@ -13,8 +13,11 @@ from kvcache.client import connect_device
 from kvcache.client.blocking_store import BlockingNodeStore
 from kvcache.client.link import Options, Outage
 from kvcache.clock import SystemClock
+from kvcache.device import engine as engine_of_devices
+from kvcache.device import line
 from kvcache.device.engine import EngineDevice, PagedBlocks
 from kvcache.device.slab import CpuMemory
+from kvcache.device.streams import CpuStreams, Stream
 from kvcache.errors import BadInput
 from kvcache.testing.stores import EXAMPLE, SIZE, SPEC
 from tests.device.engine_cache import Engine as Cache
@@ -22,6 +25,8 @@ from tests.device.engine_cache import Shape
 from tests.device.engine_cache import engine as cache_of
 from tests.device.hbm_rig import HBM_BLOCKS, PATIENCE_S, TIMEOUT_MS, World, hold
 
+A_WHILE_S = 0.2
+"""What must not happen has so long to happen."""
 PAGES = [[6], [1], [4], [0]]
 
 
@@ -71,6 +76,53 @@ def test_planes_are_saved_as_they_are_computed(world: World, tier: str) -> None:
             assert have[page].equal(want[page])
     if tier == "host":
         store.close()
+
+
+class Queued(CpuStreams):
+    """As on a GPU: what an engine computes is queued, and each thread may have a stream of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = self.new("engine", urgent=False)
+
+    def current(self) -> Stream:
+        return self.engine
+
+
+def test_what_began_nowhere_is_saved_behind_what_computes_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room, no map, another connection: whoever finishes, on whatever stream, saves what was computed."""
+    streams, gate, saved = Queued(), threading.Event(), []
+    for module in (line, engine_of_devices):
+        monkeypatch.setattr(module, "streams_of", lambda device: streams)
+    store = BlockingNodeStore(Options(world.node.node.address, "", TIMEOUT_MS, mapped=False), SystemClock())
+    handle, cache, path = store.open(EXAMPLE, SPEC), paged(), world.engine.path(4)
+    blocks = PagedBlocks(EngineDevice(CpuMemory()), cache.cache, PAGES)
+    writing = store.begin_save_device(handle, path, blocks)
+    streams.engine.run(lambda: _pass(gate))
+    for plane in range(SPEC.plane_count):
+        streams.engine.run(lambda at=plane: compute(cache, at))  # type: ignore[misc]
+        writing.advance(plane + 1)
+    streams.engine = streams.new("other", urgent=False)
+    finishing = threading.Thread(target=lambda: saved.append(writing.finish()))
+    finishing.start()
+    finishing.join(A_WHILE_S)
+    assert finishing.is_alive(), "it was not computed yet"
+    gate.set()
+    finishing.join(PATIENCE_S)
+    assert saved == [4]
+    monkeypatch.undo()
+    into, lease = paged(), world.engine.store.lease_device(world.engine.handle, path)
+    assert not world.engine.store.load_device(lease, PagedBlocks(world.engine.device, into.cache, PAGES))
+    world.engine.store.release(lease)
+    for have, want in zip(into.cache.planes, cache.cache.planes, strict=True):
+        assert all(have[page].equal(want[page]) for [page] in PAGES)
+    store.close()
+
+
+def _pass(gate: threading.Event) -> None:
+    assert gate.wait(PATIENCE_S)
 
 
 def test_flat_blocks(world: World) -> None:
