@@ -184,7 +184,13 @@ def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operati
 def ended(context: Context, writing: DeviceWriting) -> None:
     """Nothing of it runs any more: only then may the node be told so. RAISES Unavailable when that is not
     known: the reservation ends with the connection, and its slots wait for the end of the process."""
-    writing.end()
+    try:
+        writing.end()
+    except KVCacheError:
+        raise
+    except BaseException:  # An interrupt waits too: whoever is told of it gives the slots back.
+        writing.end()
+        raise
     context.link.wrote(writing)
 
 

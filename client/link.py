@@ -139,10 +139,11 @@ class Link:
     def end_writings(self) -> None:
         """Wait until nothing writes to what this connection had reserved, and nothing more will."""
         with self._lock:
-            left, self._writings = self._writings, []
+            left = self._writings
         for each in left:
             with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
                 each.end()
+            self.wrote(each)
 
     def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""

@@ -136,7 +136,6 @@ class Writing:
         self._behind = list(behind)
         self.closing: Callable[[], None] = lambda: None
         self._ending = threading.Lock()
-        self._is_ended = False
         self._is_over = False
         self._planes = 0
         self._todo: deque[tuple[Piece, list[Event]]] = deque()
@@ -199,7 +198,7 @@ class Writing:
 
     def end(self) -> None:
         with self._ending:  # Whoever comes second waits too.
-            if not self._is_ended:
+            if not self._is_over:  # Also when the wait for it was interrupted.
                 self._end()
             if not self._is_over:
                 raise silent()
@@ -212,7 +211,6 @@ class Writing:
     def _end(self) -> None:
         given_up = _later("the save was given up")
         with self._saves.lock:
-            self._is_ended = True
             if not self.is_done:
                 self._failure = self._failure or given_up
             self._todo.clear()

@@ -44,7 +44,7 @@ COUNT = 6
 class List:
     """A device whose memory is a bytearray. ``failing``: how many of its copies from now on do not work.
     ``flips``: its link gives one bit wrong. ``lost``: it knows that it failed. ``going``: all saves that were
-    begun; the next may go on after ``delay_ns``."""
+    begun; the next may go on after ``delay_ns``. ``interrupts``: as many waits for an end."""
 
     gpu = b""
     joined = ()
@@ -57,7 +57,7 @@ class List:
         self.failing = 0
         self.flips = self.lost = False
         self.going: list[Going] = []
-        self.delay_ns = 0
+        self.delay_ns = self.interrupts = 0
 
     def open(self, slab: HbmSlab, descriptor: int) -> None:
         self.opened.append(slab.incarnation)
@@ -163,6 +163,9 @@ class Going:
         return sum_chunks(self.places, SPEC.chunk_bytes)
 
     def end(self) -> None:
+        if self.device.interrupts:
+            self.device.interrupts -= 1
+            raise KeyboardInterrupt
         self.ended = True
 
 

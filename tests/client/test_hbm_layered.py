@@ -190,3 +190,14 @@ def test_a_caller_that_is_cancelled_leaves_nothing_behind() -> None:
             continue
         break
     assert step > 2
+
+
+def test_a_connection_whose_end_is_interrupted_waits_for_its_copies_the_next_time() -> None:
+    rig = Rig()
+    rig.empty()
+    begun(rig)
+    rig.device.interrupts = 1
+    with pytest.raises(KeyboardInterrupt):
+        rig.context.link.end_writings()
+    rig.context.link.close()
+    assert all(going.ended for going in rig.device.going)

@@ -43,6 +43,17 @@ def test_a_save_goes_into_hbm() -> None:
     assert commit.sums == sum_chunks(rig.content[1:], SPEC.chunk_bytes)
 
 
+def test_nothing_is_given_back_before_copies_end_also_when_the_wait_is_interrupted() -> None:
+    rig = Rig()
+    rig.empty()
+    rig.device.interrupts = 1
+    with pytest.raises(KeyboardInterrupt):
+        rig.save()
+    [going] = rig.device.going
+    assert going.ended
+    assert rig.asked[-1] == Abort(7, HBM)
+
+
 def test_what_hbm_has_no_room_for_goes_to_host_memory_with_what_stands_before_it() -> None:
     rig = Rig()
     rig.empty()

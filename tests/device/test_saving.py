@@ -13,7 +13,7 @@ from kvcache.clock import SystemClock
 from kvcache.device import link, saving
 from kvcache.device.cap import Cap
 from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing
-from kvcache.device.streams import CpuStreams, Stream
+from kvcache.device.streams import CpuStreams, Event, Stream
 from kvcache.errors import BadInput, Unavailable
 from kvcache.sums import sum_chunks
 from kvcache.testing.clock import FakeClock
@@ -227,7 +227,7 @@ def test_after_the_end_nothing_is_written(make: Callable[..., Rig]) -> None:
     writing.advance(PLANES)
     ending = threading.Thread(target=writing.end)
     ending.start()
-    while not writing._is_ended:
+    while writing._failure is None:
         assert ending.is_alive()
     assert not closed
     gate.set()
@@ -299,6 +299,25 @@ def test_a_device_that_fails_is_a_miss(make: Callable[..., Rig], dead: bool) -> 
     writing.end()
     assert bool(rig.lost) is dead
     assert rig.saves.staging().free_count == saving.PARTS
+
+
+def test_an_end_that_was_interrupted_waits_when_it_is_asked_again(make: Callable[..., Rig]) -> None:
+    rig = make()
+    gate = rig.gate(rig.saves.copies.lane("save", "host"))
+    writing, has_ended = rig.writing(), rig.saves.has_ended
+    writing.advance(PLANES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig.saves, "has_ended", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writing.end()
+    rig.saves.has_ended = lambda event: gate.set() or has_ended(event)  # type: ignore[method-assign, func-returns-value]
+    writing.end()
+    assert gate.is_set(), "it waited"
+    assert rig.saves.staging().free_count == saving.PARTS
+
+
+def _interrupted(event: Event) -> bool:
+    raise KeyboardInterrupt
 
 
 def test_others_that_hold_all_staging_memory_are_waited_for(make: Callable[..., Rig]) -> None:
