@@ -70,9 +70,9 @@ PLANTS = (
     Plant(
         "a save begins before its parents are saved",
         "client/connectors/vllm_worker.py",
-        "            while not (self._loads or self._saves or self._dropped or self._closing):\n"
+        "self._loads or self._saves or self._dropped or self._connecting or self._closing):\n"
         "                if streaming := self._due():\n",
-        "            while not (self._loads or self._dropped or self._closing):\n"
+        "self._loads or self._dropped or self._connecting or self._closing):\n"
         "                if (streaming := self._due()) or self._saves:\n",
         f"{STREAM}::test_saves_of_earlier_steps_go_first",
         waits=True,
