@@ -125,15 +125,15 @@ class Core:
                 "restart the node to forget old ones, or have fewer tenants use one node",
             )
 
-    def count_lease(self, tier: str, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
+    def count_lease(self, memory: str, lease_id: int, asked: int, held: int, block_tokens: int) -> bool:
         """Count a look-up once, however many share its lease (scheduler and workers do). Was it now?
-        ``lease_id``: in that tier, the fastest that gave any."""
-        if 0 < lease_id <= self._newest_leases.get(tier, 0):
+        ``lease_id``: in the fastest memory that gave any; each GPU numbers its own."""
+        if 0 < lease_id <= self._newest_leases.get(memory, 0):
             return False
         self.counters["lookup_tokens"] += asked * block_tokens
         self.counters["hit_tokens"] += held * block_tokens
         if lease_id:
-            self._newest_leases[tier] = lease_id
+            self._newest_leases[memory] = lease_id
             self.counters["leases_taken"] += 1
         return True
 

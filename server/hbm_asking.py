@@ -39,6 +39,11 @@ class HbmAsking:
         if self._core.hbm is not None and self._identity.hbm != NO_HBM:
             self._core.hbm.telling.used(self._identity.hbm, namespace)
 
+    @property
+    def name(self) -> str:
+        """Of its slab, among those of the node."""
+        return f"{wire.HBM} {self._number}"
+
     # --- reading --------------------------------------------------------------------------------
 
     def match(self, keys: Sequence[StorageKey]) -> int:

@@ -140,8 +140,8 @@ class Reading:
     ) -> None:
         core, tokens, shadowing = self._core, opened.spec.block_tokens, self._core.tuning.shadowing
         asked, held = len(request.prefix) // HASH_BYTES, len(hot.keys) + len(lease.keys)
-        tier, lease_id = (wire.HBM, hot.lease_id) if hot.lease_id else (wire.HOST, lease.lease_id)
-        if core.count_lease(tier, lease_id, asked, held, tokens) and shadowing.is_on:
+        memory, lease_id = (self._hbm.name, hot.lease_id) if hot.lease_id else (wire.HOST, lease.lease_id)
+        if core.count_lease(memory, lease_id, asked, held, tokens) and shadowing.is_on:
             shadowing.asked(
                 context,
                 opened.namespace_id,

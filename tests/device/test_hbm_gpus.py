@@ -105,6 +105,18 @@ def test_each_has_what_its_engines_saved(host: Host) -> None:
     assert host.world.stats()["capacity_bytes:hbm"] == 2 * HBM_BLOCKS * 4096
 
 
+def test_what_each_asks_is_counted_once(host: Host) -> None:
+    """Each GPU numbers its leases: one that has few is not taken for another that has many."""
+    path = host.one.path(10)
+    host.one.save(path)
+    host.two.save(path)
+    before = host.world.stats().get("hit_tokens", 0)
+    for _ in range(3):
+        host.one.load(path)
+    host.two.load(path)
+    assert host.world.stats()["hit_tokens"] - before == 4 * 10 * SPEC.block_tokens
+
+
 def test_followers_are_told_of_what_every_replica_has(host: Host) -> None:
     """They know no GPUs: what one has would be taken for the other's, which cannot reach it."""
     path = host.one.path(10)
