@@ -131,18 +131,20 @@ class Moves:
         return self._store.begin_save(handle, prefix, self.planes(block_ids), parent, hints)
 
     def follow(self, behind: Event | None) -> None:
-        """What this thread has the device do from now on, it does behind that."""
-        if self._device is not None and behind is not None:
-            self._device.follow(behind)
+        """What this thread has the device do from now on, it does behind that. RAISES Unavailable when there
+        is a device, and it did not say behind what."""
+        if self._device is None:
+            return
+        if behind is None:
+            raise Unavailable("unavailable", "the engine's device", "it failed before")
+        self._device.follow(behind)
 
     def _by_device(self, hbm: bool) -> bool:
         return self._pages is None or (hbm and self._device is not None and self._device.has_slab)
 
     def _blocks(self, block_ids: Sequence[int], behind: Event | None) -> DeviceBlocks:
         assert self._device is not None
-        if behind is None:
-            raise Unavailable("unavailable", "the engine's device", "it failed before")
-        self._device.follow(behind)
+        self.follow(behind)
         return self._device.blocks(block_ids)
 
     @property

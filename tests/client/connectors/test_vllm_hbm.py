@@ -311,6 +311,19 @@ class TestWorker:
         assert device.behind[-1] == device.marks == 4, "published behind the whole pass"
         assert worker.side.take_saved() == {"a": 1}
 
+    def test_layers_behind_nobody_knows_what_are_not_read(self) -> None:
+        device = FakeDevice()
+        worker = Worker(device)
+        job = SaveJob("a", b"", b"".join(worker.names[:4]), 0, (1, 2, 3, 4), streams=True, hbm=True)
+        worker.side.start_stream(StepPlan(saves=(job,)))
+        worker.until(["begin_save_device"])
+        device.fails = True
+        worker.side.layers_ready(SPEC.plane_count)
+        worker.side.start_saves(StepPlan(saves=(job,)), True)
+        worker.side.close()
+        assert worker.store.asked == ["begin_save_device", "abort"]
+        assert worker.side.take_saved() == {"a": 1}
+
     def test_a_pass_that_fails_publishes_nothing(self) -> None:
         worker = Worker(FakeDevice())
         job = SaveJob("a", b"", b"".join(worker.names[:4]), 0, (1, 2, 3, 4), streams=True, hbm=True)
