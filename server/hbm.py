@@ -133,7 +133,8 @@ class Hbm:
             self._refuse(gpu, f"no HBM of {_named(gpu)}: {error}; give the tier less (hbm), or the engine")
             return
         if self._is_closed:
-            memory.close()
+            if not self.is_stuck:  # Else the process ends, and the memory with it.
+                await self._threads.run(memory.close)
             return
         self._refusals.pop(gpu, None)
         arena = HbmArena(memory, name, self._unit_bytes, self._tuning.make(wire.HBM))
@@ -147,13 +148,18 @@ class Hbm:
         )
 
     def _take(self, name: str, gpu: bytes) -> tuple[HbmTier, Outlet]:
-        """In a thread. RAISES Unavailable."""
-        memory = self._devices.arena(name, gpu, self._size_bytes, self._unit_bytes)
+        """In a thread. RAISES Unavailable: a new one, as the first one's frames hold what was mapped, and who
+        lets go of that waits for the GPU."""
         try:
-            return memory, self._devices.outlet(memory)
-        except Unavailable:
-            memory.close()  # Its descriptor would hold the GPU's memory for good.
-            raise
+            memory = self._devices.arena(name, gpu, self._size_bytes, self._unit_bytes)
+            try:
+                return memory, self._devices.outlet(memory)
+            except Unavailable:
+                memory.close()  # Its descriptor would hold the GPU's memory for good.
+                raise
+        except Unavailable as error:
+            failure = Unavailable(error.code, error.what, error.why, error.todo)
+        raise failure
 
     def _ended(self, gpu: bytes, task: asyncio.Task[None]) -> None:
         del self._making[gpu]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.device.engine import EngineDevice
+from kvcache.errors import Unavailable
 from kvcache.server.hbm import MAKINGS_MAX
 from kvcache.testing.stores import SIZE
 from kvcache.tiers.hbm import HbmTier
@@ -31,6 +33,25 @@ class Slow(Gpus):
         if gpu not in (ONE, TWO):
             assert self.answers.wait(PATIENCE_S * 3)
         return super().arena(name, gpu, size_bytes, unit_bytes)
+
+
+class Map:
+    """Memory of a GPU that hangs: who lets it go waits."""
+
+
+class Hung(Gpus):
+    """``let_go``: the threads in which maps were."""
+
+    def __init__(self) -> None:
+        self.let_go: list[str] = []
+
+    def arena(self, name: str, gpu: bytes, size_bytes: int, unit_bytes: int) -> HbmTier:
+        made = Map()
+        weakref.finalize(made, lambda: self.let_go.append(threading.current_thread().name))
+        try:
+            raise RuntimeError(f"{made} was not cleared in time")
+        except RuntimeError as error:
+            raise Unavailable("unavailable", "no slab", "it took too long") from error
 
 
 @pytest.fixture
@@ -141,3 +162,40 @@ def test_a_node_ends_although_a_gpu_hangs(world: World, gpus: Slow, monkeypatch:
     gpus.answers.set()
     world.eventually(lambda: not world.node.call(lambda: bool(node.core.hbm and node.core.hbm._making)))
     assert world.stats()["capacity_bytes:hbm"] == HBM_BLOCKS * SIZE, "what came too late was let go"
+
+
+def test_the_thread_that_failed_lets_go_of_what_it_had_mapped(tmp_path: Path) -> None:
+    """And not the event loop's, which would hang with the GPU."""
+    gpus = Hung()
+    world = World(tmp_path, on=EngineDevice(Gpu(ONE)), devices=gpus)
+    world.eventually(lambda: bool(gpus.let_go))
+    assert gpus.let_go[0].startswith("kvcache-hbm-open")
+    [trouble] = world.node.call(world.node.node.core.troubles)
+    assert "it took too long" in trouble
+    world.close()
+
+
+def test_the_event_loop_lets_go_of_nothing_that_came_too_late(
+    world: World, gpus: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node has begun to end, and waits for it."""
+    patience(monkeypatch, 0.01)
+    monkeypatch.setattr("kvcache.server.hbm.CLOSE_S", 3 * PATIENCE_S)
+    let_go: list[str] = []
+    close = HbmTier.close
+
+    def noted(memory: HbmTier) -> None:
+        let_go.append(threading.current_thread().name)
+        close(memory)
+
+    monkeypatch.setattr(HbmTier, "close", noted)
+    engine(world).close()
+    node = world.node.node
+    with ThreadPoolExecutor(1) as pool:
+        ends = pool.submit(world.node.run, node.close())
+        world.eventually(lambda: bool(node.core.hbm and node.core.hbm._is_closed))
+        gpus.answers.set()
+        ends.result()
+    assert not node.is_stuck
+    assert len(let_go) == 2
+    assert all(each.startswith("kvcache-hbm-open") for each in let_go)
