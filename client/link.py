@@ -37,6 +37,7 @@ BACKOFF_NS_MAX = 2_000 * NS_PER_MS
 RECONNECT_WAIT_NS = 20 * NS_PER_MS
 NS_PER_PAYLOAD_BYTE = 10
 TOKENS_S_MAX = 1e12
+PARENT_GONE = "bad_prefix"
 
 LeaseName = tuple[str, int]
 
@@ -139,11 +140,15 @@ class Link:
     def end_writings(self) -> None:
         """Wait until nothing writes to what this connection had reserved, and nothing more will."""
         with self._lock:
-            left = self._writings
-        for each in left:
-            with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
-                each.end()
-            self.wrote(each)
+            left, self._writings = self._writings, []  # Others do not wait as well.
+        try:
+            while left:
+                with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
+                    left[-1].end()
+                left.pop()
+        finally:  # When this is interrupted it is for the next to wait.
+            with self._lock:
+                self._writings += left
 
     def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""
@@ -243,10 +248,11 @@ class Context:
         return known
 
     def missed(self, error: KVCacheError) -> None:
-        """The node did not do what was asked, and the operation goes on without."""
+        """The node did not do what was asked, and the operation goes on without. A parent that was evicted
+        just before is nobody's fault: those blocks are counted as unsaved."""
         if isinstance(error, BadReply):
             self.link.broken = "bad_reply"
-        elif not isinstance(error, Unavailable):
+        elif not isinstance(error, Unavailable) and error.code != PARENT_GONE:
             self.tally.add("missed_calls:refused")
 
 
