@@ -166,7 +166,8 @@ class Writing:
 
     @property
     def is_done(self) -> bool:
-        return self._planes == self._way.spec.plane_count and not self._todo and not self._running()
+        with self._saves.lock:  # Another thread may be about to say that one of them failed.
+            return self._planes == self._way.spec.plane_count and not self._todo and not self._running()
 
     def delay_ns(self) -> int:
         with self._saves.lock:

@@ -316,6 +316,27 @@ def test_an_end_that_was_interrupted_waits_when_it_is_asked_again(make: Callable
     assert rig.saves.staging().free_count == saving.PARTS
 
 
+def test_what_another_thread_is_ending_is_not_done_yet(make: Callable[..., Rig]) -> None:
+    """It may be about to say that it failed."""
+    rig, is_done = make(), []
+    writing, staging = rig.writing(), rig.saves.staging()
+    asking = threading.Thread(target=lambda: is_done.append(writing.is_done))
+    give = staging.give
+
+    def given(part: int) -> None:
+        if not asking.ident:
+            asking.start()
+            asking.join(A_WHILE_S)
+            assert not is_done
+        give(part)
+
+    staging.give = given  # type: ignore[method-assign]
+    writing.advance(PLANES)
+    done(writing)
+    asking.join(PATIENCE_S)
+    assert is_done
+
+
 def _interrupted(event: Event) -> bool:
     raise KeyboardInterrupt
 
