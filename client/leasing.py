@@ -133,9 +133,8 @@ def _granted(
         _check(reply, len(batch), terms.hbm)
         if not reply.coming or patience.over():
             break
-        for lease_id, tier in ((reply.lease, HOST), (reply.hbm.lease, HBM)):
-            if lease_id:
-                yield from _give_back(Release(lease_id, tier=tier))
+        both = ((reply.lease, HOST), (reply.hbm.lease, HBM))
+        yield from _give_back([Release(lease_id, tier=tier) for lease_id, tier in both if lease_id])
         context.tally.add("lease_waits")
         yield from patience.rest()
     # Counted from when we asked, on our own clock: never later than the node means it.
@@ -169,15 +168,18 @@ def _check(reply: Leased, block_count: int, hbm: bool) -> None:
     check_reply(bool(reply.lease) == bool(count), "a lease without blocks, or blocks without a lease")
 
 
-def _give_back(release: Release) -> Operation[None]:
-    """Release what nobody was told of. A cancellation comes in place of the step, which is then made up."""
-    try:
-        yield from post(release)
-    except (GeneratorExit, KVCacheError):
-        raise
-    except BaseException:
-        yield from post(release)
-        raise
+def _give_back(releases: Sequence[Release]) -> Operation[None]:
+    """Release what nobody was told of. A cancellation comes in place of a step, which is then made up, with
+    those behind it."""
+    for at, release in enumerate(releases):
+        try:
+            yield from post(release)
+        except (GeneratorExit, KVCacheError):
+            raise
+        except BaseException:
+            for left in releases[at:]:
+                yield from post(left)
+            raise
 
 
 def _release_grants(context: Context, grants: Sequence[Grant]) -> Operation[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from msgspec import structs
 
 from kvcache.block import HASH_BYTES
 from kvcache.client import leasing
@@ -12,7 +13,7 @@ from kvcache.client.link import Context
 from kvcache.client.store import LEASE_MS, Lease
 from kvcache.errors import Unavailable
 from kvcache.testing.clock import FakeClock
-from kvcache.wire import BATCH_BLOCKS_MAX, Leased, Release, Reply, Request, TakeLease
+from kvcache.wire import BATCH_BLOCKS_MAX, HBM, HOST, HbmLeased, Leased, Release, Reply, Request, TakeLease
 from tests.client.script import Cancelled, Script, context_and_handle, hashes
 
 
@@ -207,3 +208,22 @@ def test_a_cancelled_wait_holds_nothing(cancel_at: int, running: int) -> None:
     with pytest.raises(Cancelled):
         rig.take(node, 12, 60_000, cancel_at=cancel_at)
     assert rig.released() == list(node.leases)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_cancelled_wait_gives_back_what_is_leased_in_both_tiers(step: int) -> None:
+    """In place of either step that gives one back."""
+    rig = Rig()
+    vars(rig.context.link)["_plans"] = True
+    hot = HbmLeased(7, 1, [0], [1], bytes(16), b"i" * 16)
+
+    def coming(_: Request) -> Reply:
+        return structs.replace(leased(8, 1, 1), hbm=hot)
+
+    script = Script(coming, rig.clock)
+    with pytest.raises(Cancelled):
+        script.drive(
+            leasing.lease(rig.context, rig.handle, hashes(3), "", LEASE_MS, 2_000, hbm=True), cancel_at=step
+        )
+    released = [(each.lease, each.tier) for each in script.asked if isinstance(each, Release)]
+    assert released == [(8, HOST), (7, HBM)]
