@@ -21,7 +21,7 @@ from kvcache.block import HASH_BYTES, BlockHash, BlockSpec, storage_key
 from kvcache.client import local, remote, slicing
 from kvcache.client.checks import batches, check_reply, check_save, check_wait, flat_blocks, joined_hashes
 from kvcache.client.leasing import CHECKSUM_BYTES
-from kvcache.client.link import Context
+from kvcache.client.link import PARENT_GONE, Context
 from kvcache.client.steps import Operation, ask
 from kvcache.client.store import Grant, Handle, Lease, SaveHints
 from kvcache.client.waiting import Patience
@@ -364,4 +364,4 @@ def _written(
 def unsaved_by(error: KVCacheError) -> str:
     if isinstance(error, Unavailable):
         return "unavailable"
-    return "parent" if error.code == "bad_prefix" else "refused"
+    return "parent" if error.code == PARENT_GONE else "refused"

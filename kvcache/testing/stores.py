@@ -153,6 +153,7 @@ class StoreContract(SliceContract):
             blocks = whole(content(handle, prefix))
             assert await store.save(handle, prefix[2:], blocks[2:], parent=prefix[1]) == 0
             assert store.counters["unsaved_blocks:parent"] == 2
+            assert "missed_calls:refused" not in store.counters
             assert await store.match(handle, prefix) == 0
 
         self.play(scenario)

@@ -133,6 +133,7 @@ class LayeredContract(StoreContract):
             prefix = prompt(handle, 4)
             assert await self.computed(store, handle, prefix[2:], prefix[1]) == 0
             assert store.counters["unsaved_blocks:parent"] == 2
+            assert "missed_calls:refused" not in store.counters
             assert await store.match(handle, prefix) == 0
 
         self.play(scenario)
