@@ -16,7 +16,7 @@ of GPU, line by line as they come (those of parts that ``--only`` leaves out sta
 is a line that says why. Exit status 1: there is no GPU, a proof failed, or a part did.
 
 Torch, Triton, xxhash and cuda-bindings are enough for all parts but the last, which needs transformers, and
-what goes through the client or a node what these need (README.md says which wheels).
+what goes through a node what that needs (README.md says which wheels).
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 GOALS = (
     ("gpu.host.save.", "memcpy (", 0.90),
     ("gpu.host.load.", "memcpy (", 0.90),
-    ("gpu.host.save_call.", "memcpy (", 0.90),
-    ("gpu.host.load_call.", "memcpy (", 0.90),
     ("gpu.hbm.load.", "copy (", 0.80),
     ("gpu.decode.slowdown.share25", "the loop alone", 1 / 1.03),
 )

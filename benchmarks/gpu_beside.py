@@ -1,20 +1,23 @@
-"""What copies cost the engine that computes beside them, and what it gains when they hide behind its layers.
+"""What saves cost the engine that computes beside them, and what it gains when they hide behind its layers.
 
 The decode loop is memory-bound as a real one is: the feed-forward weights of an 8B model are read once a step
-(7.5 GB, 1.9 ms at 4 TB/s), 8 sequences at a time, and the step ends with a wait, as sampling does. Saves are
-asked for and pumped while the step runs. On paper: PCIe writes of 50 GB/s take 1 % of the memory's
-bandwidth, gathers 2 % more at full speed, and a launch costs the GPU some us; the rest is Python
-between steps. So even uncapped the loop should lose a few per cent, and under 3 with a cap of a quarter.
+(7.5 GB, 1.9 ms at 4 TB/s), 8 sequences at a time, and the step ends with a wait, as sampling does. A thread
+saves all the while, as a store has it done (``kvcache.device.saving``). On paper: PCIe writes of 50 GB/s take
+1 % of the memory's bandwidth, gathers 2 % more at full speed, and a launch costs the GPU some us; the rest is
+Python that two threads take turns at. So even uncapped the loop should lose a few per cent, and under 3 with
+a cap of a quarter.
 
-Layer by layer: a request is loaded while the layers before are computed, both some 5 ms here, so hiding
-one behind the other should win up to 1.9 x. A copy of one layer is one memcpy a block: small blocks are
-bound by Python then (10 us each), so several layers a copy are tried too.
+Layer by layer: a request is saved while the layers behind are computed, both some 5 ms here, so hiding
+one behind the other should win up to 1.9 x. Planes are kept until a copy is worth its launch; a copy is one
+memcpy a block, so small blocks are bound by Python (10 us each).
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 
@@ -25,11 +28,10 @@ from gpu_rig import GB, Case, Mover, Rig
 from harness import Figure
 
 from kvcache.clock import SystemClock
-from kvcache.device.cap import Cap
-from kvcache.device.staging import Passage
+from kvcache.device.link import link_bytes_s
+from kvcache.errors import Unavailable
 
 SHARES = (0.1, 0.25, 0.5)
-LAYERS_A_COPY = (1, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +78,18 @@ def _width(rig: Rig) -> Width:
 def decode_figures(rig: Rig) -> Iterator[Figure]:
     """Slower by how many per cent: the goal is 3 with the cap."""
     width = _width(rig)
-    model, link = Model(rig, width), gpu_copies.host_ceiling(rig)
+    model, link = Model(rig, width), link_bytes_s(rig.streams, SystemClock())
     steps = width.steps // (2 if rig.quick and rig.is_cuda else 1)
     saved: dict[str, list[float]] = {}
 
     def turn(name: str, share: float | None) -> float:
         """Steps a second."""
         if name == "alone":
-            return steps / rig.seconds(lambda: _loop(rig, model, steps, None))
-        cap = Cap.of_share(share, link, SystemClock().now_ns()) if share else None
-        mover = Mover(rig, cap)
-        saver = Saver(rig, mover)
-        seconds = rig.seconds(lambda: _loop(rig, model, steps, saver))
-        saved.setdefault(name, []).append(saver.queued_bytes / seconds / GB)
-        mover.close()
+            return steps / rig.seconds(lambda: _loop(rig, model, steps))
+        with closing(Saver(rig, Mover(rig, (share or 0.0) * link))) as saver:
+            before = saver.saved_bytes
+            seconds = rig.seconds(lambda: _loop(rig, model, steps))
+            saved.setdefault(name, []).append((saver.saved_bytes - before) / seconds / GB)
         return steps / seconds
 
     turns: dict[str, Callable[[], float]] = {"alone": functools.partial(turn, "alone", None)}
@@ -108,32 +108,42 @@ def decode_figures(rig: Rig) -> Iterator[Figure]:
 
 
 class Saver:
-    """Always has something to save: a part of staging memory a time."""
+    """Another thread that always has something to save, as a store's does. ``close`` ends."""
 
     def __init__(self, rig: Rig, mover: Mover) -> None:
         self._rig, self._mover = rig, mover
-        blocks = max(1, rig.sizes.part_bytes // rig.sizes.page_bytes)
+        blocks = max(1, rig.sizes.save_bytes // rig.sizes.page_bytes)
         self._case = Case(1, min(blocks, rig.sizes.pages, len(rig.host) // rig.sizes.page_bytes))
-        self._passages: list[Passage] = []
+        self.saved_bytes = 0
+        self._is_over = False
+        self._failures: list[Unavailable] = []
+        self._save()  # Staging memory is taken, kernels are compiled.
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
 
-    @property
-    def queued_bytes(self) -> int:
-        """Of copies that have begun, whole or in part."""
-        left = sum(step.size_bytes for each in self._passages for step in each.copy.steps)
-        return sum(each.copy.size_bytes for each in self._passages) - left
+    def close(self) -> None:
+        """RAISES Unavailable when a save failed: there is no figure then."""
+        self._is_over = True
+        self._thread.join()
+        self._mover.close()
+        if self._failures:
+            raise self._failures[0]
 
-    def __call__(self) -> None:
-        self._mover.copies.pump()
-        if self._mover.can_take():
-            pages, offsets = self._rig.pages(self._case), self._rig.offsets(self._case)
-            self._passages.append(self._mover.one(self._mover.path.save, offsets, pages))
+    def _run(self) -> None:
+        try:
+            while not self._is_over:
+                self._save()
+        except Unavailable as failure:
+            self._failures.append(failure)
+
+    def _save(self) -> None:
+        self._mover.save(self._rig.offsets(self._case), self._rig.pages(self._case))
+        self.saved_bytes += self._rig.case_bytes(self._case)
 
 
-def _loop(rig: Rig, model: Model, steps: int, beside: Callable[[], None] | None) -> None:
+def _loop(rig: Rig, model: Model, steps: int) -> None:
     for _ in range(steps):
         model.step()
-        if beside is not None:
-            beside()
         rig.finish_engine()
 
 
@@ -141,77 +151,56 @@ def _loop(rig: Rig, model: Model, steps: int, beside: Callable[[], None] | None)
 
 
 def overlap_figures(rig: Rig) -> Iterator[Figure]:
-    """A request is loaded from host memory and its layers computed: all of it first, or layer by layer."""
+    """A request is computed and saved into host memory: all of it when it is computed, or layer by layer."""
     model = Model(rig, _width(rig))
     for case in rig.sizes.cases[1:]:
-        size, name = rig.case_bytes(case), rig.case_name(case)
-        staged = torch.empty(rig.sizes.parts * size, dtype=torch.uint8, device=rig.device)
-        mover = Mover(rig, staged=staged)
+        mover, name = Mover(rig), rig.case_name(case)
         request = Request(rig, mover, model, case)
-        request.check()
+        gpu_copies.check_round_trip(rig, request.pages, "layer by layer", request.on, request.load)
         works: dict[str, Callable[[], object]] = {
-            "copy": lambda request=request: request.load(rig.sizes.layers),
+            "copy": request.save,
             "compute": request.compute,
-            "off": lambda request=request: (request.load(rig.sizes.layers), request.compute()),
+            "off": request.off,
+            "on": request.on,
         }
-        chosen = [count for count in LAYERS_A_COPY if rig.sizes.layers % count == 0]
-        for count in chosen:
-            works[f"on{count}"] = lambda request=request, count=count: request.load_and_compute(count)
         turns = {key: lambda work=work: 1 / rig.seconds(work) for key, work in works.items()}
         results = harness.interleaved(turns, rig.sizes.rounds)
         took = {key: 1e3 / median(values) for key, values in results.items()}
         apart = f"copy {took['copy']:.2f} ms + compute {took['compute']:.2f} ms"
         yield rig.figure(f"overlap.off.{name}", took["off"], "ms", None, apart)
-        for count in chosen:
-            ratio = harness.compare(results, f"on{count}", "off")
-            yield rig.figure(
-                f"overlap.layers{count}.{name}", took[f"on{count}"], "ms", ratio,
-                f"off ({took['off']:.2f} ms); {apart}",
-            )  # fmt: skip
+        ratio = harness.compare(results, "on", "off")
+        against = f"off ({took['off']:.2f} ms); {apart}"
+        yield rig.figure(f"overlap.on.{name}", took["on"], "ms", ratio, against)
         mover.close()
 
 
 class Request:
-    """One: its blocks are in the host slab."""
+    """One: its pages, and its blocks in the host slab."""
 
     def __init__(self, rig: Rig, mover: Mover, model: Model, case: Case) -> None:
         self._rig, self._mover, self._model = rig, mover, model
-        self._pages, self._offsets = rig.pages(case), rig.offsets(case)
-        mover.wait(mover.save(self._offsets, self._pages))
+        self.pages, self._offsets = rig.pages(case), rig.offsets(case)
 
-    def check(self) -> None:
-        """Layer by layer it is the same bytes. RAISES SystemExit."""
-        flat = torch.tensor([page for block in self._pages for page in block], device=self._rig.device)
-        before = [tensor.index_select(1, flat).view(torch.uint8) for tensor in self._rig.tensors]
-        for tensor in self._rig.tensors:
-            tensor.view(torch.uint8).index_fill_(1, flat, 0)
-        self.load_and_compute(1)
-        self._rig.finish()
-        for tensor, want in zip(self._rig.tensors, before, strict=True):
-            if not torch.equal(tensor.index_select(1, flat).view(torch.uint8), want):
-                raise SystemExit("layer by layer: wrong bytes")
+    def save(self) -> None:
+        self._mover.save(self._offsets, self.pages)
 
-    def load(self, layers: int) -> None:
-        """All, ``layers`` a copy; the engine waits for it."""
-        for passage in [self._ask(first, layers) for first in range(0, self._rig.sizes.layers, layers)]:
-            self._mover.copies.hold(passage.copy, self._rig.engine)
+    def load(self) -> None:
+        self._mover.load(self._offsets, self.pages)
 
     def compute(self) -> None:
         for at in range(self._rig.sizes.layers):
             self._model.layer(at, self._model.many)
 
-    def load_and_compute(self, layers: int) -> None:
-        """Copies are asked for as far ahead as there are parts, and each layer waits for its own."""
-        firsts = range(0, self._rig.sizes.layers, layers)
-        ahead = max(1, self._rig.sizes.parts - 1)
-        asked = [self._ask(first, layers) for first in firsts[:ahead]]
-        for at, first in enumerate(firsts):
-            self._mover.copies.hold(asked[at].copy, self._rig.engine)
-            for layer in range(first, first + layers):
-                self._model.layer(layer, self._model.many)
-            if at + ahead < len(firsts):
-                asked.append(self._ask(firsts[at + ahead], layers))
+    def off(self) -> None:
+        self.compute()
+        self.save()
 
-    def _ask(self, first: int, layers: int) -> Passage:
-        planes = 2 * first, 2 * (first + layers)
-        return self._mover.one(self._mover.path.load, self._offsets, self._pages, *planes)
+    def on(self) -> None:
+        """Each layer is said to be ready once its work is queued."""
+        writing = self._mover.begin(self._offsets, self.pages)
+        try:
+            for at in range(self._rig.sizes.layers):
+                self._model.layer(at, self._model.many)
+                writing.advance(2 * (at + 1))
+        finally:
+            self._mover.end(writing)

@@ -1,9 +1,9 @@
 """How fast bytes go between an engine's pages, the HBM slab and host memory, each beside its ceiling.
 
-On paper, H200: PCIe carries 50 GB/s, so 128 MiB take 2.7 ms; a gather of each group of 32 MiB goes before it
-on the same stream (16 us a group, 3 %), and Python queues a group in 0.2 ms, behind the one before. So
-requests in a row through staging should be at 0.95 of a pinned memcpy; one alone pays 0.3 ms of Python before
-its first byte, which is 0.1 of 128 MiB and half of 16. A hit in HBM is one launch that reads and writes each
+On paper, H200: PCIe carries 50 GB/s, so 128 MiB take 2.7 ms; a gather of each part of 16 MiB goes before it
+on the same stream (8 us a part, 3 %), and Python queues a part in 0.1 ms, behind the one before. A call waits
+and is alone: it pays 0.3 ms of Python before its first byte and after its last, which is 0.1 of 128 MiB and
+half of 16. A hit in HBM is one launch that reads and writes each
 byte once, as a device-to-device copy does, and one that ends the sums, 3 us: of 16 MiB, which take 8 us, 0.7,
 of 128 MiB 0.85 and more, where a row of the pages is 256 bytes. Its Python, 60 us, is more than that up to
 128 MiB. index_select + copy a layer is two launches a layer, 64 in all, 10 us each: 1 to 2 ms of Python
@@ -13,12 +13,11 @@ beside 2.7 ms of link for 128 MiB, and as much for a sixteenth of that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import harness
 import torch
-from gpu_rig import GB, PATIENCE_S, Case, Mover, Rig
+from gpu_rig import GB, Case, Mover, Rig
 from gpu_rivals import RIVALS, Rival
 from harness import Figure
 
@@ -26,7 +25,6 @@ from kvcache import sums as host_sums
 from kvcache.block import BlockSpec
 from kvcache.device.checks import alignment, uploaded
 from kvcache.device.gather import gather, gather_and_sum, scatter, scatter_and_sum
-from kvcache.device.staging import Passage
 from kvcache.device.sums import joined, kernels_for, sum_chunks
 
 Work = Callable[[], object]
@@ -36,8 +34,8 @@ Work = Callable[[], object]
 
 
 def host_figures(rig: Rig) -> Iterator[Figure]:
-    """Gather and copy out, copy in and scatter: the goal is 0.90 of a pinned memcpy, requests in a row.
-    ``one`` is a request alone, with the Python before its first byte; ``call`` is what a store does."""
+    """Gather and copy out, copy in and scatter: the goal is 0.90 of a pinned memcpy. As a store has it done:
+    a call that returns when all of it has arrived and is summed, with all of its Python."""
     for case in rig.sizes.cases:
         yield from _host_case(rig, case)
 
@@ -61,59 +59,16 @@ def _host_case(rig: Rig, case: Case) -> Iterator[Figure]:
     for rival in rivals:
         saves[rival.name], loads[rival.name] = rival.save, rival.load
     for rival_name in [key for key in saves if not key.startswith("memcpy")]:
-        _check_round_trip(rig, pages, rival_name, saves[rival_name], loads[rival_name])
+        check_round_trip(rig, pages, rival_name, saves[rival_name], loads[rival_name])
     _check_sums(rig, mover, offsets, pages)
     for way, works in (("save", saves), ("load", loads)):
         others = [key for key in works if key != "ours"]
-        for kind, count in (("", rig.in_a_row(case)), ("_one", 1)):
-            turns = {key: functools.partial(_speed, rig, work, size, count) for key, work in works.items()}
-            results = harness.interleaved(turns, rig.sizes.rounds)
-            yield from rig.speeds(f"host.{way}{kind}.{name}", results, "ours", others)
+        turns = {key: functools.partial(_speed, rig, work, size) for key, work in works.items()}
+        results = harness.interleaved(turns, rig.sizes.rounds)
+        yield from rig.speeds(f"host.{way}.{name}", results, "ours", others)
         for rival_name, why in absent.items():
             yield rig.missing(f"host.{way}.{name}", "GB/s", f"{rival_name}: {why}")
     mover.close()
-    yield from _call_figures(rig, case, {"save": saves["memcpy"], "load": loads["memcpy"]})
-
-
-def _call_figures(rig: Rig, case: Case, memcpy: Mapping[str, Work]) -> Iterator[Figure]:
-    """As a store has it done (``kvcache.device.engine``): a call that returns when all of it has arrived and
-    is summed, with all of its Python."""
-    size, name, pages = rig.case_bytes(case), rig.case_name(case), rig.pages(case)
-    block_bytes = size // case.count
-    views = [memoryview(rig.host[at : at + block_bytes].numpy()) for at in rig.offsets(case)]
-    try:
-        from kvcache.device.engine import EngineDevice, PagedBlocks
-
-        if rig.memory is None:
-            raise ImportError("memory of this GPU cannot be shared here")
-    except ImportError as error:
-        for way in memcpy:
-            yield rig.missing(f"host.{way}_call.{name}", "GB/s", str(error))
-        return
-    device = EngineDevice(rig.memory)
-
-    def save() -> None:
-        writing = PagedBlocks(device, rig.cache, pages).into_host(views, 0)
-        try:
-            writing.advance(len(rig.cache.planes))
-            while not writing.is_done:
-                writing.go_on()
-            writing.sums()
-        finally:
-            writing.end()
-
-    def load() -> None:
-        PagedBlocks(device, rig.cache, pages).put(views, 0)
-
-    _check_round_trip(rig, pages, "call", save, load)
-    for way, work in (("save", save), ("load", load)):
-        turns = {
-            key: functools.partial(_speed, rig, each, size)
-            for key, each in (("call", work), ("memcpy", memcpy[way]))
-        }
-        results = harness.interleaved(turns, rig.sizes.rounds)
-        yield from rig.speeds(f"host.{way}_call.{name}", results, "call", ["memcpy"])
-    device.saves().close(PATIENCE_S)
 
 
 def _rivals(
@@ -134,7 +89,7 @@ def _rivals(
     return found, absent
 
 
-def _check_round_trip(rig: Rig, pages: list[list[int]], name: str, save: Work, load: Work) -> None:
+def check_round_trip(rig: Rig, pages: list[list[int]], name: str, save: Work, load: Work) -> None:
     """What was saved, wiped and loaded is what was there. RAISES SystemExit: a figure for wrong bytes is
     none."""
     flat = torch.tensor([page for block in pages for page in block], device=rig.device)
@@ -153,11 +108,8 @@ def _check_round_trip(rig: Rig, pages: list[list[int]], name: str, save: Work, l
 
 def _check_sums(rig: Rig, mover: Mover, offsets: list[int], pages: list[list[int]]) -> None:
     """The device's sums of a save are those that the host finds in its slab."""
-    passages = mover.save(offsets, pages)
-    mover.wait(passages)
     spec = rig.cache.spec(len(pages[0]))
-    have = [row for passage in passages for row in joined(passage.sums)]
-    for at, row in zip(offsets, have, strict=True):
+    for at, row in zip(offsets, mover.save(offsets, pages), strict=True):
         block = rig.host[at : at + spec.block_bytes].numpy()
         if host_sums.sum_chunks([block], spec.chunk_bytes) != row:
             raise SystemExit(f"wrong sums of the block at {at}")
@@ -190,7 +142,7 @@ def _hbm_case(rig: Rig, case: Case) -> Iterator[Figure]:
         "load_unsummed": lambda at: scatter(moves[at % sets], slab),
         "copy": lambda at: target[at % sets].copy_(source[at % sets]),
     }
-    _check_round_trip(rig, pages[0], "hbm", lambda: works["save"](0), lambda: works["load"](0))
+    check_round_trip(rig, pages[0], "hbm", lambda: works["save"](0), lambda: works["load"](0))
     for at in range(sets):
         works["save"](at)  # What is loaded below is what was there: two sets may name one page.
     count = max(rig.sizes.repeats, sets)
@@ -206,9 +158,9 @@ def _hbm_case(rig: Rig, case: Case) -> Iterator[Figure]:
         yield from rig.speeds(f"hbm.{key}.{name}", results, key, ["copy"])
 
 
-def _speed(rig: Rig, work: Work, size: int, count: int = 1) -> float:
-    """GB/s of ``count`` calls in a row, of ``size`` bytes each."""
-    return count * size / rig.seconds(lambda: [work() for _ in range(count)]) / GB
+def _speed(rig: Rig, work: Work, size: int) -> float:
+    """GB/s of a call that moves ``size`` bytes."""
+    return size / rig.seconds(work) / GB
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -271,15 +223,12 @@ def launch_figures(rig: Rig) -> Iterator[Figure]:
     mover = Mover(rig)
     rivals, _ = _rivals(rig, case, pages, pinned)
 
-    def passages(ask: Callable[..., list[Passage]]) -> None:
-        mover.wait(ask(offsets, pages))
-
     works: dict[str, Work] = {
         "hbm.load": lambda: scatter_and_sum(rig.cache.moves(offsets, pages), slab),
         "hbm.save": lambda: gather_and_sum(rig.cache.moves(offsets, pages), slab),
         "hbm.load_unsummed": lambda: scatter(rig.cache.moves(offsets, pages), slab),
-        "host.load": lambda: passages(mover.load),
-        "host.save": lambda: passages(mover.save),
+        "host.load": lambda: mover.load(offsets, pages),
+        "host.save": lambda: mover.save(offsets, pages),
     }
     works |= {f"{rival.name}.load": rival.load for rival in rivals}
     for key, work in works.items():
@@ -312,11 +261,3 @@ def _counted(rig: Rig, work: Work) -> tuple[int, int]:
     copies = sum(name.startswith("Memcpy") for name in on_gpu)
     others = sum(name.startswith("Memset") for name in on_gpu)
     return len(on_gpu) - copies - others, copies
-
-
-def host_ceiling(rig: Rig) -> float:
-    """Bytes a second from the device into pinned memory: what a cap is a share of."""
-    size = rig.sizes.batch_bytes_max
-    pinned = rig.pinned(size)
-    there = torch.empty(size, dtype=torch.uint8, device=rig.device)
-    return size / median(rig.seconds(lambda: pinned.copy_(there, non_blocking=True)) for _ in range(5))

@@ -30,7 +30,6 @@ from kvcache.device.gather import gather_and_sum, scatter_and_sum
 from kvcache.device.pages import PagedCache
 from kvcache.device.pinned import Pinned
 from kvcache.device.slab import CpuMemory, Slab
-from kvcache.device.streams import streams_of
 from kvcache.device.sums import joined
 from kvcache.device.vmm import Vmm
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 TAIL_TOKENS = 16
 ANSWER_TOKENS = 16
-PARTS = 4
 MESSAGE_BYTES = 1 << 17
 VOCABULARY = 32_000
 
@@ -113,8 +111,7 @@ class Kv:
         self.cache = PagedCache(pages, "single_hnd")
         self.blocks = [list(range(at, at + shape.pages)) for at in range(0, count, shape.pages)]
         self.spec = self.cache.spec(shape.pages)
-        self.streams, self.engine, self.parts = engine.streams, engine.stream, PARTS
-        self.host, self.staged = engine.host, engine.staged
+        self.memory, self.host = engine.memory, engine.host
 
     @classmethod
     def empty(cls, engine: Engine, tokens: int) -> Kv:
@@ -145,10 +142,8 @@ class Engine:
         self.model = build(self.shape, device)
         self._finish()
         self.build_s = time.perf_counter() - began
-        self.streams = streams_of(device)
-        self.stream = self.streams.current()
-        part_bytes = max(self.shape.spec.block_bytes, 32 << 20 if device.type == "cuda" else 0)
-        self.staged = torch.empty(PARTS * part_bytes, dtype=torch.uint8, device=device)
+        self.memory = gpu_peer.memory_of(device.type)
+        self._room = torch.empty(self.shape.spec.block_bytes, dtype=torch.uint8, device=device)
         self.host = torch.empty(0, dtype=torch.uint8)
         self.hbm: Slab | None = None
         self._node: Node | None = None
@@ -161,7 +156,7 @@ class Engine:
             self._pinned = Pinned(Vmm(), self.device.index or 0, self.host)
         if message["hbm"]:
             ticket = gpu_peer.unpacked(json.dumps(message["hbm"]).encode())
-            self.hbm = Slab.open(gpu_peer.memory_of(self.device.type), ticket, descriptors[1])
+            self.hbm = Slab.open(self.memory, ticket, descriptors[1])
         for each in descriptors:
             os.close(each)
         parameters = sum(each.numel() for each in self.model.parameters())
@@ -192,9 +187,8 @@ class Engine:
         kv = Kv.of(self, cache, tokens)
         offsets = self._offsets(message["first"], len(kv.blocks))
         mover = Mover(kv)
-        passages = mover.save(offsets, kv.blocks)
-        mover.wait(passages)
-        sums = [_digest(row) for each in passages for row in joined(each.sums)]
+        sums = [_digest(row) for row in mover.save(offsets, kv.blocks)]
+        mover.close()
         if self.hbm is not None:
             whole = self.hbm.whole(self.hbm.ticket.incarnation)
             in_hbm = joined(gather_and_sum(kv.cache.moves(offsets, kv.blocks), whole))
@@ -249,16 +243,13 @@ class Engine:
 
     def _from_host(self, kv: Kv, offsets: list[int]) -> list[bytes]:
         """By this process's GPU, out of the registered slab."""
-        mover = Mover(kv)
-        passages = mover.load(offsets, kv.blocks)
-        mover.wait(passages)
-        return [row for each in passages for row in joined(each.sums)]
+        return Mover(kv).load(offsets, kv.blocks)
 
     def _summed(self, kv: Kv) -> list[str]:
         """What is in the pages now, block by block."""
         found = []
         for block in kv.blocks:
-            [row] = joined(gather_and_sum(kv.cache.moves([0], [block]), self.staged))
+            [row] = joined(gather_and_sum(kv.cache.moves([0], [block]), self._room))
             found.append(_digest(row))
         return found
 

@@ -1,8 +1,8 @@
 """What has to be right on a real GPU before any figure counts: two proofs, each a number that must be 0.
 
-``race``    the engine computes pages, they are saved, and overwritten at once behind ``hold``; and the other
-            way: wiped, loaded, used. 150 times; every byte is compared. The same without ``hold`` is shown,
-            because a race that cannot be lost proves nothing.
+``race``    the engine computes pages, they are saved, and overwritten as soon as the save has ended; and the
+            other way: wiped, loaded, used. 150 times; every byte is compared. The same without waiting for
+            the save is shown, because a race that cannot be lost proves nothing.
 ``share``   two processes map one slab; whoever wrote or owned it is killed with SIGKILL, in the middle of its
             work. Bytes of the other are right, and once all have let go no memory of the slab is held.
 """
@@ -25,8 +25,6 @@ from harness import GIB, MIB, Figure
 
 from kvcache import sums as host_sums
 from kvcache.device.slab import Slab
-from kvcache.device.staging import Passage
-from kvcache.device.sums import joined
 
 KILLS, KILLS_QUICK = 3, 1
 PATIENCE_S = 60.0
@@ -40,9 +38,9 @@ LEAK_BYTES = 64 * MIB
 def race_figures(rig: Rig) -> Iterator[Figure]:
     case = rig.sizes.cases[0]
     race = _Race(rig)
-    for name, held in (("save", True), ("save_unheld", False)):
-        wrong = sum(race.save(number, held) for number in range(rig.sizes.races))
-        what = "must be 0" if held else "without hold: shows that the race can be lost"
+    for name, waits in (("save", True), ("save_unended", False)):
+        wrong = sum(race.save(number, waits) for number in range(rig.sizes.races))
+        what = "must be 0" if waits else "without waiting: shows that the race can be lost"
         yield rig.figure(f"proof.race.{name}", wrong, f"of {rig.sizes.races}", None, what, rig.sizes.races)
     wrong = sum(race.load(number) for number in range(rig.sizes.races))
     yield rig.figure(
@@ -61,42 +59,34 @@ class _Race:
         self._spec = rig.cache.spec(case.pages_per_block)
         self._flat = torch.tensor([page for block in self._pages for page in block], device=rig.device)
 
-    def save(self, number: int, held: bool) -> bool:
-        """Is anything wrong?"""
-        self._compute(number)
-        passages = self.mover.save(self._offsets, self._pages) if held else self._unheld()
+    def save(self, number: int, waits: bool) -> bool:
+        """Layer by layer. Is anything wrong?"""
+        writing = self.mover.begin(self._offsets, self._pages)
+        for layer, tensor in enumerate(self._rig.tensors):
+            tensor.view(torch.uint8).index_fill_(1, self._flat, self._value(number, layer))
+            writing.advance(2 * (layer + 1))
+        if not waits:
+            self._fill(lambda layer: 255)
+        sums = self.mover.end(writing)
         self._fill(lambda layer: 255)
-        self.mover.wait(passages)
-        rows = [row for each in passages for row in joined(each.sums)]
         blocks = [self._block(at) for at in self._offsets]
         right = all(torch.equal(block, self._want(number)) for block in blocks)
         chunk = self._spec.chunk_bytes
-        summed = [host_sums.sum_chunks([block.numpy()], chunk) for block in blocks]
+        summed = host_sums.sum_chunks([block.numpy() for block in blocks], chunk)
         self._rig.finish()
-        return not (right and (rows == summed or not held))
+        return not (right and (sums == summed or not waits))
 
     def load(self, number: int) -> bool:
         for at in self._offsets:
             self._block(at).copy_(self._want(number))
         self._fill(lambda layer: 0)
-        passages = self.mover.load(self._offsets, self._pages)
+        self.mover.load(self._offsets, self._pages)
         seen = [
             tensor.index_select(1, self._flat).view(torch.uint8).flatten() for tensor in self._rig.tensors
         ]
         self._fill(lambda layer: 255)
-        self.mover.wait(passages)
         self._rig.finish()
         return not all(bool((each == self._value(number, layer)).all()) for layer, each in enumerate(seen))
-
-    def _unheld(self) -> list[Passage]:
-        step = max(1, self.mover.path.blocks_max(len(self._pages[0])))
-        return [
-            self.mover.one(self.mover.path.save, self._offsets[at : at + step], self._pages[at : at + step])
-            for at in range(0, len(self._offsets), step)
-        ]
-
-    def _compute(self, number: int) -> None:
-        self._fill(lambda layer: self._value(number, layer))
 
     def _fill(self, value: Callable[[int], int]) -> None:
         for layer, tensor in enumerate(self._rig.tensors):

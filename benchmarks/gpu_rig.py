@@ -1,7 +1,7 @@
 """What ``bench_gpu.py`` measures on: one GPU, or the CPU with everything tiny, which proves the code paths.
 
 On a GPU seconds are between CUDA events on the engine's stream (torch's current one), so what a copy's own
-stream does is counted by holding the engine until it is done. Host memory is as in use: a memfd, registered
+stream does is counted by waiting for it, as a store does. Host memory is as in use: a memfd, registered
 for the GPU; the slab is memory of ``kvcache.device.vmm``. Where one of these cannot be had, plain memory of
 torch takes its place and a line of the output says so.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,14 +22,13 @@ import harness
 import torch
 from harness import GIB, MIB, Figure
 
-from kvcache.clock import SystemClock
-from kvcache.device.cap import Cap
-from kvcache.device.copies import Copies
+from kvcache.clock import NS_PER_S
+from kvcache.device.engine import EngineDevice, PagedBlocks
 from kvcache.device.pages import PagedCache
 from kvcache.device.pinned import Pinned
+from kvcache.device.saving import Writing
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab
-from kvcache.device.staging import Passage, Path, Staging
-from kvcache.device.streams import Stream, Streams, streams_of
+from kvcache.device.streams import streams_of
 from kvcache.device.vmm import Vmm
 from kvcache.errors import Unavailable
 
@@ -56,8 +56,7 @@ class Sizes:
     dtype: torch.dtype
     pages: int
     cases: Sequence[Case]
-    part_bytes: int
-    parts: int
+    save_bytes: int
     rounds: int
     repeats: int
     races: int
@@ -77,21 +76,23 @@ class Sizes:
 
 # An 8B model's (128 KiB a token): a page of 16 tokens is 2 MiB, 16 of them 32 MiB; 4 GiB of pages.
 GPU = Sizes(
-    32, 8, 16, 128, torch.bfloat16, 2048, (Case(1, 8), Case(1, 64), Case(16, 8)), 32 * MIB, 4, 15, 10, 150,
+    32, 8, 16, 128, torch.bfloat16, 2048, (Case(1, 8), Case(1, 64), Case(16, 8)), 32 * MIB, 15, 10, 150,
     256 * MIB,
 )  # fmt: skip
-TINY = Sizes(2, 2, 4, 16, torch.float16, 64, (Case(1, 8), Case(4, 2)), 4096, 2, 2, 1, 150, 16384)
+TINY = Sizes(2, 2, 4, 16, torch.float16, 64, (Case(1, 8), Case(4, 2)), 4096, 2, 1, 150, 16384)
 
 
 class Place(Protocol):
-    """What a ``Mover`` moves between; ``staged`` is used in ``parts``."""
+    """What a ``Mover`` moves between."""
 
-    streams: Streams
-    engine: Stream
-    cache: PagedCache
-    host: torch.Tensor
-    staged: torch.Tensor
-    parts: int
+    @property
+    def memory(self) -> Memory | None: ...
+
+    @property
+    def cache(self) -> PagedCache: ...
+
+    @property
+    def host(self) -> torch.Tensor: ...
 
 
 class Rig:
@@ -102,20 +103,15 @@ class Rig:
         self.is_cuda = device.type == "cuda"
         sizes = GPU if self.is_cuda else TINY
         self.sizes = replace(sizes, rounds=5) if quick and self.is_cuda else sizes
-        self.parts = sizes.parts
         self.quick = quick
         self.machine = machine(device)
         self.notes: list[Figure] = []
         self.random = Random(7)
         self.memory = self._memory()
         self.streams = streams_of(device)
-        self.engine = self.streams.current()
         self.tensors = self._tensors()
         self.cache = PagedCache(self.tensors, "flash_attention_nhd")
         self.host = self._host(max(self.sizes.batch_bytes_max, MIB))
-        self.staged = torch.empty(
-            self.sizes.part_bytes * self.sizes.parts, dtype=torch.uint8, device=self.device
-        )
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -190,10 +186,6 @@ class Rig:
     def sets(self, case: Case) -> int:
         """So many of it lie in no cache together."""
         return max(1, self.sizes.spread_bytes // self.case_bytes(case))
-
-    def in_a_row(self, case: Case) -> int:
-        """So many requests hide the Python of each but the first."""
-        return 2 * self.sets(case)
 
     def case_bytes(self, case: Case) -> int:
         return case.count * case.pages_per_block * self.sizes.page_bytes
@@ -276,60 +268,54 @@ class Rig:
 
 
 class Mover:
-    """What a connector does with ``Path``: a request in groups of blocks that fit a part of staging."""
+    """What a store has done between an engine's pages and its slots in host memory (``kvcache.device``)."""
 
-    def __init__(self, place: Place, cap: Cap | None = None, staged: torch.Tensor | None = None) -> None:
-        """``staged``: memory of its own, in as many parts as the place's."""
-        self._engine = place.engine
-        memory = place.staged if staged is None else staged
-        self._staging = Staging(memory, len(memory) // place.parts)
-        self.copies = Copies(place.streams, SystemClock(), cap)
-        self.path = Path(self.copies, place.cache, self._staging, place.host)
-        self.failures: list[Unavailable] = []
+    def __init__(self, place: Place, save_bytes_s: float = 0.0) -> None:
+        """``save_bytes_s``: as of ``EngineDevice``. RAISES Unavailable."""
+        if place.memory is None:
+            raise Unavailable("unavailable", "no engine's device", "memory of this GPU cannot be shared here")
+        self._device = EngineDevice(place.memory, save_bytes_s=save_bytes_s)
+        self._place = place
 
-    def save(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[Passage]:
-        """Queue all; the engine's stream waits for it."""
-        return self._each(self.path.save, offsets, pages)
+    def begin(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> Writing:
+        """A save of which nothing is ready yet. To be given to ``end``."""
+        return self._blocks(pages).into_host(self._slots(offsets, pages), 0)
 
-    def load(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[Passage]:
-        return self._each(self.path.load, offsets, pages)
+    def end(self, writing: Writing) -> bytes:
+        """All of it is ready: wait until it has arrived. The chunk sums of its blocks. RAISES Unavailable."""
+        pause = threading.Event()
+        try:
+            writing.advance(len(self._place.cache.planes))
+            while not writing.is_done:
+                if delay_ns := writing.delay_ns():
+                    pause.wait(delay_ns / NS_PER_S)
+                writing.go_on()
+            return writing.sums()
+        finally:
+            writing.end()
 
-    def one(self, ask: Callable[..., Passage], *arguments: object) -> Passage:
-        """Wait for a part, and ask. ``arguments``: offsets, pages, then planes ``first`` and ``last``."""
-        while not self._staging.free_count:
-            self.copies.pump()
-        offsets, pages, *planes = arguments
-        return ask(offsets, pages, self._engine, self._ended, *planes)
+    def save(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[bytes]:
+        """The chunk sums of each block. RAISES Unavailable."""
+        return _each(self.end(self.begin(offsets, pages)), len(offsets))
 
-    def can_take(self) -> bool:
-        return self._staging.free_count > 0
-
-    def wait(self, passages: Sequence[Passage]) -> None:
-        """RAISES SystemExit when a copy failed or never ended: there is no figure then."""
-        ended = self.copies.wait([each.copy for each in passages], PATIENCE_S)
-        if self.failures or not ended:
-            raise SystemExit(f"copies failed: {self.failures or 'they do not end'}")
+    def load(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[bytes]:
+        """The chunk sums of each block, as it arrived. RAISES Unavailable."""
+        return _each(self._blocks(pages).put(self._slots(offsets, pages), 0), len(offsets))
 
     def close(self) -> None:
-        self.copies.wait([], 0)
-        while self.copies.inflight_bytes:
-            self.copies.pump()
+        self._device.saves().close(PATIENCE_S)
 
-    def _each(
-        self, ask: Callable[..., Passage], offsets: Sequence[int], pages: Sequence[Sequence[int]]
-    ) -> list[Passage]:
-        step = max(1, self.path.blocks_max(len(pages[0])))
-        made = [
-            self.one(ask, offsets[at : at + step], pages[at : at + step])
-            for at in range(0, len(offsets), step)
-        ]
-        for each in made:
-            self.copies.hold(each.copy, self._engine)
-        return made
+    def _blocks(self, pages: Sequence[Sequence[int]]) -> PagedBlocks:
+        return PagedBlocks(self._device, self._place.cache, pages)
 
-    def _ended(self, failure: Unavailable | None) -> None:
-        if failure is not None:
-            self.failures.append(failure)
+    def _slots(self, offsets: Sequence[int], pages: Sequence[Sequence[int]]) -> list[memoryview]:
+        size = self._place.cache.spec(len(pages[0])).block_bytes
+        return [memoryview(self._place.host[at : at + size].numpy()) for at in offsets]
+
+
+def _each(sums: bytes, count: int) -> list[bytes]:
+    width = len(sums) // count
+    return [sums[at : at + width] for at in range(0, len(sums), width)]
 
 
 def missing(name: str, unit: str, why: str, machine: str) -> Figure:

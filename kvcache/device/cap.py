@@ -17,7 +17,7 @@ BURST_NS = 10 * NS_PER_MS
 
 class Cap:
     """Bytes that may be copied now grow by ``bytes_s``, up to those of ``BURST_NS``. They may go below 0:
-    a step is never cut, and what had to be hurried is paid back before the next."""
+    a step is never cut, and what it took beyond is paid back before the next."""
 
     def __init__(self, bytes_s: float, now_ns: int) -> None:
         """RAISES BadInput (bad_config) when it would let nothing through."""

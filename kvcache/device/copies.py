@@ -1,18 +1,15 @@
-"""Copies between an engine's pages, the HBM slab and the host slab, beside what the engine computes.
+"""Copies out of an engine's pages or the HBM slab, beside what the engine computes.
 
-    load: queued at once        ┐  waits for the engine's   ┌ the engine's stream waits for it (hold)
-    save: queued as the cap     ├► stream (event), runs on ─┤
-          lets it (pump)        ┘  a stream of its own      └ done: then(None), or then(why)
+    to the host: as the cap lets it (pump) ┐  waits for the engine's stream (event),
+    within the device: queued at once      ┴► runs on a stream of its own ──► done: then(None), or then(why)
 
-A copy is *steps*: what queues a part of it, a plain copy of bytes or a launch of gather or scatter. Layers
-are copies of their own: while layer i is copied, layer i + 1 computes; ``hold`` before a layer is read, and
-before pages are written again or given to another request.
+A copy is *steps*: what queues a part of it, a plain copy of bytes or a launch of gather. Layers are copies of
+their own: while layer i is copied, layer i + 1 computes.
 
 Invariants: a copy begins after everything the engine had queued when it was asked for; ``then`` is called
-once, and never while a step may still run, so a lease or reservation that ends there covers the copy;
-tensors that steps name are kept until then. The cap delays saves and nothing else: ``hold`` hurries what
-is left of one. After a failure of the device nothing new is taken, and what is under way ends with the
-reason: slots it was to fill are not filled.
+once, and never while a step may still run, so a reservation that ends there covers the copy; tensors that
+steps name are kept until then. After a failure of the device nothing new is taken, and what is under way ends
+with the reason: slots it was to fill are not filled.
 
 The sum: 20 us of Python a copy, 10 us a step; a step of 2 MiB takes 40 us of PCIe, so Python is hidden from
 there on. One owner: the thread that asks, pumps and waits.
@@ -32,7 +29,6 @@ from kvcache.device.cap import Cap
 from kvcache.device.streams import Event, Stream, Streams
 from kvcache.errors import KVCacheError, Unavailable
 
-STEP_BYTES = 4 << 20
 INFLIGHT_BYTES_MAX = 1 << 30
 
 Link = Literal["host", "device"]
@@ -48,7 +44,7 @@ class Step:
 
 
 class Copy:
-    """One load or save, made by ``Copies``."""
+    """One, made by ``Copies``."""
 
     def __init__(self, steps: Sequence[Step], stream: Stream, ready: Sequence[Event], then: Then) -> None:
         self.size_bytes = sum(step.size_bytes for step in steps)
@@ -73,41 +69,32 @@ class Copies:
         lost: Callable[[str], None] = lambda why: None,
         inflight_bytes_max: int = INFLIGHT_BYTES_MAX,
     ) -> None:
-        """``cap``: on saves to the host, none unless given. ``lost`` is told once when the device fails: the
+        """``cap``: on copies to the host, none unless given. ``lost`` is told once when the device fails: the
         slab's ``lose``."""
         self._clock = clock
         self._cap = cap
         self._lost = lost
         self._inflight_bytes_max = inflight_bytes_max
         self._streams = streams
-        self._lanes: dict[tuple[str, str], Stream] = {}
+        self._lanes: dict[Link, Stream] = {}
         self._waiting: deque[Copy] = deque()
         self._running: list[Copy] = []
         self.failure: Unavailable | None = None
-        self.hurried_bytes = 0
-        """Of saves, copied before the cap would have let them."""
 
     @property
     def inflight_bytes(self) -> int:
         """Of copies that have not ended."""
         return sum(copy.size_bytes for copy in (*self._waiting, *self._running))
 
-    def load(self, link: Link, steps: Sequence[Step], engine: Stream, then: Then) -> Copy:
-        """Towards the engine's pages, at once, after what ``engine`` has queued by now.
+    def save(self, link: Link, steps: Sequence[Step], engine: Stream, then: Then) -> Copy:
+        """After what ``engine`` has queued by now; to the host when the cap lets it.
 
         RAISES Unavailable when the device is lost or too much is under way; ``then`` is not called."""
-        copy = self._new("load", link, steps, self._mark(engine), then)
-        self._running.append(copy)
-        self._queue(copy, len(copy.steps))
-        return copy
-
-    def save(self, link: Link, steps: Sequence[Step], engine: Stream, then: Then) -> Copy:
-        """Away from the engine's pages: to the host when the cap lets it. RAISES as ``load``."""
         return self.save_behind(link, steps, self._mark(engine), then)
 
     def save_behind(self, link: Link, steps: Sequence[Step], behind: Sequence[Event], then: Then) -> Copy:
         """As ``save``, after these events alone."""
-        copy = self._new("save", link, steps, behind, then)
+        copy = self._new(link, steps, behind, then)
         if link == "host":
             self._waiting.append(copy)
             self.pump()
@@ -132,16 +119,6 @@ class Copies:
             self._waiting.remove(copy)
             self._drop(copy, why)
 
-    def hold(self, copy: Copy, engine: Stream) -> None:
-        """What ``engine`` queues from now on comes after the copy; nobody is blocked.
-
-        RAISES Unavailable when the copy failed: what it was to bring is not there."""
-        self._hurry(copy)
-        if copy.event is not None:
-            engine.after(copy.event)  # Also when it failed: a part of it may still be under way.
-        if copy.failure is not None:
-            raise copy.failure
-
     def pump(self) -> None:
         """Queue the saves that the cap lets through, and end what is done. To be called often: after each
         layer or step of the engine, and by whoever waits."""
@@ -155,11 +132,9 @@ class Copies:
         self._settle()
 
     def wait(self, copies: Iterable[Copy], timeout_s: float) -> bool:
-        """Block until these have ended, or the time is over; saves are hurried. Have they?"""
+        """Block until those of these that are queued have ended, or the time is over. Have all?"""
         until_ns = self._clock.now_ns() + int(timeout_s * NS_PER_S)
         asked = list(copies)
-        for copy in asked:
-            self._hurry(copy)
         for copy in asked:
             if copy.event is not None and not copy.is_ended:
                 try:
@@ -200,17 +175,17 @@ class Copies:
             self._fail(failure)
             raise
 
-    def lane(self, way: str, link: str) -> Stream:
+    def lane(self, link: Link) -> Stream:
         """Where they run; made when it is first asked for. RAISES Unavailable."""
-        if (way, link) not in self._lanes:
-            self._lanes[way, link] = self._streams.new(f"{way}-{link}", urgent=way == "load")
-        return self._lanes[way, link]
+        if link not in self._lanes:
+            self._lanes[link] = self._streams.new(f"save-{link}", urgent=False)
+        return self._lanes[link]
 
-    def _new(self, way: str, link: Link, steps: Sequence[Step], behind: Sequence[Event], then: Then) -> Copy:
+    def _new(self, link: Link, steps: Sequence[Step], behind: Sequence[Event], then: Then) -> Copy:
         assert steps
         if self.failure is not None:
             raise self.failure
-        copy = Copy(steps, self.lane(way, link), behind, then)
+        copy = Copy(steps, self.lane(link), behind, then)
         inflight_bytes = self.inflight_bytes
         if inflight_bytes and inflight_bytes + copy.size_bytes > self._inflight_bytes_max:
             raise _no(
@@ -229,7 +204,7 @@ class Copies:
                 step = copy.steps.popleft()
                 copy.queued.append(step)
                 copy.stream.run(step.work)
-                if self._cap is not None and copy.stream is self._lanes.get(("save", "host")):
+                if self._cap is not None and copy.stream is self._lanes.get("host"):
                     self._cap.spend(step.size_bytes)
         except KVCacheError as error:
             copy.failure = error if isinstance(error, Unavailable) else _no(error.what, error.why)
@@ -240,14 +215,6 @@ class Copies:
             except Unavailable as failure:  # Then nothing of it runs any more, nor will.
                 copy.failure = failure
                 self._fail(failure)
-
-    def _hurry(self, copy: Copy) -> None:
-        """Queue what is left of it, whatever the cap says."""
-        if copy in self._waiting:
-            self.hurried_bytes += sum(step.size_bytes for step in copy.steps)
-            self._waiting.remove(copy)
-            self._running.append(copy)
-            self._queue(copy, len(copy.steps))
 
     def _settle(self) -> None:
         """End what is done. ``then`` may ask for more copies."""
@@ -293,34 +260,6 @@ class Copies:
             self._queue(copy, 0)
         else:
             self._end(copy, failure)
-
-
-def copy_steps(
-    target: torch.Tensor,
-    source: torch.Tensor,
-    ranges: Iterable[tuple[int, int, int]],
-    step_bytes: int = STEP_BYTES,
-) -> list[Step]:
-    """Steps that copy between two flat uint8 tensors, of any devices: ``ranges`` are (offset in the target,
-    offset in the source, bytes). Those that continue one another in both are one copy; a large one is cut.
-
-    REQUIRES: within the tensors; ranges of the target do not overlap."""
-    joined: list[list[int]] = []
-    for into, out_of, length in ranges:
-        assert 0 <= into <= len(target) - length
-        assert 0 <= out_of <= len(source) - length
-        last = joined[-1] if joined else None
-        if last and last[0] + last[2] == into and last[1] + last[2] == out_of:
-            last[2] += length
-        else:
-            joined.append([into, out_of, length])
-    steps = []
-    for into, out_of, length in joined:
-        for at in range(0, length, step_bytes):
-            size = min(step_bytes, length - at)
-            views = target[into + at : into + at + size], source[out_of + at : out_of + at + size]
-            steps.append(Step(size, copying(*views)))
-    return steps
 
 
 def copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:

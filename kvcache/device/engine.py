@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,7 +42,9 @@ from kvcache.device.sums import sum_chunks
 from kvcache.device.vmm import Vmm
 from kvcache.errors import BadInput, Unavailable
 from kvcache.memfd import unsafe
-from kvcache.wire_hbm import HbmSlab
+
+if TYPE_CHECKING:
+    from kvcache.wire_hbm import HbmSlab
 
 STAGING_BYTES = 64 << 20
 PARTS = 2

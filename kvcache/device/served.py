@@ -78,7 +78,7 @@ class Outlet:
         """RAISES Unavailable."""
         self._streams = streams
         self._copies = Copies(streams, SystemClock())
-        self._copies.lane("save", "host")  # What cannot be copied from is found out before it is used.
+        self._copies.lane("host")  # What cannot be copied from is found out before it is used.
         self._halves: list[torch.Tensor] = []
         self.is_stuck = False
         """A copy has not ended in time, and may still write."""

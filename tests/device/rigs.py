@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvcache.device.cap import Cap
-from kvcache.device.copies import Copies, Copy, Step, copy_steps
+from kvcache.device.copies import Copies, Copy, Link, Step, copying
 from kvcache.device.pinned import Pinned
 from kvcache.device.saving import Writing
 from kvcache.device.slab import CpuMemory, CudaMemory, Memory, Slab
@@ -71,13 +71,8 @@ class Rig:
 
     def save(self, name: str, slot: int, page: int, steps: Sequence[Step] = ()) -> Copy:
         """A page of the engine into a host slot."""
-        steps = steps or copy_steps(self.host, self.pages, [(slot * BLOCK, page * BLOCK, BLOCK)])
+        steps = steps or [Step(BLOCK, copying(self.slot(slot), self.page(page)))]
         return self.copies.save("host", steps, self.engine, self.then(name))
-
-    def load(self, name: str, slot: int, page: int) -> Copy:
-        """A host slot into a page of the engine."""
-        steps = copy_steps(self.pages, self.host, [(page * BLOCK, slot * BLOCK, BLOCK)])
-        return self.copies.load("host", steps, self.engine, self.then(name))
 
     def compute(self, page: int, value: int) -> None:
         """The engine fills a page, sometime."""
@@ -97,11 +92,16 @@ class Rig:
         stream.run(lambda: _pass(gate))
         return gate
 
-    def lane(self, name: str) -> Stream:
-        way, link = name.split()
-        return self.copies.lane(way, link)
+    def parts(self, count: int) -> list[Step]:
+        """The first so many pages into the host slots of the same number, a step each."""
+        return [Step(BLOCK, copying(self.slot(at), self.page(at))) for at in range(count)]
+
+    def lane(self, link: Link) -> Stream:
+        return self.copies.lane(link)
 
     def until(self, copies: Sequence[Copy]) -> None:
+        """REQUIRES: the cap lets them."""
+        self.copies.pump()
         assert self.copies.wait(copies, PATIENCE_S)
 
     def finish(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from kvcache.clock import NS_PER_MS, NS_PER_S
 from kvcache.device.cap import BURST_NS, Cap
-from kvcache.device.copies import Step, copy_steps
+from kvcache.device.copies import Step, copying
 from kvcache.errors import BadInput, Unavailable
 from tests.device.rigs import BLOCK, PATIENCE_S, SLOTS, Make, Refusing, rigs, value_of
 
@@ -27,7 +27,6 @@ def test_saves_go_as_the_cap_lets_them(make: Make) -> None:
         assert sum(copy.event is not None for copy in copies) == 10 + more
     rig.until(copies[:15])
     assert not copies[15].is_ended
-    assert rig.copies.hurried_bytes == 0
     rig.clock.advance_ms(1)
     rig.until(copies)
 
@@ -59,39 +58,9 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
         Cap(min(share, 0.0), 0)
 
 
-def test_loads_are_not_held_by_the_cap(make: Make) -> None:
-    rig = make(cap_bytes_s=1.0)
-    saves = [rig.save(str(number), number, 0) for number in range(4)]
-    load = rig.load("now", 0, 0)
-    assert load.event is not None
-    rig.until([load])
-    assert sum(copy.event is None for copy in saves) == 3
-
-
-def test_loads_use_up_nothing_of_the_cap(make: Make) -> None:
-    rig = make(cap_bytes_s=1.0)
-    rig.until([rig.load("now", 0, 0)])
-    assert rig.save("later", 0, 0).event is not None
-
-
-def test_who_must_overwrite_hurries_the_save(make: Make) -> None:
-    """Correctness never hangs on the cap."""
-    rig = make(cap_bytes_s=1.0)
-    rig.compute(0, 1)
-    rig.save("first", 0, 0)
-    late = rig.save("late", 1, 0)
-    assert late.event is None
-    rig.copies.hold(late, rig.engine)
-    rig.compute(0, 2)
-    assert rig.copies.hurried_bytes == BLOCK
-    rig.until([late])
-    assert value_of(rig.slot(1)) == 1
-
-
 def test_a_save_of_many_steps_is_queued_in_parts(make: Make) -> None:
     rig = make(cap_bytes_s=100 * BLOCK)  # One block in ten milliseconds, one saved up.
-    steps = copy_steps(rig.host, rig.pages, [(0, 0, 4 * BLOCK)], step_bytes=BLOCK)
-    copy = rig.save("big", 0, 0, steps)
+    copy = rig.save("big", 0, 0, rig.parts(4))
     for done in range(1, 4):
         assert len(copy.steps) == 4 - done
         rig.clock.advance_ms(10)
@@ -102,7 +71,7 @@ def test_a_save_of_many_steps_is_queued_in_parts(make: Make) -> None:
 
 def test_too_much_under_way_is_refused(make: Make) -> None:
     rig = make(inflight_bytes_max=2 * BLOCK)
-    gate = rig.gate(rig.lane("save host"))
+    gate = rig.gate(rig.lane("host"))
     rig.save("a", 0, 0)
     rig.save("b", 1, 0)
     with pytest.raises(Unavailable, match="are under way, at most"):
@@ -120,7 +89,7 @@ def _break() -> None:
 
 def test_a_device_that_fails_is_lost_for_good(make: Make) -> None:
     rig = make(cap_bytes_s=1.0)
-    gate = rig.gate(rig.lane("save host"))
+    gate = rig.gate(rig.lane("host"))
     broken = rig.save("broken", 0, 0, [Step(BLOCK, _break)])
     rig.save("waits", 1, 0)
     gate.set()
@@ -129,31 +98,23 @@ def test_a_device_that_fails_is_lost_for_good(make: Make) -> None:
     assert all(failure is not None and "illegal memory access" in failure.why for _, failure in rig.ended)
     assert rig.lost == ["CUDA error: an illegal memory access was encountered"]
     with pytest.raises(Unavailable, match="illegal"):
-        rig.load("later", 0, 0)
-    with pytest.raises(Unavailable, match="illegal"):
-        rig.copies.hold(broken, rig.engine)
+        rig.save("later", 0, 0)
     with pytest.raises(Unavailable, match="illegal"):
         rig.slab.slots([0], BLOCK, rig.slab.ticket.incarnation)
     rig.copies.check()
 
 
-def test_a_load_that_is_refused_in_the_middle_is_waited_for(make: Make) -> None:
-    """A part of it may still be written: the engine computes those pages anew, after it."""
+def test_a_save_that_is_refused_in_the_middle_is_waited_for(make: Make) -> None:
+    """A part of it may still be written: its slots are not used again before."""
     rig = make()
-    rig.slot(0).fill_(9)
-    rig.copies._lanes["load", "host"] = Refusing(rig.lane("load host"), 1)
-    gate = rig.gate(rig.lane("load host")._inner)  # type: ignore[attr-defined]  # It is a Refusing.
-    ranges = [(0, 0, BLOCK), (2 * BLOCK, 2 * BLOCK, BLOCK)]
-    copy = rig.copies.load("host", copy_steps(rig.pages, rig.host, ranges), rig.engine, rig.then("a"))
-    with pytest.raises(Unavailable, match="out of memory"):
-        rig.copies.hold(copy, rig.engine)
-    rig.compute(0, 3)
+    lane = rig.lane("host")
+    rig.copies._lanes["host"] = Refusing(lane, 1)
+    gate = rig.gate(lane)
+    copy = rig.save("a", 0, 0, rig.parts(2))
     rig.copies.pump()
     assert rig.ended == []
     gate.set()
-    rig.finish()
     rig.until([copy])
-    assert value_of(rig.page(0)) == 3
     assert [(name, failure is None) for name, failure in rig.ended] == [("a", False)]
     assert rig.lost == [], "one copy failed, not the device"
     rig.until([rig.save("b", 0, 0)])
@@ -162,7 +123,7 @@ def test_a_load_that_is_refused_in_the_middle_is_waited_for(make: Make) -> None:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_device_that_takes_no_event_is_lost(make: Make, steps: int) -> None:
     rig = make()
-    rig.copies._lanes["save", "host"] = Refusing(rig.lane("save host"), steps, dead=True)
+    rig.copies._lanes["host"] = Refusing(rig.lane("host"), steps, dead=True)
     copy = rig.save("a", 0, 0)
     assert copy.is_ended
     assert [(name, failure is None) for name, failure in rig.ended] == [("a", False)]
@@ -184,8 +145,9 @@ def test_close_leaves_what_hangs_alone(make: Make, monkeypatch: pytest.MonkeyPat
     """Its slots are never used again: ``then`` is not called."""
     rig = make()
     monkeypatch.setattr(rig.streams, "close", lambda: None)
-    gate = rig.gate(rig.lane("save host"))
-    done = rig.load("done", 0, 0)
+    gate = rig.gate(rig.lane("host"))
+    near = Step(BLOCK, copying(rig.page(1), rig.page(0)))
+    done = rig.copies.save("device", [near], rig.engine, rig.then("done"))
     rig.save("hangs", 0, 0)
     assert done.event is not None
     assert done.event.wait(PATIENCE_S)
@@ -203,8 +165,8 @@ def test_close_waits_for_the_part_of_a_save_that_was_begun(
 ) -> None:
     rig = make(cap_bytes_s=1.0)
     monkeypatch.setattr(rig.streams, "close", lambda: None)
-    gate = rig.gate(rig.lane("save host"))
-    rig.save("half", 0, 0, copy_steps(rig.host, rig.pages, [(0, 0, 2 * BLOCK)], step_bytes=BLOCK))
+    gate = rig.gate(rig.lane("host"))
+    rig.save("half", 0, 0, rig.parts(2))
     assert rig.copies.close(0.0) == 1
     assert rig.ended == []
     gate.set()

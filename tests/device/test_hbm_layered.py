@@ -175,7 +175,7 @@ def test_no_connection_says_that_writes_have_ended_before_they_have(world: World
     engine, path = world.engine, world.engine.path(4)
     store = engine.store
     gate = threading.Event()
-    engine.device.saves().copies.lane("save", "device").run(lambda: _pass(gate))
+    engine.device.saves().copies.lane("device").run(lambda: _pass(gate))
     writing = store.begin_save_device(engine.handle, path, engine.blocks(engine.memory(path)))
     writing.advance(1)
     assert store._attached is not None

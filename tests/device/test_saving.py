@@ -159,7 +159,7 @@ def test_a_plane_is_copied_behind_what_the_engine_computes_it_with(
         gates.append(rig.gate(rig.streams.engine))
         rig.streams.engine.run(lambda to=plane, by=right[at]: to.copy_(by))  # type: ignore[misc]
         writing.advance(at + 1)
-    lane = rig.saves.copies.lane("save", "device" if kind == "slab" else "host")
+    lane = rig.saves.copies.lane("device" if kind == "slab" else "host")
     assert not lane.mark().wait(A_WHILE_S)
     assert not writing.is_done
     assert rig.planes(0, PLANES) == [bytes([POISON]) * rig.spec.block_bytes] * COUNT
@@ -184,7 +184,7 @@ def test_planes_that_were_kept_are_copied_behind_their_own_place(
     assert rig.saves.copies.inflight_bytes == 0, "it is kept"
     rig.streams.engine = rig.streams.new("other", urgent=False)
     writing.advance(PLANES)
-    assert not rig.saves.copies.lane("save", "device").mark().wait(A_WHILE_S)
+    assert not rig.saves.copies.lane("device").mark().wait(A_WHILE_S)
     gate.set()
     assert done(writing) == sum_chunks(content, rig.spec.chunk_bytes)
     writing.end()
@@ -223,7 +223,7 @@ def test_after_the_end_nothing_is_written(make: Callable[..., Rig]) -> None:
     closed: list[bool] = []
     writing = rig.writing()
     writing.closing = lambda: closed.append(True)
-    gate = rig.gate(rig.saves.copies.lane("save", "host"))
+    gate = rig.gate(rig.saves.copies.lane("host"))
     writing.advance(PLANES)
     ending = threading.Thread(target=writing.end)
     ending.start()
@@ -289,7 +289,7 @@ def test_no_memory_for_staging_is_a_miss(make: Callable[..., Rig], monkeypatch: 
 def test_a_device_that_fails_is_a_miss(make: Callable[..., Rig], dead: bool) -> None:
     rig = make()
     copies = rig.saves.copies
-    copies._lanes["save", "host"] = Refusing(copies.lane("save", "host"), 3, dead=dead)
+    copies._lanes["host"] = Refusing(copies.lane("host"), 3, dead=dead)
     writing = rig.writing()
     with pytest.raises(Unavailable):
         writing.advance(PLANES)
@@ -303,7 +303,7 @@ def test_a_device_that_fails_is_a_miss(make: Callable[..., Rig], dead: bool) -> 
 
 def test_an_end_that_was_interrupted_waits_when_it_is_asked_again(make: Callable[..., Rig]) -> None:
     rig = make()
-    gate = rig.gate(rig.saves.copies.lane("save", "host"))
+    gate = rig.gate(rig.saves.copies.lane("host"))
     writing, has_ended = rig.writing(), rig.saves.has_ended
     writing.advance(PLANES)
     with pytest.MonkeyPatch.context() as patch:
@@ -343,7 +343,7 @@ def _interrupted(event: Event) -> bool:
 
 def test_others_that_hold_all_staging_memory_are_waited_for(make: Callable[..., Rig]) -> None:
     rig = make()
-    gate = rig.gate(rig.saves.copies.lane("save", "host"))
+    gate = rig.gate(rig.saves.copies.lane("host"))
     first, second = rig.writing(), rig.writing()
     first.advance(PLANES)
     second.advance(PLANES)
