@@ -340,7 +340,6 @@ def test_an_asynchronous_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu() -> None:
     unit = 2 << 20
     descriptor = memfd.create("pinned", 8 * unit)
