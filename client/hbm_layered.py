@@ -19,7 +19,6 @@ from functools import partial
 
 from kvcache.block import BlockHash
 from kvcache.client import hbm_saving, operations
-from kvcache.client.checks import check_save, joined_hashes
 from kvcache.client.hbm import DeviceBlocks, DeviceWriting
 from kvcache.client.layered import check_planes
 from kvcache.client.link import Context
@@ -66,14 +65,11 @@ def begin(
     hints: SaveHints,
 ) -> Operation[Draft]:
     """RAISES BadInput as ``hbm_saving.save``."""
-    blocks.check(handle.spec)
-    joined_hashes(prefix)
-    check_save(prefix, range(len(blocks)), parent)
+    hbm_saving.check_blocks(handle, prefix, blocks, parent)
     draft = Draft(handle, tuple(prefix), blocks, parent, hints)
-    mapped = context.link.hbm
     if not prefix or not context.reaches(handle):
         return draft
-    if mapped is not None and not mapped.is_lost and not hints.below:
+    if hbm_saving.takes_hbm(context, hints):
         yield from _begin_in(HBM, context, draft)
     if draft.begun is None and context.link.slab is not None:
         yield from _begin_in(HOST, context, draft)

@@ -40,15 +40,12 @@ def save(
     parent: bytes,
     hints: SaveHints,
 ) -> Operation[int]:
-    blocks.check(handle.spec)
-    joined_hashes(prefix)
-    check_save(prefix, range(len(blocks)), parent)
+    check_blocks(handle, prefix, blocks, parent)
     if not context.reaches(handle):
         context.tally.add("unsaved_blocks:unavailable", len(prefix))
         return 0
     held, reason = 0, ""
-    mapped = context.link.hbm
-    if mapped is not None and not mapped.is_lost and not hints.below:
+    if takes_hbm(context, hints):
         held, reason = yield from _save_to(HBM, context, handle, prefix, blocks, parent, hints)
         context.tally.add(f"hbm_unsaved_blocks:{reason}", len(prefix) - held)
     if held < len(prefix):
@@ -57,6 +54,19 @@ def save(
     if held < len(prefix):
         context.tally.add(f"unsaved_blocks:{reason}", len(prefix) - held)
     return held
+
+
+def check_blocks(handle: Handle, prefix: Sequence[BlockHash], blocks: DeviceBlocks, parent: bytes) -> None:
+    """What is to be saved, before anybody is asked. RAISES BadInput."""
+    blocks.check(handle.spec)
+    joined_hashes(prefix)
+    check_save(prefix, range(len(blocks)), parent)
+
+
+def takes_hbm(context: Context, hints: SaveHints) -> bool:
+    """Is HBM to be asked for room? Else host memory alone."""
+    mapped = context.link.hbm
+    return mapped is not None and not mapped.is_lost and not hints.below
 
 
 def _save_to(
