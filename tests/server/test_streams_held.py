@@ -103,7 +103,7 @@ class TestHeldForTheFollower:
             gate = Gate(node)
             writer.channel.close()
             await settle(follower, limbo_blocks=2)
-            assert gate.entered == 1
+            await until(lambda: gate.entered == 1)
             if writer_first:
                 await stopped(node)
                 assert (await follower.stats())["limbo_blocks"] == 2
