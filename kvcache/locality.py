@@ -83,6 +83,8 @@ class LocalityIndex:
         self._namespaces: dict[NamespaceId, Namespace] = {}
         self._names = Names(self._numbers, self._content.ids, frozenset())
         self._ticked_ns: int | None = None
+        self._back_ns = -BEAT_NS
+        """When we were last found to have been away."""
 
     # --- limits ---------------------------------------------------------------------------------
 
@@ -178,12 +180,14 @@ class LocalityIndex:
         """To be called some times a beat. Who missed a beat is suspect, who missed three is dropped: what it
         told is forgotten, and its state unknown. Returns who was dropped just now. Placements end.
 
-        After a pause of a beat between two calls nobody is dropped yet: it was we who were away, and what was
-        told meanwhile may be there to be read."""
+        For a beat after a pause of one between two calls nobody is dropped: it was we who were away, what was
+        told meanwhile may be there to be read, and who stood still with us needs a moment to speak again."""
         with self._lock:
-            was_here = self._ticked_ns is None or now_ns - self._ticked_ns <= BEAT_NS
+            if self._ticked_ns is not None and now_ns - self._ticked_ns > BEAT_NS:
+                self._back_ns = now_ns
             self._ticked_ns = now_ns
-            dropped = [each for each in self._sources.values() if each.tick(now_ns, was_here)]
+            may_drop = now_ns >= self._back_ns + BEAT_NS
+            dropped = [each for each in self._sources.values() if each.tick(now_ns, may_drop)]
             for source in dropped:
                 self._placed.forget(source.number)
             for source in self._sources.values():

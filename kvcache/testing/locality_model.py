@@ -76,6 +76,7 @@ class LocalityModel:
         self._placed: dict[tuple[str, NamespaceId], list[set[bytes]]] = {}  # The blocks of two turns.
         self._turn = 0
         self._ticked_ns: int | None = None
+        self._spared_until_ns = 0
 
     # --- what is told ---------------------------------------------------------------------------
 
@@ -174,13 +175,14 @@ class LocalityModel:
             self._unplace(source)
 
     def tick(self, now_ns: int) -> list[str]:
-        was_away = self._ticked_ns is not None and now_ns > self._ticked_ns + BEAT_NS
-        self._ticked_ns = now_ns
+        if self._ticked_ns is not None and now_ns > self._ticked_ns + BEAT_NS:
+            self._spared_until_ns = now_ns + BEAT_NS
+        self._ticked_ns, are_spared = now_ns, now_ns < self._spared_until_ns
         dropped = []
         for name, told in self._told.items():
             silent_ns = now_ns - told.alive_ns
             told.late = silent_ns > 1.5 * BEAT_NS
-            if silent_ns > 3 * BEAT_NS and not was_away and (told.content != "unknown" or told.loading):
+            if silent_ns > 3 * BEAT_NS and not are_spared and (told.content != "unknown" or told.loading):
                 told.forget()
                 self._unplace(name)
                 dropped.append(name)

@@ -132,9 +132,17 @@ def test_when_it_was_we_who_stood_still_nobody_is_dropped_at_once() -> None:
     index, source = holding()
     index.tick(0)
     assert index.tick(60 * BEAT_NS) == []
+    assert index.tick(61 * BEAT_NS - 1) == [], "who stood still with us has a beat to say that it lives"
     assert is_suspect(index, "n") and blocks(index) == {ONE: 8}
     index.apply(source.publisher.beat(), 60 * BEAT_NS)
     assert index.tick(61 * BEAT_NS) == [] and not is_suspect(index, "n")
+
+
+def test_who_says_nothing_for_a_beat_after_we_stood_still_is_dropped() -> None:
+    index, _ = holding()
+    index.tick(0)
+    assert index.tick(60 * BEAT_NS) == []
+    assert index.tick(61 * BEAT_NS) == ["n"]
 
 
 def test_a_beat_that_knows_of_more_shows_what_was_lost() -> None:
