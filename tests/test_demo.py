@@ -367,7 +367,7 @@ def test_bytes_changed_in_the_slab_are_a_miss_not_a_wrong_byte(tmp_path: Path) -
     settings = {"socket": str(tmp_path / "s"), "capacity": "8MiB", "http": "none"}
     with NodeProcess(settings) as node:
         setup = msgspec.structs.replace(SETUP, address=f"unix://{node.socket.removeprefix('unix://')}")
-        store, other = connect_blocking(setup.address), connect_blocking(setup.address)
+        store, other = (connect_blocking(setup.address, timeout_ms=60_000) for _ in range(2))
         client = replayer(store, setup)
         assert counted(client.replay(PROMPT)) == (0, 5, 0, 0)
         scribble(other, setup, position=2)

@@ -15,7 +15,7 @@ from types import TracebackType
 from kvcache.errors import Unavailable
 
 READY_S = 60.0
-END_S = 10.0
+END_S = 30.0
 
 
 class NodeProcess:

@@ -27,7 +27,7 @@ from kvcache.transport.base import Endpoint, Limits, Transport
 from kvcache.transport.table import open_transport, scheme_of
 
 READY_S = 60.0
-END_S = 10.0
+END_S = 60.0
 UNTIL_NS = 3_600 * NS_PER_S
 
 
@@ -74,7 +74,7 @@ class Obedient:
         return self._made[count, size]
 
     def _say(self, endpoint: Endpoint, note: bytes) -> None:
-        deadline_ns = SystemClock().now_ns() + 10 * NS_PER_S
+        deadline_ns = SystemClock().now_ns() + 20 * NS_PER_S
         task = asyncio.ensure_future(endpoint.notify(note, deadline_ns))
         self._saying.add(task)
         task.add_done_callback(self._saying.discard)

@@ -47,7 +47,7 @@ CASES = {
 
 
 def asked(address: str) -> StatsReply:
-    deadline_ns = SystemClock().now_ns() + 10 * NS_PER_S
+    deadline_ns = SystemClock().now_ns() + int(PATIENCE_S) * NS_PER_S
     channel = BlockingChannel.connect(address, Hello(PROTOCOL_VERSION), deadline_ns)
     try:
         reply = channel.call(Stats(), deadline_ns)
@@ -66,7 +66,7 @@ def until(node: NodeProcess, condition: Callable[[StatsReply], bool], what: str)
 
 def page(node: NodeProcess, path: str) -> str:
     try:
-        with urllib.request.urlopen(f"{node.http}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{node.http}{path}", timeout=PATIENCE_S) as answer:
             return str(answer.read(), "utf-8")
     except urllib.error.HTTPError as error:
         with error:

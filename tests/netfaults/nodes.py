@@ -32,7 +32,7 @@ PORT = 8211
 PROMPTS = 5
 A_PROMPTS, B_PROMPTS = 6, 4
 """There is room for so many: A holds all, and what B has fetched some rounds ago has gone there."""
-ANSWER_NS = 10 * NS_PER_S
+ANSWER_NS = 20 * NS_PER_S
 PATIENCE_NS = 20 * NS_PER_S
 PEER_WAIT_MS = 1_000
 LOOKER = "a node that looks"

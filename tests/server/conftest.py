@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from kvcache.config import NodeConfig
+from kvcache.server import node as shell
 from kvcache.server.node import Node
 
 Result = TypeVar("Result")
@@ -62,6 +63,12 @@ async def _started(config: NodeConfig) -> Node:
 
 Serve = Callable[..., EmbeddedNode]
 NewEventLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
+@pytest.fixture(autouse=True)
+def _patient_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk: a node that has started knows what its NVMe tier holds."""
+    monkeypatch.setattr(shell, "NVME_WAIT_S", START_S - 10)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])

@@ -200,7 +200,7 @@ async def routing(
             )
             for number, (name, url) in enumerate(urls.items())
         )
-        clock, waits = Clock(), waits or Waits()
+        clock, waits = Clock(), waits or Waits(connect_s=PATIENCE_S)
         credentials = credentials or Credentials.default()
         session = await stack.enter_async_context(open_session(100, waits))
         view: View = IndexView(told.index, clock) if told is not None else NoView()

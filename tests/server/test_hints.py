@@ -68,7 +68,7 @@ def is_tool_call(context: RequestContext) -> bool:
 def test_look_ups_and_saves_of_threads(serve: Serve) -> None:
     node = serve()
     policy = hearing(node, node.node.core.ledger)
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=60_000)
     handle = store.open(NAMESPACE, SPEC)
     prefix = handle.hashes(range(64))
     store.release(store.lease(handle, prefix, hints=TOOL_CALL))
@@ -86,7 +86,7 @@ def test_look_ups_and_saves_of_tasks(serve: Serve) -> None:
     policy = hearing(node, node.node.core.ledger)
 
     async def work() -> None:
-        store = connect(node.node.address)
+        store = connect(node.node.address, timeout_ms=60_000)
         handle = await store.open(NAMESPACE, SPEC)
         prefix = handle.hashes(range(64))
         await store.release(await store.lease(handle, prefix, hints=TOOL_CALL))

@@ -38,7 +38,7 @@ def ask(node: NodeProcess, path: str, body: object = None) -> tuple[int, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(node.http + path, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=PATIENCE_MS / 1_000) as reply:
             text = reply.read()
             return reply.status, json.loads(text) if reply.headers["Content-Type"].endswith("json") else text
     except urllib.error.HTTPError as error:

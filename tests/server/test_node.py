@@ -284,7 +284,7 @@ class TestTheHandshake:
     def raw(self, node: EmbeddedNode, data: bytes) -> bytes:
         """Send bytes as they are; return everything that comes back until the node closes."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(5)
+            connection.settimeout(20)
             connection.connect(node.node.socket_path)
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)

@@ -211,7 +211,7 @@ def test_a_transfer_that_takes_too_long_is_given_up_in_its_time(a: Here, hasty: 
     hasty.on_the_way(lambda endpoint: Sleeper(endpoint, ended))
     began_ns = CLOCK.now_ns()
     assert hasty.load(HASHES[:2]) == 0
-    assert CLOCK.now_ns() - began_ns < WAIT_MS * NS_PER_MS // 2
+    assert CLOCK.now_ns() - began_ns < WAIT_MS * NS_PER_MS
     assert len(ended) == 1
     assert hasty.stat("peer_failed_fetches:late") == 1
     quiet(a, hasty)
@@ -229,7 +229,7 @@ def test_a_peer_that_answers_nothing_any_more_is_given_up_in_its_time(
     monkeypatch.setattr(exports.Exports, "export", nothing)
     began_ns = CLOCK.now_ns()
     assert hasty.load(HASHES[:2]) == 0
-    assert CLOCK.now_ns() - began_ns < WAIT_MS * NS_PER_MS // 2
+    assert CLOCK.now_ns() - began_ns < WAIT_MS * NS_PER_MS
     assert hasty.stat("peer_failed_fetches:late") == 1
     quiet(a, hasty)
 
@@ -313,7 +313,7 @@ def test_a_node_that_is_closed_while_a_fetch_runs_ends_it_first(start: Start, a:
     b.until(lambda: len(begun) == 4, "all are being read")
     began_ns = CLOCK.now_ns()
     b.close()
-    assert CLOCK.now_ns() - began_ns < 10 * NS_PER_S
+    assert CLOCK.now_ns() - began_ns < 30 * NS_PER_S
     assert len(ended) == 4
     quiet(a)
 

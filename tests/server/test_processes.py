@@ -22,6 +22,7 @@ from tests.server.talk import (
     SIZE,
     connected,
     content,
+    deadline,
     held,
     opened,
     reserve,
@@ -121,7 +122,7 @@ def test_a_killed_node_leaves_its_clients_memory_alone(node: NodeProcess) -> Non
             node.kill()
             assert slab[offset : offset + SIZE] == content(HASHES[0])
             with pytest.raises(Unavailable):
-                channel.call(wire.Commit(reserved.reservation, sums_of(HASHES[0])), PATIENCE_S * NS_PER_S)
+                channel.call(wire.Commit(reserved.reservation, sums_of(HASHES[0])), deadline())
 
 
 def test_a_killed_node_can_be_started_again_on_its_socket(node: NodeProcess) -> None:
@@ -180,7 +181,5 @@ def test_a_writer_cannot_commit_after_it_was_cut_off(node: NodeProcess) -> None:
         namespace = opened(first)
         reserved = reserve(first, namespace, HASHES[:1])
         with pytest.raises(BadInput, match="bad_reservation"):
-            second.call(
-                wire.Commit(reserved.reservation, sums_of(HASHES[0])), SystemClock().now_ns() + NS_PER_S
-            )
+            second.call(wire.Commit(reserved.reservation, sums_of(HASHES[0])), deadline())
         assert held(second, opened(second), HASHES[:1]) == 0

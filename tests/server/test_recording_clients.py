@@ -57,7 +57,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trace_that_was_served_is_read_back(serve: Serve, tmp_path: Path, capacity: str) -> None:
     node = serve(record=str(tmp_path / "rec"), capacity=capacity)
     trace = whole_blocks(generate(Workload(request_count=150, seed=5)))
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=60_000)
     handle = store.open(NAMESPACE, SPEC)
     found = 0
     for request, prefix in zip(trace.requests(), prefixes(handle, trace), strict=True):
@@ -85,7 +85,7 @@ def test_a_trace_that_was_served_is_read_back(serve: Serve, tmp_path: Path, capa
 @pytest.mark.slow
 def test_a_prompt_of_many_calls_is_one_request(serve: Serve, tmp_path: Path) -> None:
     node = serve(record=str(tmp_path / "rec"), capacity="32MiB")
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=60_000)
     handle = store.open(NAMESPACE, SPEC)
     prefix = handle.hashes(list(range(16 * 2_600)))
     for name in ("cold", "warm"):

@@ -69,7 +69,7 @@ class Served:
 
 def play(node: EmbeddedNode, trace: Trace) -> Served:
     """As an engine does: look, save what is missing."""
-    store = connect_blocking(node.node.address)
+    store = connect_blocking(node.node.address, timeout_ms=60_000)
     handle = store.open(NAMESPACE, SPEC)
     names = hashes(trace)
     for request in trace.requests():

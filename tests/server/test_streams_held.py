@@ -108,10 +108,10 @@ class TestHeldForTheFollower:
                 await stopped(node)
                 assert (await follower.stats())["limbo_blocks"] == 2
             gate.open()
+            await settle(follower, tickets=0)
             with pytest.raises(TransferRefused):
                 await read(follower, followed)
             if not writer_first:
-                await settle(follower, tickets=0)
                 assert (await follower.stats())["limbo_blocks"] == 2
                 await stopped(node)
             await settle(follower, limbo_blocks=0)

@@ -20,7 +20,7 @@ from kvcache.clock import SystemClock
 from kvcache.request_hints import RequestHints
 from tests.client.connectors.fake_store import SPEC, FakePages, FakeStore, FakeWriting, namespace
 
-WAIT_S = 10.0
+WAIT_S = 20.0
 LAYERS = SPEC.plane_count
 
 

@@ -16,7 +16,7 @@ from kvcache.client.connectors.vllm_worker import WorkerSide
 from kvcache.clock import SystemClock
 from tests.client.connectors.fake_store import SPEC, FakePages, FakeStore, namespace
 
-WAIT_S = 10.0
+WAIT_S = 20.0
 
 
 class Gate(FakeStore):

@@ -207,7 +207,7 @@ def test_no_write_is_under_way_behind_a_failure(device: Device, monkeypatch: pyt
         if offset == offset_of(0, 0):
             failed.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        assert failed.wait(10)
+        assert failed.wait(20)
         late.append(returned.wait(0.05))
         return pwritev(descriptor, buffers, offset)
 

@@ -179,7 +179,6 @@ def test_a_process_that_ends_is_replaced_by_the_next_commit(folder: Path, index:
     assert read_index(folder) == [entry_of(1), entry_of(3)]
 
 
-@pytest.mark.timeout(15)
 def test_a_process_that_hangs_is_given_up(folder: Path, index: Index) -> None:
     assert index._process is not None
     index._process._socket.settimeout(0.1)
