@@ -13,7 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -48,6 +55,8 @@ class HttpMetrics:
     """The metrics of one HTTP process, and the registry that shows them and the node's."""
 
     def __init__(self) -> None:
+        # When each counter was made would be a series each, and no use. The library does not type this call.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.node = NodeCollector()
         self.registry.register(self.node)

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcache import metrics_stats
 from kvcache.metrics import HttpMetrics, document, unknown_names
+from kvcache.metrics_route import RouteMetrics
 from kvcache.metrics_stats import STATS, Stat
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,14 @@ def test_nothing_of_the_node_is_shown_before_the_node_has_spoken() -> None:
     page = HttpMetrics()
     assert "kvcache_hit_tokens" not in page.render().decode()
     assert "kvcache_build_info" in page.render().decode()
+
+
+def test_nothing_is_shown_that_the_page_in_docs_does_not_tell_of() -> None:
+    """When a counter was made is a series of its own, unless that is switched off."""
+    metrics, route = HttpMetrics(), RouteMetrics()
+    metrics.index_resyncs.labels("gap").inc()
+    route.choices.labels("cheapest").inc()
+    assert "_created" not in (metrics.render() + route.render()).decode()
 
 
 def test_two_pages_do_not_share_numbers() -> None:
