@@ -1,7 +1,8 @@
 """The command ``kvcache``: a table of subcommands, each loaded when it is asked for.
 
 Stands above all packages, and nothing imports it. ``kvcache --help`` imports click and nothing else
-that is heavy. Exit status: 0 done, 1 something is wrong with what was asked, 2 usage.
+that is heavy. Exit status: 0 done, 1 something is wrong with what was asked, 2 usage,
+130 interrupted by Ctrl-C (what serves until it is told to end, ends with 0 then).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import click
 
 from kvcache import __version__
 from kvcache.errors import KVCacheError, plainly
+
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,14 @@ class LazyGroup(click.Group):
             hint = f"Did you mean {near[0]!r}?" if near else f"The commands are {', '.join(SUBCOMMANDS)}."
             ctx.fail(f"No such command {args[0]!r}. {hint}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Ctrl-C ends any command as a shell expects, and not as something that went wrong."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("kvcache: interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -52,6 +52,16 @@ def test_info_loads_no_server() -> None:
     assert not loaded_by("info", "--help") & {"aiohttp", "prometheus_client", "torch", "uvloop"}
 
 
+def test_ctrl_c_is_told_in_one_line_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def long() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda *_: long)
+    done = CliRunner().invoke(cli.commands, ["tune"])
+    assert (done.exit_code, done.stderr, done.stdout) == (130, "kvcache: interrupted\n", "")
+
+
 @pytest.mark.parametrize("name", list(cli.SUBCOMMANDS))
 def test_every_command_of_the_table_is_there(name: str) -> None:
     command = cli.LazyGroup().get_command(click.Context(cli.commands), name)
