@@ -41,6 +41,11 @@ SWITCH_S = 0.000_2
 """A thread that answers waits at most so long for the one that applies events."""
 REPORT_S = 0.25
 
+NOBODY = (
+    "following nobody, so nothing is known of any prompt: name nodes with --follow ADDRESS,... or in "
+    "--fleet FILE, or let engines register over HTTP (docs/index.md)"
+)
+
 Say = Callable[[str, dict[str, object]], None]
 
 
@@ -131,6 +136,8 @@ async def _run(settings: Settings, say: Say) -> None:
             f"ready: {', '.join(places)}, following {len(followed)} with {len(fleet.workers)} workers",
             {"ready": True, "pid": os.getpid(), "places": places, "following": len(followed)},
         )
+        if not followed:
+            say(NOBODY, {"state": "following nobody", "trouble": NOBODY})
         await work_until(stop, fleet.run(), _report(fleet, say))
     finally:
         await site.close()

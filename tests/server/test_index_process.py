@@ -208,3 +208,13 @@ def test_what_is_known_is_json(tmp_path: Path) -> None:
     facts: Mapping[str, object] = index.ready
     assert facts["ready"] is True and facts["following"] == 1 and facts["pid"] == index.process.pid
     assert index.close() == 0
+    assert all(told["state"] != "following nobody" for told in index.rest)
+
+
+def test_one_that_follows_nobody_says_so_and_what_helps(tmp_path: Path) -> None:
+    index = IndexProcess(["--http", "127.0.0.1:0"], tmp_path / "index.log")
+    assert index.ready["following"] == 0
+    assert index.close() == 0
+    [told] = index.rest
+    assert told["state"] == "following nobody"
+    assert "--follow" in told["trouble"] and "--fleet" in told["trouble"]
