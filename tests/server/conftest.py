@@ -25,6 +25,8 @@ class EmbeddedNode:
         self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self.before_close: list[Callable[[], object]] = []
+        """Lets go on what a test holds up, also where the test failed: or closing would wait for that."""
         try:
             self.node = self.run(_started(config))
         except BaseException:
@@ -41,6 +43,8 @@ class EmbeddedNode:
         return self.run(work())
 
     def close(self) -> None:
+        for let_go in self.before_close:
+            let_go()
         self.call(self.node.core.check)
         self.run(self.node.close())
         self._stop()

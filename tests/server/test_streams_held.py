@@ -32,6 +32,7 @@ class Gate:
         self._node = node
         self.entered = 0
         node.call(self._shut)
+        node.before_close.append(self.open)
 
     def _shut(self) -> None:
         transport = self._node.node.core.plane.transport("tcp")
