@@ -16,6 +16,20 @@ from kvcache.errors import Unavailable
 from kvcache.testing.stores import SIZE
 from tests.device.hbm_rig import POISON, World, hold
 
+ANSWER_S = 0.05
+
+
+class Asked(CpuEvent):
+    """The GPU knows how long it was waited for."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self._gpu = gpu
+
+    def wait(self, timeout_s: float) -> bool:
+        self._gpu.waited_s += timeout_s
+        return super().wait(timeout_s)
+
 
 class Marked:
     """The caller's stream, whose marks are as ``Gpu`` says. ``behind``: what it was told to come after."""
@@ -32,7 +46,7 @@ class Marked:
         self.behind.append(event)
 
     def mark(self) -> CpuEvent:
-        event = CpuEvent()
+        event = Asked(self._gpu)
         if not self._gpu.hangs.is_set():
             event.settle(self._gpu.failure)
         return event
@@ -45,6 +59,7 @@ class Gpu(CpuStreams):
         super().__init__()
         self.hangs = threading.Event()
         self.failure: RuntimeError | None = None
+        self.waited_s = 0.0
         self.stream = Marked(self, super().current())
 
     def current(self) -> Marked:
@@ -55,7 +70,7 @@ class Gpu(CpuStreams):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu()
     monkeypatch.setattr("kvcache.device.line.streams_of", lambda device: made)
-    monkeypatch.setattr("kvcache.device.line.ANSWER_S", 0.05)
+    monkeypatch.setattr("kvcache.device.waits.ANSWER_S", ANSWER_S)
     return made
 
 
@@ -93,6 +108,18 @@ def test_one_that_hangs_is_given_up(world: World, gpu: Gpu) -> None:
     assert not blocks._line.is_over()
     gpu.hangs.clear()
     assert loaded(world)[0] == frozenset(range(6)), "nobody tries it again"
+
+
+def test_a_request_waits_once_and_no_other_does(world: World, gpu: Gpu) -> None:
+    engine = world.engine
+    blocks = engine.blocks(engine.memory(engine.path(5, seed=1)))
+    gpu.hangs.set()
+    loaded(world)
+    assert 0 < gpu.waited_s < 1.5 * ANSWER_S
+    gpu.waited_s = 0
+    loaded(world)
+    assert engine.store.save_device(engine.handle, engine.path(5, seed=1), blocks) == 0
+    assert gpu.waited_s == 0
 
 
 def test_what_it_may_still_write_to_is_not_said_to_be_free(world: World, gpu: Gpu) -> None:
@@ -139,9 +166,8 @@ def test_one_that_only_lacks_memory_is_not(world: World, gpu: Gpu, monkeypatch: 
     assert loaded(world)[0] == frozenset()
 
 
-def test_a_save_that_hangs_keeps_its_slots(world: World, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_hangs_keeps_its_slots(world: World, gpu: Gpu) -> None:
     """The node is not told that they may be used again, by whatever ends the save."""
-    monkeypatch.setattr("kvcache.device.saving.ANSWER_S", 0.05)
     engine, path = world.engine, world.engine.path(5, seed=1)
     gpu.hangs.set()
     blocks = engine.blocks(engine.memory(path))
@@ -157,8 +183,7 @@ def test_a_save_that_hangs_keeps_its_slots(world: World, gpu: Gpu, monkeypatch: 
     ready.settle(None)
 
 
-def test_a_save_by_planes_that_hangs(world: World, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.device.saving.ANSWER_S", 0.05)
+def test_a_save_by_planes_that_hangs(world: World, gpu: Gpu) -> None:
     engine, path = world.engine, world.engine.path(5, seed=1)
     gpu.hangs.set()
     blocks = engine.blocks(engine.memory(path))

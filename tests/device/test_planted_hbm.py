@@ -343,7 +343,7 @@ PLANTS = (
     Plant(
         "the end of a save does not wait for its copies",
         "kvcache/device/saving.py",
-        "        self._is_over = all(map(self._saves.has_ended, events))\n",
+        "        self._is_over = all(map(self._has_ended, events))\n",
         "        self._is_over = True\n",
         f"{BESIDE}::test_after_the_end_nothing_is_written",
     ),

@@ -12,8 +12,11 @@ from kvcache.block import BlockSpec
 from kvcache.clock import SystemClock
 from kvcache.device import link, saving
 from kvcache.device.cap import Cap
+from kvcache.device.engine import EngineDevice
 from kvcache.device.saving import Paged, Rows, Saves, Staged, Way, Writing
+from kvcache.device.slab import CpuMemory
 from kvcache.device.streams import CpuStreams, Event, Stream
+from kvcache.device.waits import Waits
 from kvcache.errors import BadInput, Unavailable
 from kvcache.sums import sum_chunks
 from kvcache.testing.clock import FakeClock
@@ -73,7 +76,8 @@ class Rig:
         return self.cache.blocks(PAGES)
 
     def writing(self, kind: str = "staged") -> Writing:
-        return Writing(self.saves, self.way(kind), [self.streams.engine.mark()])
+        waits = Waits(EngineDevice(CpuMemory()))
+        return Writing(self.saves, self.way(kind), [self.streams.engine.mark()], waits)
 
     def planes(self, first: int, last: int) -> list[bytes]:
         """Of each place."""
@@ -304,13 +308,14 @@ def test_a_device_that_fails_is_a_miss(make: Callable[..., Rig], dead: bool) -> 
 def test_an_end_that_was_interrupted_waits_when_it_is_asked_again(make: Callable[..., Rig]) -> None:
     rig = make()
     gate = rig.gate(rig.saves.copies.lane("host"))
-    writing, has_ended = rig.writing(), rig.saves.has_ended
+    writing = rig.writing()
+    waits, has_ended = writing._waits, writing._waits.has_ended
     writing.advance(PLANES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig.saves, "has_ended", _interrupted)
+        patch.setattr(waits, "has_ended", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             writing.end()
-    rig.saves.has_ended = lambda event: gate.set() or has_ended(event)  # type: ignore[method-assign, func-returns-value]
+    waits.has_ended = lambda event: gate.set() or has_ended(event)  # type: ignore[method-assign, func-returns-value]
     writing.end()
     assert gate.is_set(), "it waited"
     assert rig.saves.staging().free_count == saving.PARTS
