@@ -177,8 +177,8 @@ PLANTS = (
     Plant(
         "the lease of who plans is not that of the engine",
         "server/hbm_asking.py",
-        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, request)\n",
-        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, '')\n",
+        "        return arena.lease(keys, self._identity.owner, expires_ns, context, request)\n",
+        "        return arena.lease(keys, self._identity.owner, expires_ns, context, '')\n",
         f"{PLANNING}::test_its_lease_is_the_engines",
     ),
     Plant(
