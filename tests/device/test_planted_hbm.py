@@ -365,8 +365,8 @@ PLANTS = (
     Plant(
         "a new connection says that writes have ended while they run",
         "client/blocking_store.py",
-        "            attached.link.end_writings()\n        with self._changed:\n",
-        "            pass\n        with self._changed:\n",
+        "                attached.link.end_writings()\n        finally:\n",
+        "                pass\n        finally:\n",
         f"{LAYERED}::test_no_connection_says_that_writes_have_ended_before_they_have",
         waits=True,
     ),
