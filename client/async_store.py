@@ -1,8 +1,8 @@
 """The asyncio driver: a ``BlockStore`` over one node, for the tasks of one event loop.
 
-Calls of many tasks share one connection; copies run in a small pool of threads, so the loop never waits
-for bytes. A cancelled operation first lets its running step end (a copy by itself, a call by its
-deadline), then cleans up, then is cancelled: nobody's buffer is written after that.
+Calls of many tasks share one connection; copies, and waits for a device, run in a small pool of threads,
+so the loop never waits for bytes. A cancelled operation first lets its running step end (a copy by itself,
+a call by its deadline), then cleans up, then is cancelled: nobody's buffer is written after that.
 
 Invariants: no operation runs on an earlier connection when a new one is made, so no copy of ours is in
 flight when Hello says so.
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 COPY_THREADS = 2
-
 T = TypeVar("T")
 
 
@@ -100,14 +99,14 @@ class AsyncNodeStore:
         if attached is None:
             raise self._refusal or away(self._options.address)
         try:
-            operation = open_namespace(self._context(attached), namespace, spec)
-            handle = await self._drive(attached, operation)
+            opening = open_namespace(self._context(attached.link), namespace, spec)
+            handle = await self._drive(attached, opening)
             if self._attached is not attached:
                 raise away(self._options.address)
             self._handles[handle.namespace_id] = handle
             attached.link.opened |= {handle.namespace_id}
         finally:
-            self._leave(attached)
+            await self._leave(attached)
         return handle
 
     async def match(self, handle: Handle, prefix: Sequence[BlockHash]) -> int:
@@ -224,7 +223,8 @@ class AsyncNodeStore:
             await asyncio.gather(self._connecting, return_exceptions=True)
         attached, self._attached = self._attached, None
         if attached is not None:
-            _hang_up(attached)
+            attached.channel.close()
+            await self._waited(attached.link.close)
         await self._idle.wait()  # What ran finds its calls failed; its copies end by themselves.
         self._copying.shutdown()
 
@@ -238,8 +238,8 @@ class AsyncNodeStore:
         """``undo`` takes back a result that a cancelled caller will not see."""
         attached = await self._enter(RECONNECT_WAIT_NS, patient=False)
         if attached is None:
-            return finished(operation(self._context_on(nowhere())))
-        context = self._context(attached)
+            return finished(operation(self._context(nowhere())))
+        context = self._context(attached.link)
         try:
             result, cancelled = await self._finished(attached, operation(context))
             if cancelled is not None:
@@ -248,12 +248,9 @@ class AsyncNodeStore:
                 raise cancelled
             return result
         finally:
-            self._leave(attached)
+            await self._leave(attached)
 
-    def _context(self, attached: _Attached) -> Context:
-        return self._context_on(attached.link)
-
-    def _context_on(self, link: Link) -> Context:
+    def _context(self, link: Link) -> Context:
         return Context(link, self._tally, self._clock, self.prefill_tokens_s)
 
     async def _drive(self, attached: _Attached, operation: Operation[T]) -> T:
@@ -327,19 +324,28 @@ class AsyncNodeStore:
             self._idle.clear()
         return self._attached
 
-    def _leave(self, attached: _Attached) -> None:
-        self._running -= 1
-        attached.link.running = self._running
-        if self._running == 0:
-            self._idle.set()
+    async def _leave(self, attached: _Attached) -> None:
         ended = attached.channel.ended_by or attached.link.broken
-        if ended:
-            attached.link.end_writings()
-        if ended and self._attached is attached:
-            self._attached = None
-            self._outage.failed(self._clock.now_ns())
-            self._tally.add(f"ended:{ended}")
-            _hang_up(attached)
+        try:
+            if ended and self._attached is attached:
+                self._attached = None
+                self._outage.failed(self._clock.now_ns())
+                self._tally.add(f"ended:{ended}")
+                attached.channel.close()
+                await self._waited(attached.link.close)
+            elif ended:
+                await self._waited(attached.link.end_writings)
+        finally:
+            self._running = attached.link.running = self._running - 1
+            if self._running == 0:
+                self._idle.set()
+
+    async def _waited(self, end: Callable[[], None]) -> None:
+        """In a thread: a device may copy still."""
+        ending = asyncio.get_running_loop().run_in_executor(self._copying, end)
+        if (cancelled := await _ended(ending)) is not None:
+            raise cancelled
+        ending.result()
 
     def _begin_connecting(self) -> bool:
         if self._attached is not None or self._closed or self._connecting is not None or self._running:
@@ -374,16 +380,16 @@ class AsyncNodeStore:
             plans = self._options.plans_for is not None
             link = Link(self._connections, channel.welcome, slab, hbm, plans=plans)
             attached = _Attached(channel, link)
-            undo.callback(attached.link.close)
-            attached.link.pin(self._options.device, channel.slab_fd, self._tally)
-            operation = reopen(self._context(attached), list(self._handles.values()))
-            attached.link.opened = await self._drive(attached, operation)
+            undo.callback(link.close)
+            link.pin(self._options.device, channel.slab_fd, self._tally)
+            reopening = reopen(self._context(link), list(self._handles.values()))
+            link.opened = await self._drive(attached, reopening)
             self._node = channel.welcome.node
             undo.pop_all()
         return attached
 
 
-async def _ended(running: asyncio.Future[Answer]) -> asyncio.CancelledError | None:
+async def _ended(running: asyncio.Future[T]) -> asyncio.CancelledError | None:
     """Wait until it has ended, even when cancelled meanwhile. Returns the cancellation, to be raised."""
     cancelled: asyncio.CancelledError | None = None
     while not running.done():
@@ -392,8 +398,3 @@ async def _ended(running: asyncio.Future[Answer]) -> asyncio.CancelledError | No
         except asyncio.CancelledError as error:
             cancelled = error
     return cancelled
-
-
-def _hang_up(attached: _Attached) -> None:
-    attached.channel.close()
-    attached.link.close()

@@ -296,17 +296,20 @@ class BlockingNodeStore:
 
     def _leave(self, attached: _Attached) -> None:
         ended = attached.channel.ended_by or attached.link.broken
-        if ended:
-            attached.link.end_writings()
-        with self._changed:
-            self._running -= 1
-            attached.link.running = self._running
-            if not ended or self._attached is not attached:
-                return
-            self._attached = None
-            self._outage.failed(self._clock.now_ns())
-        self._tally.add(f"ended:{ended}")
-        self._hang_up(attached)
+        try:
+            if ended:
+                attached.link.end_writings()
+        finally:
+            with self._changed:
+                self._running -= 1
+                attached.link.running = self._running
+                is_ours = bool(ended) and self._attached is attached
+                if is_ours:
+                    self._attached = None
+                    self._outage.failed(self._clock.now_ns())
+            if is_ours:
+                self._tally.add(f"ended:{ended}")
+                self._hang_up(attached)
 
     def _hang_up(self, attached: _Attached) -> None:
         with self._turn:

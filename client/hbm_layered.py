@@ -138,12 +138,17 @@ def _begin_in(tier: str, context: Context, draft: Draft) -> Operation[None]:
     try:
         if tier == HBM and reserved.start + reserved.count < len(batch):
             raise BadInput("bad_block", "not all of it", "")
-        draft.begun = _writing(tier, context, draft, reserved)
+        draft.begun = yield from _writing(tier, context, draft, reserved)
     except KVCacheError:
         yield from operations.abort(reserved.reservation, tier)
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and the node aborts.
+    except BaseException:
+        yield from operations.abort(reserved.reservation, tier)
+        raise
 
 
-def _writing(tier: str, context: Context, draft: Draft, reserved: Reserved) -> Begun:
+def _writing(tier: str, context: Context, draft: Draft, reserved: Reserved) -> Operation[Begun]:
     """RAISES BadInput when the device will not copy, or there is no map of the slots."""
     link = context.link
     if tier == HBM:
@@ -154,7 +159,7 @@ def _writing(tier: str, context: Context, draft: Draft, reserved: Reserved) -> B
         if not views:
             raise BadInput("bad_block", "slots that are not in the map", "")
         begin = partial(draft.blocks.into_host, views)
-    writing = hbm_saving.begun(context, partial(begin, reserved.start))
+    writing = yield from hbm_saving.begun(context, partial(begin, reserved.start))
     return Begun(tier, reserved, views, writing, link.number)
 
 
@@ -178,8 +183,12 @@ def _give_up(context: Context, draft: Draft) -> Operation[None]:
     begun, draft.begun = _begun(context, draft), None
     if begun is not None:
         try:
-            hbm_saving.ended(context, begun.writing)
+            yield from hbm_saving.ended(context, begun.writing)
+            yield from operations.abort(begun.reserved.reservation, begun.tier)
         except Unavailable as error:
             context.missed(error)
-            return
-        yield from operations.abort(begun.reserved.reservation, begun.tier)
+        except GeneratorExit:
+            raise  # As above.
+        except BaseException:  # Cancelled: only now has it ended.
+            yield from operations.abort(begun.reserved.reservation, begun.tier)
+            raise

@@ -135,8 +135,8 @@ def _into_hbm(
     """RAISES BadInput when the device did not copy them: the node lives, and is to be told."""
     mapped = context.link.hbm
     assert mapped is not None
-    begin = partial(blocks.into_slab, mapped.incarnation, reserved.offsets, at)
-    return (yield from written(context, begun(context, begin), handle))
+    writing = yield from begun(context, partial(blocks.into_slab, mapped.incarnation, reserved.offsets, at))
+    return (yield from written(context, writing, handle))
 
 
 def _into_host(
@@ -145,7 +145,8 @@ def _into_host(
     """Into the map, or by way of a buffer over the wire. RAISES as ``_into_hbm``; Unavailable."""
     spec, slots = handle.spec, mapped_slots(context, handle, reserved)
     views = slots or [memoryview(bytearray(spec.block_bytes)) for _ in range(reserved.count)]
-    meant = yield from written(context, begun(context, partial(blocks.into_host, views, at)), handle)
+    writing = yield from begun(context, partial(blocks.into_host, views, at))
+    meant = yield from written(context, writing, handle)
     if slots:
         found = yield from work(partial(sum_chunks, views, spec.chunk_bytes))
     else:
@@ -164,19 +165,51 @@ def mapped_slots(context: Context, handle: Handle, reserved: Reserved) -> list[m
     return slab.slots(reserved.offsets, handle.spec.block_bytes)
 
 
-def begun(context: Context, begin: Callable[[], DeviceWriting]) -> DeviceWriting:
+def begun(context: Context, begin: Callable[[], DeviceWriting]) -> Operation[DeviceWriting]:
     """RAISES BadInput when the device will not copy."""
+    made: list[DeviceWriting] = []
+
+    def beginning() -> bytes:
+        made.append(begin())
+        context.link.writes(made[0])
+        return b""
+
     try:
-        writing = begin()
+        yield from work(beginning)
     except KVCacheError as error:
         raise not_copied(error) from error
-    context.link.writes(writing)
-    return writing
+    return made[0]
 
 
 def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operation[bytes]:
     """Copy all that is left, and end. Returns the sums. RAISES BadInput as ``begun``, Unavailable as
     ``ended``."""
+    try:
+        sums = yield from _copied(writing, handle)
+    except GeneratorExit:
+        raise  # The driver gave up the connection, and ends what the link knows of.
+    except BaseException:
+        yield from ended(context, writing)
+        raise
+    yield from ended(context, writing)
+    return sums
+
+
+def ended(context: Context, writing: DeviceWriting) -> Operation[None]:
+    """Nothing of it runs any more: only then may the node be told so. RAISES Unavailable when that is not
+    known: the reservation ends with the connection, and its slots wait for the end of the process."""
+    try:
+        yield from work(partial(_end, writing))
+    except (KVCacheError, GeneratorExit):
+        raise
+    except BaseException:  # Who is cancelled waits too.
+        yield from ended(context, writing)
+        raise
+    context.link.wrote(writing)
+
+
+def _copied(writing: DeviceWriting, handle: Handle) -> Operation[bytes]:
+    """RAISES BadInput as ``begun``."""
     try:
         writing.advance(handle.spec.plane_count)
         while not writing.is_done:
@@ -187,21 +220,11 @@ def written(context: Context, writing: DeviceWriting, handle: Handle) -> Operati
         return writing.sums()
     except KVCacheError as error:
         raise not_copied(error) from error
-    finally:
-        ended(context, writing)
 
 
-def ended(context: Context, writing: DeviceWriting) -> None:
-    """Nothing of it runs any more: only then may the node be told so. RAISES Unavailable when that is not
-    known: the reservation ends with the connection, and its slots wait for the end of the process."""
-    try:
-        writing.end()
-    except KVCacheError:
-        raise
-    except BaseException:  # An interrupt waits too: whoever is told of it gives the slots back.
-        writing.end()
-        raise
-    context.link.wrote(writing)
+def _end(writing: DeviceWriting) -> bytes:
+    writing.end()
+    return b""
 
 
 def check_arrived(context: Context, meant: bytes, found: bytes) -> None:

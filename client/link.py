@@ -138,17 +138,24 @@ class Link:
             self._writings = [each for each in self._writings if each is not writing]
 
     def end_writings(self) -> None:
-        """Wait until nothing writes to what this connection had reserved, and nothing more will."""
+        """Wait until nothing writes to what this connection had reserved, and nothing more will. Who is
+        interrupted waits too, and hears of it then: a device is not waited for without end."""
         with self._lock:
             left, self._writings = self._writings, []  # Others do not wait as well.
+        interrupt: BaseException | None = None
         try:
             while left:
-                with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
-                    left[-1].end()
-                left.pop()
-        finally:  # When this is interrupted it is for the next to wait.
+                try:
+                    with contextlib.suppress(Unavailable):  # It is stuck, and the node is told nothing.
+                        left[-1].end()
+                    left.pop()
+                except (KeyboardInterrupt, SystemExit) as error:
+                    interrupt = error
+        finally:  # What is wrong with one leaves the others to the next.
             with self._lock:
                 self._writings += left
+        if interrupt is not None:
+            raise interrupt
 
     def let_go(self, name: LeaseName) -> list[int] | None:
         """The positions to report when the last holder lets go, None while others hold on (or none did)."""

@@ -62,7 +62,9 @@ STATS: tuple[Stat, ...] = (
     Stat("match_hit_blocks", "counter", "Leading blocks that Match found."),
     Stat("lookup_tokens", "counter", "Tokens of the blocks asked for by leases."),
     Stat(
-        "hit_tokens", "counter", "Tokens of the blocks that leases gave: prefill that need not be computed."
+        "hit_tokens",
+        "counter",
+        "Tokens of the blocks that leases gave, once for all who share one: prefill not to be computed.",
     ),
     Stat("saved_tokens", "counter", "Tokens of the blocks committed."),
     Stat(
@@ -97,7 +99,7 @@ STATS: tuple[Stat, ...] = (
     Stat("record_lost_batches", "counter", "Batches of records that the disk did not take in time."),
     Stat("record_failures", "counter", "Recordings that ended because their disk failed."),
     # What is in HBM, and what went on there.
-    Stat("hbm_hit_blocks", "counter", "Blocks leased in HBM."),
+    Stat("hbm_hit_blocks", "counter", "Blocks that leases gave in HBM, counted as hit_tokens are."),
     Stat("hbm_saved_blocks", "counter", "Blocks published in HBM."),
     Stat("hbm_promoted_blocks", "counter", "Those of them that a tier below held, the same bytes."),
     Stat(

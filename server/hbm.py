@@ -43,6 +43,7 @@ log = logging.getLogger("kvcache.server")
 
 NO_HBM = -1
 REFUSALS_MAX = 16
+"""So many GPUs of one trust domain are spoken of."""
 MAKINGS_MAX = 16
 """Slabs that are being made at once: no host has more GPUs that hang."""
 WAIT_S = wire.HBM_WAIT_MS / 1_000
@@ -73,7 +74,7 @@ class Hbm:
         self._arenas: list[HbmArena] = []
         self._demoters: list[HbmDemoter] = []
         self._of_gpu: dict[bytes, HbmArena] = {}
-        self._refusals: dict[bytes, str] = {}
+        self._refusals: dict[str, dict[bytes, str]] = {}  # Of each trust domain, and GPU.
         self.telling = HbmTelling(
             lambda number: self._arenas[number].is_lost,
             lambda number, key: self._arenas[number].ledger.has(key),
@@ -123,20 +124,22 @@ class Hbm:
             task = asyncio.get_running_loop().create_task(self._make(name, gpu, below))
             self._making[gpu] = task
             task.add_done_callback(lambda _: self._ended(gpu, task))
-            task.get_loop().call_later(WAIT_S, self._is_late, gpu, task)
+            task.get_loop().call_later(WAIT_S, self._is_late, name, gpu, task)
         await asyncio.wait([self._making[gpu]], timeout=WAIT_S)
 
     async def _make(self, name: str, gpu: bytes, below: Below) -> None:
         try:
             memory, outlet = await self._threads.run(lambda: self._take(name, gpu))
         except Unavailable as error:
-            self._refuse(gpu, f"no HBM of {_named(gpu)}: {error}; give the tier less (hbm), or the engine")
+            why = f"no HBM of {_named(gpu)}: {error}; give the tier less (hbm), or the engine"
+            self._refuse(name, gpu, why)
             return
         if self._is_closed:
             if not self.is_stuck:  # Else the process ends, and the memory with it.
                 await self._threads.run(memory.close)
             return
-        self._refusals.pop(gpu, None)
+        for refused in self._refusals.values():
+            refused.pop(gpu, None)
         arena = HbmArena(memory, name, self._unit_bytes, self._tuning.make(wire.HBM))
         self._tuning.join(wire.HBM, arena.ledger)
         self._of_gpu[gpu] = arena
@@ -168,18 +171,21 @@ class Hbm:
             # Our own code is wrong: as with any task of the node, the command ends the process.
             task.get_loop().call_exception_handler({"message": "making a slab", "exception": error})
 
-    def _is_late(self, gpu: bytes, task: asyncio.Task[None]) -> None:
+    def _is_late(self, name: str, gpu: bytes, task: asyncio.Task[None]) -> None:
         if not task.done():
             self._late.add(gpu)
-            self._refuse(
-                gpu, f"no HBM of {_named(gpu)} yet: its driver does not answer; look for Xid in dmesg"
-            )
+            why = f"no HBM of {_named(gpu)} yet: its driver does not answer; look for Xid in dmesg"
+            self._refuse(name, gpu, why)
 
-    def _refuse(self, gpu: bytes, why: str) -> None:
-        """Say so, once. An engine names what it likes as its GPU, as often as it likes."""
-        is_known = gpu in self._refusals
-        if (is_known or len(self._refusals) < REFUSALS_MAX) and self._refusals.get(gpu) != why:
-            self._refusals[gpu] = why
+    def _refuse(self, name: str, gpu: bytes, why: str) -> None:
+        """Say so, once. An engine names what it likes as its GPU, as often as it likes: it takes the room of
+        its own trust domain alone."""
+        refused = self._refusals.setdefault(name, {})
+        if gpu not in refused and len(refused) >= REFUSALS_MAX:
+            return
+        is_said = any(each.get(gpu) == why for each in self._refusals.values())
+        refused[gpu] = why
+        if not is_said:
             log.error("%s", why)
 
     # --- time and people ------------------------------------------------------------------------
@@ -271,9 +277,8 @@ class Hbm:
     def troubles(self) -> list[str]:
         """In plain words, what does not work as it should."""
         lost = [text for arena in self._arenas for text in arena.troubles()]
-        return [f"{text}; restart the node when the GPU works again" for text in lost] + [
-            *self._refusals.values()
-        ]
+        refusals = dict.fromkeys(why for refused in self._refusals.values() for why in refused.values())
+        return [*(f"{text}; restart the node when the GPU works again" for text in lost), *refusals]
 
     def check(self) -> None:
         """Assert every invariant."""

@@ -57,9 +57,7 @@ class HbmAsking:
         arena = self._arena()
         if arena is None:
             return NO_LEASE
-        lease = arena.lease(keys, self._identity.owner, expires_ns, context, request)
-        self._core.counters["hbm_hit_blocks"] += len(lease.keys)
-        return lease
+        return arena.lease(keys, self._identity.owner, expires_ns, context, request)
 
     def leased(self, lease: Lease) -> wire.HbmLeased:
         """As it is told."""

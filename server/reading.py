@@ -141,7 +141,10 @@ class Reading:
         core, tokens, shadowing = self._core, opened.spec.block_tokens, self._core.tuning.shadowing
         asked, held = len(request.prefix) // HASH_BYTES, len(hot.keys) + len(lease.keys)
         memory, lease_id = (self._hbm.name, hot.lease_id) if hot.lease_id else (wire.HOST, lease.lease_id)
-        if core.count_lease(memory, lease_id, asked, held, tokens) and shadowing.is_on:
+        is_first = core.count_lease(memory, lease_id, asked, held, tokens)
+        if is_first:
+            core.counters["hbm_hit_blocks"] += len(hot.keys)
+        if is_first and shadowing.is_on:
             shadowing.asked(
                 context,
                 opened.namespace_id,

@@ -65,7 +65,7 @@ class PrefixCache:
 
     ``gpu``: the model's; the store is then one of ``connect_device_blocking(gpu)``. ``weights_id`` replaces
     the digest that is taken of the model's parameters; raise ``epoch`` when they change in place. RAISES
-    BadInput (unsupported_engine) for a model whose KV is not plain full attention.
+    BadInput (unsupported_engine) for a model whose KV is not plain full attention, on one device.
     """
 
     def __init__(
@@ -317,8 +317,11 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def _shape_of(model: PreTrainedModel, block_tokens: int) -> Shape:
-    """RAISES BadInput for anything but full attention."""
+    """RAISES BadInput for anything but full attention, and for layers on several devices."""
     config = model.config
+    devices = {str(each.device) for each in model.parameters() if each.device.type != "meta"}
+    if len(devices) > 1:
+        raise unsupported(f"it lies on several devices ({', '.join(sorted(devices))}), and one is served")
     if config.is_encoder_decoder:
         raise unsupported("it is an encoder-decoder model")
     text = config.get_text_config(decoder=True)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvcache.block import BlockSpec
-from kvcache.clock import SystemClock
+from kvcache.clock import Clock, SystemClock
 from kvcache.device.cap import Cap
 from kvcache.device.gather import scatter_and_sum
 from kvcache.device.line import Line, silent
@@ -72,6 +72,7 @@ class EngineDevice:
         self._memories = {each.uuid: each for each in (memory, *joined)}
         self._lock = threading.Lock()
         self._slabs: dict[bytes, tuple[Slab, int]] = {}
+        self.clock: Clock = SystemClock()
         self.is_stuck = False
         """The GPU answers nothing, and may still read and write what it was told to."""
 
@@ -134,9 +135,8 @@ class EngineDevice:
             raise silent()
         with self._lock:
             if self._saves is None:
-                clock = SystemClock()
-                cap = Cap(self._save_bytes_s, clock.now_ns()) if self._save_bytes_s else None
-                self._saves = Saves(streams_of(self._device), clock, cap, self.lose, self.give_up)
+                cap = Cap(self._save_bytes_s, self.clock.now_ns()) if self._save_bytes_s else None
+                self._saves = Saves(streams_of(self._device), self.clock, cap, self.lose)
             return self._saves
 
     def whole(self, incarnation: bytes) -> torch.Tensor:
@@ -213,14 +213,14 @@ class TensorBlocks:
         """RAISES Unavailable."""
         slots = _slots(self._device.whole(incarnation), offsets, self._spec.block_bytes)
         way = Rows(self._spec, self._rows(first, len(offsets)), [[slot] for slot in slots], "device")
-        return Writing(self._device.saves(), way, [self._line.ready])
+        return Writing(self._device.saves(), way, [self._line.ready], self._line.waits)
 
     def into_host(self, blocks: Sequence[memoryview], first: int) -> Writing:
         """RAISES Unavailable."""
         with ExitStack() as using:
             cut = using.enter_context(self._device.host(blocks, lambda: True))
             way = Rows(self._spec, self._rows(first, len(blocks)), cut, "host")
-            made = Writing(self._device.saves(), way, [self._line.ready])
+            made = Writing(self._device.saves(), way, [self._line.ready], self._line.waits)
             made.closing = using.pop_all().close
             return made
 
@@ -299,7 +299,8 @@ class PagedBlocks:
     def _writing(self, offsets: Sequence[int], first: int, by: Callable[[Moves], Way]) -> Writing:
         with self._line.told():
             moves = self._cache.moves(offsets, self._some(first, len(offsets)))
-        return Writing(self._device.saves(), by(moves), [self._line.ready, self._line.here.mark()])
+        behind = [self._line.ready, self._line.here.mark()]
+        return Writing(self._device.saves(), by(moves), behind, self._line.waits)
 
     def _loaded(self, blocks: Sequence[Sequence[torch.Tensor]], first: int) -> bytes:
         """From memory elsewhere, each uint8 [block_bytes] in pieces: of the host, or of a GPU joined to this

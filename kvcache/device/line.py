@@ -2,8 +2,8 @@
 
     made ── told: behind that place ─┬► done ── joined: the sums
                                      ├► failed: the device is lost, and nothing runs on
-                                     └► silent for ``ANSWER_S``: it is given up; what may run on does so
-                                        before all that the engine does from then on
+                                     └► silent (``waits``): it is given up; what may run on does so before
+                                        all that the engine does from then on
 
 The sum: one event to mark the place, one to wait for: 10 us.
 """
@@ -12,27 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from kvcache.device.streams import Stream, failed, streams_of
 from kvcache.device.sums import joined
+from kvcache.device.waits import Owner, Waits
 from kvcache.errors import Unavailable
-
-ANSWER_S = 60.0
-"""What was asked for begins behind all that the engine had queued: a GPU that has not ended it by then never
-will."""
-
-
-class Owner(Protocol):
-    """Who maps memory on the device (``kvcache.device.engine``)."""
-
-    is_stuck: bool
-
-    def lose(self, why: str) -> None: ...
-
-    def give_up(self, why: str) -> None: ...
 
 
 class Line:
@@ -41,6 +27,7 @@ class Line:
     def __init__(self, owner: Owner, device: torch.device) -> None:
         """RAISES Unavailable."""
         self._owner = owner
+        self.waits = Waits(owner)
         self._streams = streams_of(device)
         self._engine = self._streams.current()
         self.ready = self._engine.mark()
@@ -92,7 +79,7 @@ class Line:
 
     def joined(self, chunk_sums: torch.Tensor) -> bytes:
         """Once all that was queued is done. RAISES Unavailable when it is not in time."""
-        if not self.here.mark().wait(ANSWER_S):
+        if not self.waits.has_ended(self.here.mark()):
             raise silent()
         return b"".join(joined(chunk_sums))
 
@@ -101,8 +88,7 @@ class Line:
         for stream in streams:
             try:
                 mark = stream.mark()
-                if not mark.wait(0 if self._owner.is_stuck else ANSWER_S):
-                    self._owner.give_up(f"it has not answered for {ANSWER_S} s")
+                if not self.waits.has_ended(mark):
                     self._engine.after(mark)
             except Unavailable as failure:  # Then nothing there runs on.
                 self._owner.lose(failure.why)

@@ -33,11 +33,12 @@ from kvcache.clock import Clock
 from kvcache.device.cap import Cap
 from kvcache.device.copies import Copies, Copy, Link, Step, copying
 from kvcache.device.gather import gather_and_sum
-from kvcache.device.line import ANSWER_S, silent
+from kvcache.device.line import silent
 from kvcache.device.pages import Moves
 from kvcache.device.staging import Staging
 from kvcache.device.streams import Event, Streams
 from kvcache.device.sums import sum_chunks
+from kvcache.device.waits import Waits
 from kvcache.errors import Unavailable
 
 PART_BYTES = 16 << 20
@@ -55,11 +56,8 @@ class Saves:
         clock: Clock,
         cap: Cap | None = None,
         lost: Callable[[str], None] = lambda why: None,
-        given_up: Callable[[str], None] = lambda why: None,
     ) -> None:
-        """``lost`` is told once when the device fails, ``given_up`` when it answers nothing."""
-        self._given_up = given_up
-        self._is_stuck = False
+        """``lost`` is told once when the device fails."""
         self.streams = streams
         self.lock = threading.RLock()
         # Under it, all of these:
@@ -78,17 +76,6 @@ class Saves:
             self.made = [self.streams.current().mark()]  # What had that memory before may use it until then.
             self._staging = Staging(memory, PART_BYTES)
         return self._staging
-
-    def has_ended(self, event: Event) -> bool:
-        """Waits for it. Not, when the device answers nothing: from then on nobody waits for it."""
-        try:
-            if event.wait(0 if self._is_stuck else ANSWER_S):
-                return True
-        except Unavailable:
-            return True  # The copy knows.
-        self._is_stuck = True
-        self._given_up(f"it has not answered for {ANSWER_S} s")
-        return False
 
     def close(self, timeout_s: float) -> None:
         """May be called twice."""
@@ -129,9 +116,11 @@ class Way(Protocol):
 class Writing:
     """A ``client.hbm.DeviceWriting``. One caller at a time, in any thread."""
 
-    def __init__(self, saves: Saves, way: Way, behind: Sequence[Event]) -> None:
-        """``behind``: what nothing of it begins before. ``closing`` is called once it has ended."""
+    def __init__(self, saves: Saves, way: Way, behind: Sequence[Event], waits: Waits) -> None:
+        """``behind``: what nothing of it begins before; ``waits``: the request's. ``closing`` is called when
+        it has ended."""
         self._saves = saves
+        self._waits = waits
         self._way = way
         self._behind = list(behind)
         self.closing: Callable[[], None] = lambda: None
@@ -181,7 +170,7 @@ class Writing:
             events = [copy.event for copy in self._running() if copy.event is not None]
             if not events:
                 events = self._saves.copies.events()[:1]  # Others': a part of staging memory is free then.
-        if not all(map(self._saves.has_ended, events)):
+        if not all(map(self._has_ended, events)):
             self._failure = silent()
         with self._saves.lock:
             self._queue()
@@ -218,9 +207,15 @@ class Writing:
             for copy in self._running():
                 self._saves.copies.drop(copy, given_up)
             events = [copy.event for copy in self._running() if copy.event is not None]
-        self._is_over = all(map(self._saves.has_ended, events))
+        self._is_over = all(map(self._has_ended, events))
         with self._saves.lock:
             self._saves.copies.pump()
+
+    def _has_ended(self, event: Event) -> bool:
+        try:
+            return self._waits.has_ended(event)
+        except Unavailable:
+            return True  # The copy knows.
 
     def _pieces(self, first: int, last: int) -> list[Piece]:
         """RAISES Unavailable when a plane of one block is too large."""
@@ -253,7 +248,7 @@ class Writing:
                 self._failure = _later(str(error).partition("\n")[0])
                 return
             except Unavailable as failure:
-                self._waits(failure)
+                self._put_off(failure)
                 return
             try:
                 copy = copies.save_behind(
@@ -261,13 +256,13 @@ class Writing:
                 )
             except Unavailable as failure:
                 ended()
-                self._waits(failure)
+                self._put_off(failure)
                 return
             self._todo.popleft()
             self._copies.append(copy)
             self._parts.append((piece, sums))
 
-    def _waits(self, failure: Unavailable) -> None:
+    def _put_off(self, failure: Unavailable) -> None:
         """Others that are under way have what it needs; with none, it will not come."""
         if self._saves.copies.failure is not None or not self._saves.copies.inflight_bytes:
             self._failure = self._saves.copies.failure or failure

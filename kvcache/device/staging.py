@@ -42,7 +42,3 @@ class Staging:
         part = offset // self.part_bytes
         assert part not in self._free
         self._free.append(part)
-
-    @property
-    def free_count(self) -> int:
-        return len(self._free)

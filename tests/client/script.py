@@ -69,6 +69,9 @@ class Script:
         except StopIteration as ended:
             result: Result = ended.value
             return result
+        except BaseException:
+            operation.close()
+            raise
 
     def _do(self, step: Step) -> Answer:
         if isinstance(step, Work):

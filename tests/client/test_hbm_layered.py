@@ -192,12 +192,30 @@ def test_a_caller_that_is_cancelled_leaves_nothing_behind() -> None:
     assert step > 2
 
 
-def test_a_connection_whose_end_is_interrupted_waits_for_its_copies_the_next_time() -> None:
+def test_a_connection_whose_end_is_interrupted_waits_for_its_copies_all_the_same() -> None:
     rig = Rig()
     rig.empty()
     begun(rig)
-    rig.device.interrupts = 1
+    rig.device.interrupts = 2
     with pytest.raises(KeyboardInterrupt):
         rig.context.link.end_writings()
-    rig.context.link.close()
     assert all(going.ended for going in rig.device.going)
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_one_that_is_cancelled_while_it_begins_or_is_given_up_leaves_nothing_behind(ending: bool) -> None:
+    """At every step: what was reserved is given back, and only when its copies have ended."""
+    for cancel_at in range(1, 20):
+        rig = Rig()
+        blocks = Blocks(rig.device, COUNT)
+        draft: hbm_layered.Draft | None = None
+        try:
+            operation = hbm_layered.begin(rig.context, rig.handle, rig.names, blocks, b"", NO_HINTS)
+            draft = rig.drive(operation, -1 if ending else cancel_at)
+            rig.drive(hbm_layered.abort(rig.context, draft), cancel_at if ending else -1)
+            assert rig.asked[-1] == Abort(7, HBM)
+            break
+        except Cancelled:
+            assert rig.asked[-1] == Abort(7, HBM)
+            assert all(going.ended for going in rig.device.going)
+    assert cancel_at > 1

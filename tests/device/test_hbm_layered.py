@@ -16,6 +16,7 @@ from kvcache.clock import SystemClock
 from kvcache.device import engine as engine_of_devices
 from kvcache.device import line
 from kvcache.device.engine import EngineDevice, PagedBlocks
+from kvcache.device.saving import Writing
 from kvcache.device.slab import CpuMemory
 from kvcache.device.streams import CpuStreams, Stream
 from kvcache.errors import BadInput
@@ -194,6 +195,29 @@ def test_no_connection_says_that_writes_have_ended_before_they_have(world: World
     assert store._connections == 2
     assert writing.finish() == 4
     assert engine.load(path) == (4, frozenset())
+
+
+def test_a_store_whose_connection_ends_under_an_interrupt_connects_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, path, end = world.engine, world.engine.path(4), Writing.end
+    writing = engine.store.begin_save_device(engine.handle, path, engine.blocks(engine.memory(path)))
+    interrupts = [KeyboardInterrupt(), KeyboardInterrupt()]
+
+    def interrupted(writing: Writing) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        end(writing)
+
+    monkeypatch.setattr(Writing, "end", interrupted)
+    assert engine.store._attached is not None
+    engine.store._attached.link.broken = "bad_reply"
+    with pytest.raises(KeyboardInterrupt):
+        engine.store.match(engine.handle, path)
+    assert not interrupts
+    assert engine.store._running == 0
+    world.eventually(lambda: engine.save(path) == 4)
+    assert writing.finish() == 4
 
 
 def test_a_capped_save_arrives_whole(world: World) -> None:

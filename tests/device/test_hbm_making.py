@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from kvcache import wire
 from kvcache.device.engine import EngineDevice
 from kvcache.errors import Unavailable
-from kvcache.server.hbm import MAKINGS_MAX
+from kvcache.server import hbm_opening
+from kvcache.server.hbm import MAKINGS_MAX, NO_HBM, REFUSALS_MAX
 from kvcache.testing.stores import SIZE
 from kvcache.tiers.hbm import HbmTier
 from tests.device.hbm_rig import HBM_BLOCKS, PATIENCE_S, Engine, World
@@ -150,6 +152,31 @@ def test_gpus_that_hang_take_so_many_threads_and_no_more(
     assert sum(gpus.taken.values()) - gpus.taken[ONE] == MAKINGS_MAX
     assert world.engine.save(world.engine.path(5)) == 5
     world.check()
+
+
+def test_who_invents_gpus_hides_no_other_tenants(tmp_path: Path) -> None:
+    """What is said of them is bounded, and each tenant has its share of it."""
+    world = World(tmp_path, on=EngineDevice(Gpu(ONE)), devices=Hung())
+    hbm = world.node.node.core.hbm
+    assert hbm is not None
+
+    def troubles() -> list[str]:
+        return world.node.call(world.node.node.core.troubles)
+
+    async def ask(name: str, gpu: bytes) -> None:
+        hello = wire.Hello(wire.PROTOCOL_VERSION, "", True, "engine", hbm=True, gpu=gpu)
+        assert await hbm.admit(name, hello, hbm_opening.below_hbm(world.node.node.core, 0)) == NO_HBM
+
+    for number in range(2 * REFUSALS_MAX):
+        world.node.run(ask("inventor", b"none-%d" % number))
+    before = len(troubles())
+    assert before <= REFUSALS_MAX + 1
+    world.node.run(ask("other", FOUR))
+    assert len([each for each in troubles() if FOUR.hex() in each]) == 1
+    assert len(troubles()) == before + 1
+    world.node.run(ask("third", FOUR))
+    assert len(troubles()) == before + 1, "of one GPU it is said once"
+    world.close()
 
 
 def test_a_node_ends_although_a_gpu_hangs(world: World, gpus: Slow, monkeypatch: pytest.MonkeyPatch) -> None:

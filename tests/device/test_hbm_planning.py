@@ -104,7 +104,10 @@ def test_its_lease_is_the_engines(world: World, planner: Planner) -> None:
     assert world.in_hbm(path) == 9
     store = world.engine.store
     held = store.lease_device(world.engine.handle, path, NAME, wait_ms=0)
-    assert world.stats()["hbm_leases"] == 1
+    found = world.stats()
+    assert found["hbm_leases"] == 1
+    assert found["hbm_hit_blocks"] == 9, "counted once, as the tokens are"
+    assert found["hit_tokens"] == found["lookup_tokens"] == 9 * SPEC.block_tokens
     planner.store.release(planner.held)
     world.engine.save(world.engine.path(HBM_BLOCKS, seed=2))
     memory = torch.full((9, SIZE), POISON, dtype=torch.uint8)

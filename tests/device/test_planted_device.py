@@ -99,6 +99,20 @@ PLANTS = (
         "tests/device/test_engine.py::TestTensors::test_nothing_runs_on_behind_an_error",
     ),
     Plant(
+        "each wait of a request has a deadline of its own",
+        "kvcache/device/waits.py",
+        "            self._left_ns = max(0, end_ns - now_ns())\n",
+        "            pass\n",
+        "tests/device/test_waits.py::test_all_waits_of_a_request_have_one_deadline",
+    ),
+    Plant(
+        "a GPU that was given up is waited for on",
+        "kvcache/device/waits.py",
+        "                if self._owner.is_stuck:\n",
+        "                if False:\n",
+        "tests/device/test_waits.py::test_who_waits_already_waits_no_more",
+    ),
+    Plant(
         "an event is asked while another GPU is current",
         "kvcache/device/streams.py",
         "            with torch.cuda.device(self._device):\n                done",

@@ -177,8 +177,8 @@ PLANTS = (
     Plant(
         "the lease of who plans is not that of the engine",
         "server/hbm_asking.py",
-        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, request)\n",
-        "        lease = arena.lease(keys, self._identity.owner, expires_ns, context, '')\n",
+        "        return arena.lease(keys, self._identity.owner, expires_ns, context, request)\n",
+        "        return arena.lease(keys, self._identity.owner, expires_ns, context, '')\n",
         f"{PLANNING}::test_its_lease_is_the_engines",
     ),
     Plant(
@@ -343,7 +343,7 @@ PLANTS = (
     Plant(
         "the end of a save does not wait for its copies",
         "kvcache/device/saving.py",
-        "        self._is_over = all(map(self._saves.has_ended, events))\n",
+        "        self._is_over = all(map(self._has_ended, events))\n",
         "        self._is_over = True\n",
         f"{BESIDE}::test_after_the_end_nothing_is_written",
     ),
@@ -365,16 +365,16 @@ PLANTS = (
     Plant(
         "a new connection says that writes have ended while they run",
         "client/blocking_store.py",
-        "            attached.link.end_writings()\n        with self._changed:\n",
-        "            pass\n        with self._changed:\n",
+        "                attached.link.end_writings()\n        finally:\n",
+        "                pass\n        finally:\n",
         f"{LAYERED}::test_no_connection_says_that_writes_have_ended_before_they_have",
         waits=True,
     ),
     Plant(
         "slots are given back while they are written",
         "client/hbm_layered.py",
-        "            hbm_saving.ended(context, begun.writing)\n        except",
-        "            pass\n        except",
+        "            yield from hbm_saving.ended(context, begun.writing)\n",
+        "",
         "tests/client/test_hbm_layered.py::test_nothing_is_given_back_before_its_copies_have_ended",
     ),
     Plant(

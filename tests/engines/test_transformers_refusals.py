@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,23 @@ def test_position_encoding_that_follows_the_length_is_refused(rope: dict[str, An
 
 def test_position_encoding_that_does_not_is_served() -> None:
     prefix_cache(model(rope_parameters={"rope_theta": 10_000.0, "rope_type": "linear", "factor": 2.0}))
+
+
+@pytest.mark.parametrize("others", [[("cuda", 1)], [("cuda", 1), ("meta", 0)], [("cpu", 0)]])
+def test_a_model_on_several_devices_is_refused(others: list[tuple[str, int]]) -> None:
+    """As ``device_map`` makes them. Blocks of all layers go to and from one."""
+    served = model()
+    devices = [torch.device("cuda", 0), *(torch.device(*other) for other in others)]
+    served.parameters = lambda: (SimpleNamespace(device=device) for device in devices)
+    with pytest.raises(BadInput, match="several devices"):
+        prefix_cache(served)
+
+
+def test_parameters_that_are_brought_when_they_are_needed_lie_nowhere() -> None:
+    served = model()
+    parameters = [*served.parameters(), SimpleNamespace(device=torch.device("meta"))]
+    served.parameters = lambda: iter(parameters)
+    prefix_cache(served)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,3 +251,20 @@ def test_less_hbm_and_host_memory_than_is_wanted(model: Path, tmp_path: Path) ->
         assert "vllm:kvcache_errors" not in " ".join(news)
         assert engine.close() == 0
     node.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, as it is imported.
+def test_ranks_on_several_gpus_go_without_hbm_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank says where it is, in a process of its own."""
+    from kvcache.client.connectors import vllm
+
+    told: list[bool] = []
+    said: list[str] = []
+    connector: Any = SimpleNamespace(_scheduling=SimpleNamespace(use_hbm=told.append))
+    monkeypatch.setattr(vllm._log, "warning", lambda text, *given: said.append(text % given))
+    ranks = {rank: vllm.KVCacheHandshake(gpu) for rank, gpu in enumerate([b"first", b"second", b"second"])}
+    vllm.KVCacheConnector.set_xfer_handshake_metadata(connector, dict(ranks))
+    assert not told
+    assert said == ["kvcache: HBM is not used: the ranks are on 2 GPUs, one is served"]
+    vllm.KVCacheConnector.set_xfer_handshake_metadata(connector, {1: ranks[1], 2: ranks[2]})
+    assert (told, len(said)) == ([True], 1)
