@@ -12,6 +12,9 @@ pages that were there then, so an arena is never punched under a pin. Pins hold 
 are given only while no other arena holds blocks, and where memory must leave the arena after all, the
 connection is ended first; what it copies from then on counts nowhere.
 
+A unit is punched through this process's map, and not by the descriptor, because that is what UCX sees: it
+registers what it moves with network cards, and keeps that in a cache until it sees the pages go.
+
     not pinned ── pin ──► pinned ── unpin: the connection has ended ──────────────► not pinned
                              └───── memory must leave: the connection is ended ──────┘ punched
 
@@ -39,13 +42,12 @@ from kvcache.tiers.space import Move, slot_arena, slot_offset
 
 HUGE_PAGE_BYTES = 2 << 20
 
+_MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
-_FALLOC_PUNCH_HOLE = 0x02 | 0x01
 _POPULATE_STEP_BYTES = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +203,8 @@ class HostTier:
 
     def _punch(self, arena: Arena, unit: int) -> None:
         assert not arena.pins, "a GPU would go on copying from and to the pages that go"
-        offset = unit * self._unit_bytes
-        done = _libc.fallocate(arena.descriptor, _FALLOC_PUNCH_HOLE, offset, self._unit_bytes)
+        start = arena.address + unit * self._unit_bytes
+        done = _libc.madvise(start, self._unit_bytes, _MADV_REMOVE)
         assert done == 0, os.strerror(ctypes.get_errno())
 
     def check(self) -> None:
