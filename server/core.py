@@ -32,7 +32,7 @@ from kvcache.server.tuning import Tuning
 from kvcache.server.uses import Uses
 from kvcache.sums import block_checksum, sum_chunks
 from kvcache.tiers.host import HostTier
-from kvcache.tiers.space import Space, make_slot
+from kvcache.tiers.space import Space
 from kvcache.tiers.stack import Stack
 
 HELD_STATS = (
@@ -100,7 +100,6 @@ class Core:
             arena = self.host.add_arena(f"{uid}-{tenant}")  # May be refused: then nothing has changed.
             made = self._space.add_arena()
             assert made == arena
-            self.plane.register(self.host.view(make_slot(arena, 0), self.host.capacity_bytes))
             self._arenas[uid, tenant] = arena
         return arena
 

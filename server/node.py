@@ -338,8 +338,8 @@ def _build_core(config: NodeConfig, clock: Clock, name: str, incarnation: int) -
     space = Space(config.capacity_bytes, config.unit_bytes)
     choice, alone = parse_choice(config.policy, config.policy_params), not config.nvme_places
     ledger = Ledger(space, choice.make(declines=alone))  # What memory declines never gets to NVMe.
-    host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge)
     plane = DataPlane(config.data_addresses, clock)
+    host = HostTier(config.capacity_bytes, config.unit_bytes, huge_pages=huge, registrar=plane)
     core = Core(config, ledger, space, host, Publisher(name, incarnation), clock, plane)
     core.tuning.add("host", choice, ledger, declines=alone)
     if (plan := ShadowPlan.of(config)) is not None:

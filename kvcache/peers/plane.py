@@ -8,8 +8,8 @@
 A transport of a scheme that this node does not listen with is opened when a peer has no other: ``tcp://``
 only, and only to connect. Addresses are opaque: they bear the node's key (``kvcache.transport.keys``).
 
-Invariants: memory that was registered is registered with every transport, whenever it is opened; an
-address has one line; a line in which a call is in flight is not idle.
+Invariants: memory that was registered, and not forgotten since, is registered with every transport, whenever
+it is opened, and no other; an address has one line; a line in which a call is in flight is not idle.
 
 The sum: a line that is there costs 1 us; a connection is one round trip, an idle one four wake-ups a second.
 """
@@ -73,7 +73,7 @@ class DataPlane:
         self._opener = opener
         self._key = new_key()
         self._ways: dict[str, _Way] = {}
-        self._memory: list[memoryview] = []
+        self._memory: dict[int, memoryview] = {}  # By identity: two views of equal bytes are equal.
         self._lines: dict[str, _Line] = {}
         self._failed_ns: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,11 +91,16 @@ class DataPlane:
         return [listener.address for way in self._ways.values() for listener in way.listeners]
 
     def register(self, memory: memoryview) -> None:
-        """Blocks will be moved from and to this memory. It may block while it is pinned. REQUIRES: it stays
-        until ``close``."""
-        self._memory.append(memory)
+        """Blocks will be moved from and to this memory. REQUIRES: as ``Transport.register``."""
+        self._memory[id(memory)] = memory
         for way in self._ways.values():
             way.transport.register(memory)
+
+    def forget(self, memory: memoryview) -> None:
+        """Its pages may go. REQUIRES: this view was registered; else as ``Transport.forget``."""
+        del self._memory[id(memory)]
+        for way in self._ways.values():
+            way.transport.forget(memory)
 
     def transport(self, scheme: str) -> Transport | None:
         """The one that listens, if there is one."""
@@ -158,7 +163,7 @@ class DataPlane:
         if way is None:
             key = self._key if scheme in KEYED else b""
             way = self._ways[scheme] = _Way(self._opener(scheme, self._limits, self._clock, key))
-            for memory in self._memory:
+            for memory in self._memory.values():
                 way.transport.register(memory)
         return way
 

@@ -128,6 +128,9 @@ class FaultyTransport:
     def register(self, memory: memoryview) -> None:
         self._inner.register(memory)
 
+    def forget(self, memory: memoryview) -> None:
+        self._inner.forget(memory)
+
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self._inner.export(pieces, until_ns)
 

@@ -116,6 +116,9 @@ class TransportHouse:
         """Zeroed memory that a transport can use."""
         return memoryview(bytearray(byte_count))
 
+    async def prepared(self, transport: Transport, memory: memoryview) -> None:
+        """Until ``register`` has done what it does in the background: here nothing."""
+
     async def peer(self, limits: Limits) -> Stoppable:
         """An ``Obedient`` peer; closed by the test."""
         return await asyncio.to_thread(PeerProcess, self.address, limits)

@@ -7,6 +7,7 @@ fit. This file has what a healthy pair does; ``transport_faults`` has deadlines,
 from __future__ import annotations
 
 import asyncio
+import mmap
 import random
 from collections.abc import Sequence
 
@@ -75,6 +76,8 @@ class TransportContract(FaultContract):
             region[:] = noise(4, 1 << 20)
             pair.far.register(region)
             pair.near.register(target)
+            await self.prepared(pair.far, region)
+            await self.prepared(pair.near, target)
             pieces = [region[at : at + 65_536] for at in range(0, 1 << 20, 131_072)]
             into = [target[at : at + 65_536] for at in range(65_536, 1 << 20, 131_072)]
             await pair.near_end.read(pair.far.export(pieces, soon()), into, soon())
@@ -83,6 +86,50 @@ class TransportContract(FaultContract):
             other = self.rooms([65_536] * len(pieces))
             await pair.near_end.read(pair.far.export(pieces, soon()), other, soon())
             assert contents(other) == contents(pieces)
+
+        self.play(scenario)
+
+    def test_memory_whose_pages_went_is_read_and_filled_where_it_is_now(self) -> None:
+        """A registration goes on with the pages that it found; so it is undone before they go."""
+
+        async def scenario(pair: Pair) -> None:
+            maps = [mmap.mmap(-1, MIB) for _ in range(2)]
+            region, target = (memoryview(each) for each in maps)
+            for seed in range(3):
+                for transport, memory in ((pair.far, region), (pair.near, target)):
+                    transport.register(memory)
+                    if seed != 1:  # Else it may be known in part, or not yet.
+                        await self.prepared(transport, memory)
+                await self.moved(pair, region, target, 2 * seed)
+                for transport, memory, mapped in ((pair.far, region, maps[0]), (pair.near, target, maps[1])):
+                    transport.forget(memory)
+                    mapped.madvise(mmap.MADV_REMOVE)
+                assert not any(region[:4096])
+                await self.moved(pair, region, target, 2 * seed + 1)
+
+        self.play(scenario)
+
+    async def moved(self, pair: Pair, region: memoryview, target: memoryview, seed: int) -> None:
+        region[:] = noise(seed, len(region))
+        pieces = [region[at : at + 65_536] for at in range(0, len(region), 131_072)]
+        into = [target[at : at + 65_536] for at in range(65_536, len(region), 131_072)]
+        reading = pair.far.export(pieces, soon())
+        await pair.near_end.read(reading, into, soon())
+        assert contents(into) == contents(pieces)
+        target[:] = bytes(len(target))
+        writing = pair.near.post(into, soon(), lambda: None)
+        await pair.far_end.write(writing, pieces, soon())
+        assert contents(into) == contents(pieces)
+        await pair.far.withdraw(reading)
+        await pair.near.withdraw(writing)
+
+    def test_what_was_never_registered_can_be_forgotten(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            memory = self.memory(4096)
+            pair.far.forget(memory)
+            pair.far.register(memory)
+            pair.far.forget(memory)
+            pair.far.forget(memory)
 
         self.play(scenario)
 

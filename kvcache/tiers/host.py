@@ -15,9 +15,15 @@ connection is ended first; what it copies from then on counts nowhere.
     not pinned ── pin ──► pinned ── unpin: the connection has ended ──────────────► not pinned
                              └───── memory must leave: the connection is ended ──────┘ punched
 
+The node's own transports register with network cards, which keep the pages that were there as well. So they
+are told of each unit when it is granted, and before it is punched. Such a unit holds no block and is in no
+transfer: nothing has to be waited for. It is punched through this process's map, and not by the descriptor,
+because that is what UCX sees, which keeps registrations in a cache, also when they were given up.
+
 Invariants: memory that the node reads or writes lies in a granted extent; units resident in all arenas
 are at most those of the capacity; the descriptor handed out is the arena's own, mode 0600, and carries
-every seal in ``memfd.SEALS``; no unit is punched in an arena that is pinned.
+every seal in ``memfd.SEALS``; no unit is punched in an arena that is pinned, nor one that transports know;
+they know every granted unit, and none that has no pages.
 
 The sum: populating costs 0.3 to 0.5 s a GiB of 4 KiB pages (zeroing and page tables), once, at start;
 afterwards the tier costs nothing: bytes are copied by those who use them.
@@ -31,6 +37,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from kvcache import memfd
 from kvcache.block import Slot
@@ -39,19 +46,29 @@ from kvcache.tiers.space import Move, slot_arena, slot_offset
 
 HUGE_PAGE_BYTES = 2 << 20
 
+_MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
-_FALLOC_PUNCH_HOLE = 0x02 | 0x01
 _POPULATE_STEP_BYTES = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Registrar(Protocol):
+    """Who moves blocks from and to this memory with devices that keep its pages: ``kvcache.peers.plane``."""
+
+    def register(self, memory: memoryview) -> None:
+        """A unit that keeps its pages until ``forget``."""
+
+    def forget(self, memory: memoryview) -> None:
+        """The same view. Its pages go when this returns; no transfer has any of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arena:
     """One trust domain's memory. ``address`` is where this process maps it; ``granted`` and ``idle``
-    are the units that have pages, in use and given back; ``pins`` are by owner, each with what ends it."""
+    are the units that have pages, in use and given back, ``told`` those that the registrar knows. ``pins``
+    are by owner, each with what ends it."""
 
     name: str
     descriptor: int
@@ -59,16 +76,25 @@ class Arena:
     address: int
     granted: set[int] = field(default_factory=set)
     idle: set[int] = field(default_factory=set)
+    told: dict[int, memoryview] = field(default_factory=dict)
     pins: dict[int, Callable[[], None]] = field(default_factory=dict)
 
 
 class HostTier:
     """Arenas of ``capacity_bytes`` address space each. One owner; populate and punch may run in a thread."""
 
-    def __init__(self, capacity_bytes: int, unit_bytes: int, *, huge_pages: bool = False) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        unit_bytes: int,
+        *,
+        huge_pages: bool = False,
+        registrar: Registrar | None = None,
+    ) -> None:
         """``unit_bytes`` is that of ``Space``: moves are whole units. ``huge_pages`` asks for reserved
         2 MiB pages; see ``huge_pages_free_bytes``."""
         self.huge_pages = huge_pages
+        self._registrar = registrar
         self._unit_bytes = unit_bytes
         self._unit_count = capacity_bytes // unit_bytes
         step = HUGE_PAGE_BYTES if huge_pages else mmap.PAGESIZE
@@ -115,6 +141,7 @@ class HostTier:
 
     def apply(self, moves: Iterable[Move]) -> None:
         """Follow what ``Space`` granted and took back, in its order; memory goes where it is needed."""
+        gained: list[tuple[Arena, int]] = []
         for move in moves:
             here = self._arenas[move.arena]
             first = move.offset // self._unit_bytes
@@ -122,10 +149,13 @@ class HostTier:
             if move.gained:
                 here.idle.difference_update(units)
                 here.granted.update(units)
+                gained += [(here, unit) for unit in sorted(units)]
             else:
                 here.granted.difference_update(units)
                 here.idle.update(units)
         self._shrink()
+        if self._registrar is not None:  # Now that there is room for their pages.
+            self._tell(self._registrar, gained)
 
     def resident_units(self) -> int:
         """Units with pages, or about to have them, in all arenas. At most those of the capacity."""
@@ -183,6 +213,13 @@ class HostTier:
             os.close(arena.descriptor)
         self._arenas.clear()
 
+    def _tell(self, registrar: Registrar, gained: Iterable[tuple[Arena, int]]) -> None:
+        for arena, unit in gained:
+            if unit not in arena.told:
+                start = unit * self._unit_bytes
+                arena.told[unit] = memoryview(arena.memory)[start : start + self._unit_bytes]
+                registrar.register(arena.told[unit])
+
     def _shrink(self) -> None:
         """Punch out idle units until all arenas together fit the capacity again."""
         excess = self.resident_units() - self._unit_count
@@ -201,8 +238,10 @@ class HostTier:
 
     def _punch(self, arena: Arena, unit: int) -> None:
         assert not arena.pins, "a GPU would go on copying from and to the pages that go"
-        offset = unit * self._unit_bytes
-        done = _libc.fallocate(arena.descriptor, _FALLOC_PUNCH_HOLE, offset, self._unit_bytes)
+        if self._registrar is not None and (told := arena.told.pop(unit, None)) is not None:
+            self._registrar.forget(told)
+        start = arena.address + unit * self._unit_bytes
+        done = _libc.madvise(start, self._unit_bytes, _MADV_REMOVE)
         assert done == 0, os.strerror(ctypes.get_errno())
 
     def check(self) -> None:
@@ -210,6 +249,8 @@ class HostTier:
         assert self.resident_units() <= self._unit_count
         for arena in self._arenas:
             assert not arena.granted & arena.idle
+            assert arena.told.keys() <= arena.granted | arena.idle
+            assert self._registrar is None or arena.told.keys() >= arena.granted
 
 
 def memory_available_bytes() -> int:

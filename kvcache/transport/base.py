@@ -140,9 +140,16 @@ class Transport(Protocol):
         """RAISES PeerLost when nobody answers, TransferLate, BadInput for what is no address."""
 
     def register(self, memory: memoryview) -> None:
-        """This memory will be exported from, posted and read into: prepare it once (pin it, map it).
+        """This memory will be exported from, posted and read into: prepare it (pin it, map it), in the
+        background. Until then, and without it, everything works, slower.
 
-        Without it everything works, slower. REQUIRES: it stays until ``close``."""
+        REQUIRES: it keeps its pages until ``forget`` or ``close``; none of it is registered already."""
+
+    def forget(self, memory: memoryview) -> None:
+        """Its pages may go: what begins from now on knows nothing of those it had, also when it is registered
+        again. They are let go soon, in the background. Nothing when it is not registered.
+
+        REQUIRES: as it was registered; no ticket is out for any of it, and nothing is being read into it."""
 
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         """One peer may read these, once; he must have begun by then. REQUIRES: as ``Endpoint.write``."""

@@ -232,6 +232,9 @@ class InprocTransport:
     def register(self, memory: memoryview) -> None:
         """There is nothing to prepare."""
 
+    def forget(self, memory: memoryview) -> None:
+        """There is nothing to undo."""
+
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self.book.export(pieces, until_ns)
 

@@ -27,6 +27,8 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -40,6 +42,8 @@ except ImportError:
 
 from kvcache.clock import NS_PER_MS
 from kvcache.transport.base import PeerLost
+from kvcache.transport.flow import to_the_end
+from kvcache.transport.nixl_regions import SMALL, Region, Regions, address_of
 from kvcache.transport.nixl_rounds import SLOT_BYTES, SLOT_COUNT, Flight, Path, Slots, Span
 from kvcache.transport.nixl_wire import PROBE_BYTES
 
@@ -50,7 +54,9 @@ BUSY_S = 0.001
 LANDING_COUNT = 64
 INFINIBAND = pathlib.Path("/dev/infiniband")
 
-_LOGGER = "nixl"
+BACKEND = "UCX"
+
+log = logging.getLogger("kvcache.transport")
 
 _ERRORS = (
     bindings.nixlBackendError,
@@ -69,11 +75,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def address_of(view: memoryview) -> int:
-    """REQUIRES: flat, not empty."""
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
-
-
 class Agents:
     """One transport's. Methods that begin with an underscore run on its thread, the others on its loop."""
 
@@ -83,13 +84,13 @@ class Agents:
         if not INFINIBAND.exists():  # The bundled libraries for it crash a process without one, at its end.
             os.environ.setdefault("UCX_MODULES", "^ib")
         self._executor = ThreadPoolExecutor(1, "nixl")
-        self._arrays: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
-        self._regions: list[Span] = []
+        self._registered: dict[int, Region] = {}
         self._flights: set[Flight] = set()
         self._known: dict[str, int] = {}
         self._generation = 0
         self._guests = 0
         self._is_closed = False
+        self._is_refused = False
         self._came = asyncio.Event()
         self._serving_task: asyncio.Task[None] | None = None
         half, landing = SLOT_COUNT * SLOT_BYTES, LANDING_COUNT * PROBE_BYTES
@@ -101,10 +102,12 @@ class Agents:
         """Where what goes to memory that is not registered is read to."""
         self.landing = Slots(small[2 * half : 2 * half + landing], place + 2 * half, PROBE_BYTES)
         """Where peers' probes are read to."""
+        self.regions = Regions()
+        """What pieces can be read from and to where they are."""
         self.probe = secrets.token_bytes(PROBE_BYTES)
         self.probe_place = place + 2 * half + landing
         small[2 * half + landing :] = self.probe
-        self._small = small
+        self._small = Region(place, SMALL, small)
 
     # --- on the loop ----------------------------------------------------------------------------
 
@@ -125,23 +128,28 @@ class Agents:
             await self._run(self._close)
             self._executor.shutdown()
 
-    def register(self, memory: memoryview) -> bytes:
-        """Blocks until it is pinned, behind what the thread does now. Returns the new description."""
-        return self._executor.submit(self._register, memory).result()
+    def register(self, memory: memoryview, tell: Callable[[bytes], None]) -> None:
+        """Pin it, behind what the thread does now. ``tell`` is called with what peers have to know before
+        they hear of places in it: not when it cannot be pinned, is already, or is forgotten meanwhile."""
+
+        def pinned(region: Region, job: asyncio.Future[bytes]) -> None:
+            if not (description := job.result()):
+                self.regions.refused(region)
+            elif self.regions.pinned(region):
+                tell(description)
+
+        if (region := self.regions.want(memory)) is not None:
+            self._run(self._register, region).add_done_callback(partial(pinned, region))
+
+    def unregister(self, memory: memoryview) -> None:
+        """Nothing new is read from or to it; behind what the thread does now it is pinned no more. REQUIRES:
+        nothing is being read from or to it."""
+        if (region := self.regions.forget(memory)) is not None:
+            self._run(self._drop, region)
 
     async def description(self) -> bytes:
         """The serving agent's: keys to all registered memory. REQUIRES: started."""
         return await self._run(self._describe)
-
-    def places(self, pieces: Sequence[memoryview]) -> list[int]:
-        """Their addresses; none when one of them is not in registered memory."""
-        found: list[int] = []
-        for piece in pieces:
-            at = address_of(piece)
-            if not any(start <= at and at + len(piece) <= start + length for start, length in self._regions):
-                return []
-            found.append(at)
-        return found
 
     def guest_came(self) -> None:
         """The serving agent is polled often, until ``guest_left``."""
@@ -180,7 +188,7 @@ class Agents:
                 await asyncio.shield(self._run(self._poll, flight))
         except BaseException:
             flight.is_dropped = True
-            await _to_the_end(self._run(self._abandon, flight))
+            await to_the_end(self._run(self._abandon, flight))
             raise
         if flight.error:
             raise PeerLost(flight.error)
@@ -211,19 +219,35 @@ class Agents:
         self._new_reading()
         self._add(self._small)
 
-    def _register(self, memory: memoryview) -> bytes:
+    def _register(self, region: Region) -> bytes:
+        """Its description, none when it cannot be pinned."""
         self._open()
-        self._add(memory)
-        return self._describe()
+        try:
+            self._add(region)
+            listed = self._serving.get_reg_descs([region.row], "DRAM")
+            return bytes(self._serving.get_partial_agent_metadata(listed, False, [BACKEND]))
+        except _ERRORS as error:
+            self._drop(region)
+            if not self._is_refused:
+                log.warning("memory cannot be registered, and goes through buffers (slower): %s", error)
+            self._is_refused = True
+            return b""
 
-    def _add(self, memory: memoryview) -> None:
-        array = np.frombuffer(memory, np.uint8)
-        span = (address_of(memory), len(memory))
+    def _add(self, region: Region) -> None:
+        self._registered[region.device] = region
         for agent in (self._serving, self._reading):
-            agent.register_memory([(*span, 0, "")], "DRAM")
-        self._arrays.append(array)
-        if memory is not self._small:
-            self._regions.append(span)
+            agent.register_memory([region.row], "DRAM")
+
+    def _drop(self, region: Region) -> None:
+        """It is pinned no more, as far as it was. UCX keeps it in a cache until it sees the pages go
+        (``HostTier``), and lets it go then."""
+        spans = [span for flight in self._flights for span in flight.local]
+        assert all(device != region.device for _, _, device in spans), "a read into it was running"
+        if self._registered.pop(region.device, None) is None:
+            return
+        for agent in (self._serving, self._reading):
+            with suppress(*_ERRORS):  # It stays pinned, and nothing leads there.
+                agent.deregister_memory(agent.get_reg_descs([region.row], "DRAM"))
 
     def _describe(self) -> bytes:
         return bytes(self._serving.get_agent_metadata())
@@ -235,18 +259,21 @@ class Agents:
         self._reading = _agent()
         self._generation += 1
         self._known.clear()
-        for array in self._arrays:
-            place = int(array.__array_interface__["data"][0])
-            self._reading.register_memory([(place, array.nbytes, 0, "")], "DRAM")
+        for region in self._registered.values():
+            self._reading.register_memory([region.row], "DRAM")
 
     def _meet(self, path: Path) -> str:
+        is_new = path.generation != self._generation
+        path.met = 0 if is_new else path.met
         try:
-            name = bytes(self._reading.add_remote_agent(path.description)).decode()
+            for description in path.descriptions[path.met :]:
+                path.name = bytes(self._reading.add_remote_agent(description)).decode()
+                path.met += 1
         except _ERRORS as error:
             return f"what it says of its memory cannot be used: {error}"
-        if path.generation != self._generation:
-            self._known[name] = self._known.get(name, 0) + 1
-        path.name, path.generation = name, self._generation
+        if is_new:
+            self._known[path.name] = self._known.get(path.name, 0) + 1
+        path.generation = self._generation
         return ""
 
     def _forget(self, path: Path) -> None:
@@ -273,7 +300,7 @@ class Agents:
         self._flights.add(flight)
         try:
             for name, spans in ((bindings.NIXL_INIT_AGENT, flight.local), (flight.path.name, flight.remote)):
-                rows = np.array([(start, length, 0) for start, length in spans], np.uint64)
+                rows = np.array(spans, np.uint64)
                 described = bindings.nixlXferDList(bindings.DRAM_SEG, rows)
                 flight.lists.append(int(raw.prepXferDlist(name, described)))
             here, there = flight.lists
@@ -354,28 +381,15 @@ class Agents:
         _destroy(self._reading)
         _destroy(self._serving)
         self._generation = 0
-        self._regions.clear()
-        self._arrays.clear()
+        self._registered.clear()
 
 
 def _agent() -> nixl_agent:
     """Its name is a secret of those who got its description."""
-    logging.getLogger(_LOGGER).handlers.clear()  # They write to the standard output.
-    return nixl_agent(secrets.token_hex(16), nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+    logging.getLogger("nixl").handlers.clear()  # They write to the standard output.
+    return nixl_agent(secrets.token_hex(16), nixl_agent_config(enable_prog_thread=False, backends=[BACKEND]))
 
 
 def _destroy(agent: nixl_agent) -> None:
     """NIXL's agent ends with the last reference to it, which the wrapper has."""
     agent.agent = None
-
-
-async def _to_the_end(job: asyncio.Future[None]) -> None:
-    """Wait for it, whatever is asked meanwhile. RAISES CancelledError then."""
-    was_cancelled = False
-    while not job.done():
-        try:
-            await asyncio.wait([job])
-        except asyncio.CancelledError:
-            was_cancelled = True
-    if was_cancelled:
-        raise asyncio.CancelledError

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 from kvcache.transport.base import NOTE_BYTES_MAX, Note, PeerLost, Priority, Ticket, TransferRefused
 from kvcache.transport.flow import until
 from kvcache.transport.nixl_lane import Lane, unless
-from kvcache.transport.nixl_rounds import SLOT_BYTES, Span, apart, in_a_row, length_of, rounds, scatter
+from kvcache.transport.nixl_regions import SMALL
+from kvcache.transport.nixl_rounds import SLOT_BYTES, Place, Span, apart, in_a_row, length_of, rounds, scatter
 from kvcache.transport.nixl_serving import OPEN_MAX, WITHDRAWN, Serving
 from kvcache.transport.nixl_wire import (
     PIECES_MAX,
@@ -82,6 +83,8 @@ class NixlEndpoint:
         self._wired = asyncio.Event()
         self._telling = asyncio.Lock()
         self._is_served = False
+        self._is_greeted = False
+        self._untold: list[bytes] = []
         self._pulls = 0
         self._no_pulls = asyncio.Event()
         self._no_pulls.set()
@@ -99,6 +102,9 @@ class NixlEndpoint:
         agents = self._agents
         description = await agents.description()
         self._control.send(Hello(VERSION, description, agents.probe_place, agents.probe))
+        self._is_greeted = True
+        for untold in self._untold:
+            self._say(Memory(untold))
         hello = await self._control.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION or len(hello.probe) != PROBE_BYTES:
             raise PeerLost(f"it does not speak version {VERSION} of nixl://")
@@ -150,8 +156,11 @@ class NixlEndpoint:
             await asyncio.wait(self._tasks)
 
     def remember(self, description: bytes) -> None:
-        """More memory is registered here: tell the peer."""
-        self._say(Memory(description))
+        """More memory is registered here: tell the peer, behind the greeting."""
+        if self._is_greeted:
+            self._say(Memory(description))
+        else:
+            self._untold.append(description)
 
     def lose(self, why: str) -> None:
         """Of no use any more. May be called twice."""
@@ -184,7 +193,7 @@ class NixlEndpoint:
         is_done = False
         try:
             granted = await self._ask(Ask(call, ticket, sizes))
-            if not isinstance(granted, Granted) or len(granted.places) not in (0, len(sizes)):
+            if not isinstance(granted, Granted) or not granted.fits(len(sizes)):
                 raise self._broken("it granted something else")
             await self._carry(call, granted.places, into)
             is_done = True
@@ -197,18 +206,19 @@ class NixlEndpoint:
             if not is_done:
                 self._say(GaveUp(call))
 
-    async def _carry(self, call: int, places: Sequence[int], into: Sequence[memoryview]) -> None:
+    async def _carry(self, call: int, places: Sequence[Place], into: Sequence[memoryview]) -> None:
         """All rounds. ``places``: of the peer's pieces, none when he stages them."""
-        own = self._agents.places(into)
+        own = self._agents.regions.places(into)
         round_bytes = ROUND_BYTES if places and own else SLOT_BYTES
         slot = None if own else await self._unless_lost(self._agents.bounce.take())
         try:
             for start, cuts in rounds([len(view) for view in into], round_bytes):
                 length = length_of(cuts)
-                remote = apart(places, cuts) if places else [(await self._stage(call, start, length), length)]
-                local = apart(own, cuts) if slot is None else [(slot.place, length)]
+                place = 0 if places else await self._stage(call, start, length)
+                remote = apart(places, cuts) if places else [(place, length, SMALL)]
+                local = apart(own, cuts) if slot is None else [(slot.place, length, SMALL)]
                 if len(local) != len(remote):  # One side in pieces, the other in a row.
-                    remote = remote if places else in_a_row(remote[0][0], cuts)
+                    remote = remote if places else in_a_row(place, cuts)
                     local = local if slot is None else in_a_row(slot.place, cuts)
                 await self._round(call, local, remote)
                 if slot is not None:

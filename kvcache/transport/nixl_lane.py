@@ -3,6 +3,9 @@
     none ──wire──► made ── all readers' agent was replaced ──► none, made again by who reads next
                     └── peer registered more memory ──► stale ──► brought up to date when nothing is in flight
 
+What a peer has forgotten since stays known here, and he sends nobody there any more. One that has told of too
+much is lost, and begins anew when he is connected to again.
+
 A path is believed when the peer's random probe was read over it: then bytes move, and they are his.
 """
 
@@ -14,6 +17,7 @@ from typing import TypeVar
 
 from kvcache.transport.base import PeerLost
 from kvcache.transport.nixl import Agents
+from kvcache.transport.nixl_regions import REGIONS_MAX, SMALL
 from kvcache.transport.nixl_rounds import Path, Span
 from kvcache.transport.nixl_wire import AnyMessage, Hello, Wired, Wiring
 
@@ -36,7 +40,7 @@ class Lane:
         self._say = say
         self._check = check
         self._lost = lost
-        self._path = Path(hello.description)
+        self._path = Path([hello.description])
         self._wiring = asyncio.Lock()
         self._is_stale = False
         self._rounds = 0
@@ -44,8 +48,10 @@ class Lane:
         self._no_rounds.set()
 
     def renew(self, description: bytes) -> None:
-        """The peer has registered more memory."""
-        self._path.description = description
+        """The peer has registered more memory. RAISES PeerLost when that was too often."""
+        if len(self._path.descriptions) > REGIONS_MAX:
+            raise PeerLost("it has registered memory too often")
+        self._path.descriptions.append(description)
         self._is_stale = True
 
     async def wire(self) -> None:
@@ -98,7 +104,8 @@ class Lane:
         slot = await unless(self._lost, self._agents.landing.take(), self._check)
         try:
             length = len(hello.probe)
-            came = await self._read([(slot.place, length)], [(hello.probe_address, length)], self._check)
+            here, there = (slot.place, length, SMALL), (hello.probe_address, length, SMALL)
+            came = await self._read([here], [there], self._check)
             if came and slot.view[:length] != hello.probe:
                 raise PeerLost("it does not lead to the peer")
             return came

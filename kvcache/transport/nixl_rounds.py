@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 SLOT_BYTES = 1 << 20
 SLOT_COUNT = 8
 
-Span = tuple[int, int]
-"""Address and length."""
+Place = tuple[int, int]
+"""Address, and the number of the registration that it lies in (``nixl_regions``)."""
+Span = tuple[int, int, int]
+"""Address, length, and the number of the registration; that of the small buffers is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,16 @@ def length_of(cuts: Sequence[Cut]) -> int:
     return sum(cut.length for cut in cuts)
 
 
-def apart(places: Sequence[int], cuts: Sequence[Cut]) -> list[Span]:
+def apart(places: Sequence[Place], cuts: Sequence[Cut]) -> list[Span]:
     """The cuts where the pieces are."""
-    return [(places[cut.piece] + cut.start, cut.length) for cut in cuts]
+    return [(places[cut.piece][0] + cut.start, cut.length, places[cut.piece][1]) for cut in cuts]
 
 
 def in_a_row(place: int, cuts: Sequence[Cut]) -> list[Span]:
-    """The cuts one behind the other, from ``place``."""
+    """The cuts one behind the other in a small buffer, from ``place``."""
     spans: list[Span] = []
     for cut in cuts:
-        spans.append((place, cut.length))
+        spans.append((place, cut.length, 0))
         place += cut.length
     return spans
 
@@ -127,11 +129,13 @@ class Slots:
 
 @dataclass(slots=True, eq=False)
 class Path:
-    """To one peer's serving agent. ``generation``: of the reading agent that knows him, 0 for none."""
+    """To one peer's serving agent. ``descriptions``: what he has told of it, from the first. ``generation``:
+    of the reading agent that knows ``met`` of them, 0 for none."""
 
-    description: bytes
+    descriptions: list[bytes]
     name: str = ""
     generation: int = 0
+    met: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -91,7 +91,8 @@ class Serving:
         self._reads[ask.call] = _Read(use)
         if self._agents.is_emulated:
             self._agents.guest_came()
-        self._say(Granted(ask.call, self._agents.places(use.pieces)))
+        places = self._agents.regions.places(use.pieces)
+        self._say(Granted(ask.call, [address for address, _ in places], [device for _, device in places]))
         use.when_stopped(lambda: self._stop(ask.call))
 
     def _stop(self, call: int) -> None:

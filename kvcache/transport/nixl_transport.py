@@ -125,10 +125,12 @@ class NixlTransport:
             return await self._begin(control, address, note)
 
     def register(self, memory: memoryview) -> None:
-        """Blocks until it is pinned: for start-up."""
-        description = self.agents.register(memory)
-        for endpoint in list(self._endpoints):
-            endpoint.remember(description)
+        if not self._is_closed:
+            self.agents.register(memory, self._tell)
+
+    def forget(self, memory: memoryview) -> None:
+        if not self._is_closed:
+            self.agents.unregister(memory)
 
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self.book.export(pieces, until_ns)
@@ -159,6 +161,11 @@ class NixlTransport:
     def left(self, endpoint: NixlEndpoint) -> None:
         """Nothing of it runs any more."""
         self._endpoints.discard(endpoint)
+
+    def _tell(self, description: bytes) -> None:
+        """More memory is registered."""
+        for endpoint in list(self._endpoints):
+            endpoint.remember(description)
 
     async def _accept(
         self,

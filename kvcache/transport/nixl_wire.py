@@ -31,7 +31,7 @@ from kvcache.packing import pack, unpack
 from kvcache.transport.base import PeerLost
 from kvcache.transport.keys import CONNECTS, LISTENS, NONCE_BYTES, is_proof, new_nonce, proof
 
-VERSION = 2
+VERSION = 3
 PIECES_MAX = 32_768
 PROBE_BYTES = 32
 FRAME_BYTES_MAX = 2 << 20
@@ -46,7 +46,7 @@ Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Call = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Sizes = Annotated[list[Annotated[int, msgspec.Meta(gt=0, lt=1 << 48)]], msgspec.Meta(max_length=PIECES_MAX)]
-Places = Annotated[list[Unsigned], msgspec.Meta(max_length=PIECES_MAX)]
+Numbers = Annotated[list[Unsigned], msgspec.Meta(max_length=PIECES_MAX)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -84,7 +84,7 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Memory(Message, frozen=True, tag="memory"):
-    """The description again: more memory is registered."""
+    """More memory is registered: NIXL's description of that alone."""
 
     description: bytes
 
@@ -114,11 +114,20 @@ class Ask(Message, frozen=True, tag="ask"):
 
 
 class Granted(Message, frozen=True, tag="granted"):
-    """``places``: the address of each piece; none when they are in memory that is not registered, and have
-    to be staged."""
+    """The pieces' ``addresses``, and the ``devices`` that their registrations are told by; none when they are
+    in memory that is not registered, and have to be staged."""
 
     call: Call
-    places: Places
+    addresses: Numbers
+    devices: Numbers
+
+    def fits(self, count: int) -> bool:
+        return len(self.addresses) == len(self.devices) and len(self.addresses) in (0, count)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """REQUIRES: it ``fits``."""
+        return list(zip(self.addresses, self.devices, strict=True))
 
 
 class Stage(Message, frozen=True, tag="stage"):

@@ -111,6 +111,9 @@ class TcpTransport:
     def register(self, memory: memoryview) -> None:
         """There is nothing to prepare: the system copies from any memory."""
 
+    def forget(self, memory: memoryview) -> None:
+        """There is nothing to undo."""
+
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self._book.export(pieces, until_ns)
 

@@ -288,6 +288,9 @@ class UcxTransport:
     def register(self, memory: memoryview) -> None:
         """UCX pins what it needs at its first use and remembers it; ucxx offers no more."""
 
+    def forget(self, memory: memoryview) -> None:
+        """UCX sees by itself when pages of this process go, if they go by ``madvise`` (``HostTier``)."""
+
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self._shared.book.export(pieces, until_ns)
 

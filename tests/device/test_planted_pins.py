@@ -11,6 +11,8 @@ OUTLET = "tests/device/test_outlet.py"
 LOADING = "tests/device/test_loading.py"
 PINNED = "tests/device/test_pinned.py"
 HOST = "tests/kvcache/tiers/test_host_pins.py"
+REGISTERED = "tests/kvcache/tiers/test_host_registered.py"
+PLANE = "tests/kvcache/peers/test_plane.py"
 NODE = "tests/server/test_pins.py"
 
 PLANTS = (
@@ -34,6 +36,34 @@ PLANTS = (
         "        return 0 if any(other.granted for other in others) else self._unit_bytes\n",
         "        return self._unit_bytes\n",
         f"{HOST}::test_who_is_alone_may_pin",
+    ),
+    Plant(
+        "memory leaves before transports are told",
+        "kvcache/tiers/host.py",
+        "            self._registrar.forget(told)\n",
+        "            del told\n",
+        f"{REGISTERED}::test_whatever_happens",
+    ),
+    Plant(
+        "a unit that comes back is not registered",
+        "kvcache/tiers/host.py",
+        "(told := arena.told.pop(unit, None))",
+        "(told := arena.told.get(unit))",
+        f"{REGISTERED}::test_a_unit_that_comes_back_is_registered_anew",
+    ),
+    Plant(
+        "transports are told of no memory",
+        "server/node.py",
+        ", registrar=plane)",
+        ")",
+        f"{NODE}::test_transports_are_told_before_memory_leaves_its_arena",
+    ),
+    Plant(
+        "a transport that is opened later knows what is gone",
+        "kvcache/peers/plane.py",
+        "        del self._memory[id(memory)]\n",
+        "",
+        f"{PLANE}::TestMemory::test_no_transport_knows_what_was_forgotten",
     ),
     Plant(
         "a connection goes on when its pin was ended",

@@ -49,6 +49,9 @@ class HeldTransport:
     def register(self, memory: memoryview) -> None:
         """Nothing to prepare."""
 
+    def forget(self, memory: memoryview) -> None:
+        """Nothing to undo."""
+
     def export(self, pieces: Sequence[memoryview], until_ns: int) -> Ticket:
         return self._enter(Out(pieces, None))
 

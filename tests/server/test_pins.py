@@ -11,6 +11,7 @@ import pytest
 from kvcache.channel import BlockingChannel
 from kvcache.clock import SystemClock
 from kvcache.errors import Unavailable
+from kvcache.peers.plane import DataPlane
 from tests.server.conftest import EmbeddedNode, Serve
 from tests.server.talk import SIZE, connected, deadline, held, opened, save, stats
 
@@ -85,3 +86,43 @@ def test_one_alone_is_never_ended(node: EmbeddedNode) -> None:
                 save(channel, namespace, [bytes([7]) + name[1:] for name in part])
                 save(channel, namespace, part)
         assert (stats(channel)["pins"], stats(channel)["ended_pins"]) == (1, 0)
+
+
+class Told:
+    """The views of memory that the data plane was told to register, and how many to forget."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.views: dict[int, memoryview] = {}
+        self.forgotten = 0
+        register, forget = DataPlane.register, DataPlane.forget
+
+        def registering(plane: DataPlane, memory: memoryview) -> None:
+            register(plane, memory)
+            self.views[id(memory)] = memory
+
+        def forgetting(plane: DataPlane, memory: memoryview) -> None:
+            assert any(self.views.pop(id(memory))), "punched before it was told"
+            self.forgotten += 1
+            forget(plane, memory)
+
+        monkeypatch.setattr(DataPlane, "register", registering)
+        monkeypatch.setattr(DataPlane, "forget", forgetting)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    return Told(monkeypatch)
+
+
+def test_transports_are_told_before_memory_leaves_its_arena(told: Told, node: EmbeddedNode) -> None:
+    units = (8 << 20) // node.node.config.unit_bytes
+    with engine(node, "a", pins=False) as first, engine(node, "b", pins=False) as second:
+        assert not told.views, "nobody holds blocks"
+        mine, theirs = opened(first), opened(second)
+        for at in range(0, BLOCKS, 64):
+            save(first, mine, NAMES[at : at + 64], NAMES[at - 1] if at else b"")
+        assert (len(told.views), told.forgotten) == (units, 0)
+        assert save(second, theirs, NAMES[:8]) == 8
+        assert told.forgotten > 0
+        assert len(told.views) <= units
+        assert held(second, theirs, NAMES[:8]) == 8

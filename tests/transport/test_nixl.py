@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvcache.address import TcpAddress, parse
 from kvcache.testing.transport_faults import FaultContract
-from kvcache.testing.transport_pair import CALM, Notes, Pair, noise, soon
+from kvcache.testing.transport_pair import CALM, Notes, Pair, lost, noise, soon, turns
 from kvcache.testing.transports import TransportContract
 from kvcache.transport.base import Endpoint, Limits, PeerLost, Transport
 from kvcache.transport.keys import NONCE_BYTES, PROOF_BYTES, new_key, shown, with_key
 from kvcache.transport.nixl_wire import VERSION, Opening, Proof, encode
 from kvcache.transport.table import open_transport
+from tests.transport.ucx_events import assert_ucx_sees_them_go
+
+if TYPE_CHECKING:
+    from kvcache.transport.nixl import Agents
+    from kvcache.transport.nixl_regions import Region
 
 pytestmark = [pytest.mark.nixl, pytest.mark.slow]
 
@@ -26,6 +32,139 @@ class TestNixl(TransportContract):
 
     def nobody(self, pair: Pair) -> str:
         return "nixl://127.0.0.1:1"
+
+    async def prepared(self, transport: Transport, memory: memoryview) -> None:
+        await pinned(transport, memory)
+
+    def test_memory_is_read_where_it_is_until_it_is_forgotten(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            far = agents(pair.far)
+            memory = self.memory(1 << 20)
+            before = len(await far.description())
+            pair.far.register(memory)
+            assert far.regions.places([memory]) == [], "it is not waited for"
+            await pinned(pair.far, memory)
+            assert len(await far.description()) > before
+            [(address, device)] = far.regions.places([memory])
+            pair.far.forget(memory)
+            assert far.regions.places([memory]) == [], "at once"
+            assert len(await far.description()) == before, "soon it is pinned no more"
+            pair.far.register(memory)
+            await pinned(pair.far, memory)
+            [(again, other)] = far.regions.places([memory])
+            assert again == address
+            assert other != device, "else NIXL would refuse its new key, where the old one is known"
+
+        self.play(scenario)
+
+    def test_what_is_forgotten_before_it_is_pinned_is_not_told(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            far = agents(pair.far)
+            memory = self.memory(1 << 20)
+            before = len(await far.description())
+            pair.far.register(memory)
+            pair.far.forget(memory)
+            assert len(await far.description()) == before
+            await turns(10)
+            assert far.regions.places([memory]) == []
+
+        self.play(scenario)
+
+    def test_a_reading_agent_that_is_replaced_knows_what_was_registered_since(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            region, target = self.memory(1 << 20), self.memory(1 << 20)
+            for transport, memory in ((pair.far, region), (pair.near, target)):
+                transport.register(memory)
+                await pinned(transport, memory)
+            await self.moved(pair, region, target, 1)
+            for transport in (pair.far, pair.near):
+                await agents(transport)._run(agents(transport)._replace_reading)
+            await self.moved(pair, region, target, 2)
+
+        self.play(scenario)
+
+    def test_memory_that_cannot_be_pinned_goes_through_buffers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def scenario(pair: Pair) -> None:
+            from kvcache.transport.nixl import bindings
+
+            def refuse(region: object) -> None:
+                raise bindings.nixlBackendError("no more memory can be locked")
+
+            far, region, target = agents(pair.far), self.memory(1 << 20), self.memory(1 << 20)
+            with monkeypatch.context() as patched:
+                patched.setattr(far, "_add", refuse)
+                pair.far.register(region)
+                await far.description()
+                await turns(10)
+            assert far.regions.places([region]) == []
+            await self.moved(pair, region, target, 1)
+            pair.far.register(region)
+            await pinned(pair.far, region)
+            await self.moved(pair, region, target, 2)
+
+        self.play(scenario)
+
+    def test_what_is_registered_anew_is_not_taken_for_what_was_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario(pair: Pair) -> None:
+            from kvcache.transport.nixl import bindings
+
+            far, region = agents(pair.far), self.memory(1 << 20)
+            add, added = far._add, []
+
+            def refuse_once(wanted: Region) -> None:
+                added.append(wanted)
+                if len(added) == 1:
+                    raise bindings.nixlBackendError("no more memory can be locked")
+                add(wanted)
+
+            monkeypatch.setattr(far, "_add", refuse_once)
+            pair.far.register(region)
+            pair.far.forget(region)
+            pair.far.register(region)
+            await far.description()
+            await pinned(pair.far, region)
+            pair.far.forget(region)
+            assert far.regions.places([region]) == []
+
+        self.play(scenario)
+
+    def test_a_peer_that_comes_meanwhile_knows_all_memory(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            coming = asyncio.ensure_future(pair.near.connect(pair.address, soon(), Notes().hear))
+            regions: list[memoryview] = []
+            while not coming.done() or len(regions) < 8:
+                if len(regions) < 64:
+                    regions.append(memoryview(noise(len(regions), 4096)))
+                    pair.far.register(regions[-1])
+                await asyncio.sleep(0.001)
+            for region in regions:
+                await pinned(pair.far, region)
+            into = self.rooms([4096] * len(regions))
+            await coming.result().read(pair.far.export(regions, soon()), into, soon())
+            assert into == regions
+
+        self.play(scenario)
+
+    def test_who_registers_without_end_is_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvcache.transport.nixl_lane.REGIONS_MAX", 3)
+
+        async def scenario(pair: Pair) -> None:
+            for _ in range(4):
+                memory = self.memory(4096)
+                pair.far.register(memory)
+                await pinned(pair.far, memory)
+                pair.far.forget(memory)
+            await lost(pair.near_end)
+
+        self.play(scenario)
+
+    def test_ucx_sees_the_pages_of_the_host_tier_go(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            assert_ucx_sees_them_go()
+
+        self.play(scenario)
 
 
 class TestReadsThatCannotBeCalledBack(FaultContract):
@@ -48,6 +187,19 @@ class TestReadsThatCannotBeCalledBack(FaultContract):
     # The reading agent's end, in the middle of a read that is emulated, makes UCX abort the owner's process.
     # This is why the transport forbids emulated reads unless the environment asks for them.
     test_a_peer_that_stands_still_in_the_middle = None
+
+
+def agents(transport: Transport) -> Agents:
+    from kvcache.transport.nixl_transport import NixlTransport  # Not where these tests are only collected.
+
+    assert isinstance(transport, NixlTransport)
+    return transport.agents
+
+
+async def pinned(transport: Transport, memory: memoryview) -> None:
+    async with asyncio.timeout(20):
+        while not agents(transport).regions.places([memory]):
+            await asyncio.sleep(0.001)
 
 
 def test_only_who_knows_the_key_has_an_endpoint_and_hears_of_memory() -> None:

@@ -13,6 +13,7 @@ from kvcache.transport.table import open_transport
 from kvcache.transport.ucx_endpoint import UcxEndpoint
 from kvcache.transport.ucx_frames import Frame
 from kvcache.transport.ucx_lane import Wire
+from tests.transport.ucx_events import assert_ucx_sees_them_go
 
 pytestmark = [pytest.mark.ucx, pytest.mark.slow]
 
@@ -29,6 +30,12 @@ class TestUcx(TransportContract):
 
     def nobody(self, pair: Pair) -> str:
         return "ucx://127.0.0.1:1"
+
+    def test_ucx_sees_the_pages_of_the_host_tier_go(self) -> None:
+        async def scenario(pair: Pair) -> None:
+            assert_ucx_sees_them_go()
+
+        self.play(scenario)
 
     def test_who_asks_before_the_lane_is_open_at_the_other_side_is_served(
         self, monkeypatch: pytest.MonkeyPatch

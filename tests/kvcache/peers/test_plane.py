@@ -59,6 +59,9 @@ class _Noting(InprocTransport):
     def register(self, memory: memoryview) -> None:
         self._places.registered.append((self.scheme, len(memory)))
 
+    def forget(self, memory: memoryview) -> None:
+        self._places.registered.remove((self.scheme, len(memory)))
+
 
 @asynccontextmanager
 async def started(
@@ -161,6 +164,20 @@ class TestMemory:
         await plane.start()
         plane.register(memoryview(bytearray(16)))
         assert places.registered == [("inproc", 8), ("inproc", 16)]
+        await plane.close()
+
+    @on_a_loop
+    async def test_no_transport_knows_what_was_forgotten(self) -> None:
+        places = Places()
+        plane = DataPlane(["inproc://a"], SystemClock(), opener=places)
+        early, late = memoryview(bytearray(8)), memoryview(bytearray(8))
+        plane.register(early)
+        plane.register(late)
+        plane.forget(early)
+        await plane.start()
+        assert places.registered == [("inproc", 8)], "of two with equal bytes, the one that was meant"
+        plane.forget(late)
+        assert places.registered == []
         await plane.close()
 
 
