@@ -241,7 +241,8 @@ class Mapped:
     @property
     def is_lost(self) -> bool:
         """Blocks are neither to be had from it nor to be written there."""
-        return self._device is None or self._device.is_lost(self.incarnation)
+        device = self._device  # Another thread may close it meanwhile.
+        return device is None or device.is_lost(self.incarnation)
 
     def close(self) -> None:
         device, self._device = self._device, None
