@@ -80,9 +80,11 @@ class Pin(Protocol):
 
 
 class DeviceBlocks(Protocol):
-    """Where blocks lie in the engine's memory, in order. One call at a time; each returns, after the device
-    has done it, the joined chunk sums of what was copied. RAISES Unavailable when it was not, or the slab is
-    not mapped any more; nothing runs on then."""
+    """Where blocks lie in the engine's memory, in order, for one request: what is asked of them comes behind
+    what the engine had queued when they were made, and the device is waited for so long in all. One call at a
+    time; each returns, after the device has done it, the joined chunk sums of what was copied. RAISES
+    Unavailable when it was not, or the slab is not mapped any more; nothing runs on then, unless the device
+    answers nothing."""
 
     def __len__(self) -> int: ...
 
