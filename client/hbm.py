@@ -80,9 +80,11 @@ class Pin(Protocol):
 
 
 class DeviceBlocks(Protocol):
-    """Where blocks lie in the engine's memory, in order. One call at a time; each returns, after the device
-    has done it, the joined chunk sums of what was copied. RAISES Unavailable when it was not, or the slab is
-    not mapped any more; nothing runs on then."""
+    """Where blocks lie in the engine's memory, in order, for one request: what is asked of them comes behind
+    what the engine had queued when they were made, and the device is waited for so long in all. One call at a
+    time; each returns, after the device has done it, the joined chunk sums of what was copied. RAISES
+    Unavailable when it was not, or the slab is not mapped any more; nothing runs on then, unless the device
+    answers nothing."""
 
     def __len__(self) -> int: ...
 
@@ -241,7 +243,8 @@ class Mapped:
     @property
     def is_lost(self) -> bool:
         """Blocks are neither to be had from it nor to be written there."""
-        return self._device is None or self._device.is_lost(self.incarnation)
+        device = self._device  # Another thread may close it meanwhile.
+        return device is None or device.is_lost(self.incarnation)
 
     def close(self) -> None:
         device, self._device = self._device, None

@@ -116,8 +116,8 @@ class EngineDevice:
             slab, count = self._slabs.pop(incarnation)
             if count > 1 or self.is_stuck:  # Unmapping would wait for it.
                 self._slabs[incarnation] = slab, count - 1
-            else:
-                slab.close()
+                return
+        slab.close()  # Without the lock: who asks meanwhile does not wait for the GPU.
 
     def pin(self, memory: memoryview, descriptor: int, unit_bytes: int, count: Count) -> HostMap:
         """As ``client.hbm.Device``."""

@@ -6,7 +6,7 @@
 What was asked of a device begins behind all that the engine had queued, so a wait may be long; but a GPU that
 has let one request wait so long in all never ends it, and is of no use if it does.
 
-The sum: two looks at the clock for a wait, and one at the device's owner every ``LOOK_S``.
+The sum: every ``LOOK_S`` of a wait two looks at the clock and one at the device's owner.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from kvcache.device.streams import Event
 ANSWER_S = 60.0
 LOOK_S: Final = 0.05
 """Who waits learns so soon that another gave the device up."""
+LOOK_NS_MAX: Final = NS_PER_S
+"""A look that took longer counts as this: it is the process that was stopped, perhaps with the device."""
 
 
 class Owner(Protocol):
@@ -43,17 +45,18 @@ class Waits:
         """Block until it is done. Not, when the device answers nothing, whoever found that. RAISES
         Unavailable when it failed."""
         now_ns = self._owner.clock.now_ns
-        end_ns = now_ns() + self._left_ns
-        try:
-            while not event.wait(self._look_s(end_ns - now_ns())):
-                if self._owner.is_stuck:
-                    return False
-                if now_ns() >= end_ns:
-                    self._owner.give_up(f"it has not answered for {ANSWER_S} s")
-                    return False
-            return True
-        finally:
-            self._left_ns = max(0, end_ns - now_ns())
+        while True:
+            begun_ns = now_ns()
+            try:
+                if event.wait(self._look_s()):
+                    return True
+            finally:
+                self._left_ns -= min(now_ns() - begun_ns, LOOK_NS_MAX)
+            if self._owner.is_stuck:
+                return False
+            if self._left_ns <= 0:
+                self._owner.give_up(f"it has not answered for {ANSWER_S} s")
+                return False
 
-    def _look_s(self, left_ns: int) -> float:
-        return 0 if self._owner.is_stuck else max(0.0, min(LOOK_S, left_ns / NS_PER_S))
+    def _look_s(self) -> float:
+        return 0 if self._owner.is_stuck else max(0.0, min(LOOK_S, self._left_ns / NS_PER_S))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvcache.client import leasing
+from kvcache.client.hbm import Mapped
 from kvcache.client.store import LEASE_MS
 from kvcache.testing.stores import SIZE
 from kvcache.wire import (
@@ -18,7 +19,7 @@ from kvcache.wire import (
     Request,
     TakeLease,
 )
-from tests.client.hbm_script import COUNT, Rig, counted
+from tests.client.hbm_script import COUNT, SLAB, List, Rig, counted
 from tests.client.script import Cancelled, Script
 
 
@@ -132,3 +133,20 @@ def test_hbm_that_was_not_asked_for() -> None:
     always = TakeLease(b"", b"".join(rig.names), hbm=True)
     assert Script(lambda request: rig.leased(always)).drive(operation).count == 0
     assert rig.context.link.broken == "bad_reply"
+
+
+def test_a_slab_that_goes_while_it_is_asked_for_is_lost() -> None:
+    """Its connection ends in another thread, between any two looks at what maps it."""
+
+    class Leaving(Mapped):
+        def __getattribute__(self, name: str) -> object:
+            found = super().__getattribute__(name)
+            if name == "_device":
+                self._device = None
+            return found
+
+    device = List()
+    assert not Mapped(device, SLAB, -1).is_lost
+    leaving = Leaving(device, SLAB, -1)
+    assert not leaving.is_lost
+    assert leaving.is_lost

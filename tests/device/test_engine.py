@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from kvcache.sums import sum_chunks
 from kvcache.testing.stores import SIZE, SPEC
 from kvcache.wire_hbm import HbmSlab
 from tests.device.engine_cache import Shape, engine, slab_bytes
-from tests.device.hbm_rig import POISON
+from tests.device.hbm_rig import PATIENCE_S, POISON
 from tests.device.rigs import written
 
 SLOTS = 8
@@ -92,6 +93,36 @@ class TestSlabs:
         device.close(owner.name)
         with pytest.raises(Unavailable):
             device.whole(owner.name)
+
+    def test_nobody_waits_for_one_that_is_being_unmapped(
+        self, owner: Owner, device: EngineDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The driver waits for the GPU there, perhaps for ever, and others ask what they may still use."""
+        begun, answered, gate = threading.Event(), threading.Event(), threading.Event()
+        close = Slab.close
+
+        def slow(slab: Slab) -> None:
+            begun.set()
+            gate.wait(3 * PATIENCE_S)
+            close(slab)
+
+        def ask() -> None:
+            device.give_up("it hangs")
+            assert device.is_lost(owner.name)
+            answered.set()
+
+        monkeypatch.setattr(Slab, "close", slow)
+        closing = threading.Thread(target=device.close, args=(owner.name,))
+        asking = threading.Thread(target=ask)
+        closing.start()
+        assert begun.wait(PATIENCE_S)
+        asking.start()
+        try:
+            assert answered.wait(PATIENCE_S)
+        finally:
+            gate.set()
+            closing.join(PATIENCE_S)
+            asking.join(PATIENCE_S)
 
     def test_the_next_nodes_slab_is_another(self, owner: Owner, device: EngineDevice) -> None:
         after = Owner()

@@ -101,15 +101,22 @@ PLANTS = (
     Plant(
         "each wait of a request has a deadline of its own",
         "kvcache/device/waits.py",
-        "            self._left_ns = max(0, end_ns - now_ns())\n",
-        "            pass\n",
+        "                self._left_ns -= min(now_ns() - begun_ns, LOOK_NS_MAX)\n",
+        "                pass\n",
         "tests/device/test_waits.py::test_all_waits_of_a_request_have_one_deadline",
+    ),
+    Plant(
+        "time in which the process was stopped counts against a GPU",
+        "kvcache/device/waits.py",
+        "min(now_ns() - begun_ns, LOOK_NS_MAX)",
+        "now_ns() - begun_ns",
+        "tests/device/test_waits.py::test_time_in_which_this_process_is_stopped_is_not_counted",
     ),
     Plant(
         "a GPU that was given up is waited for on",
         "kvcache/device/waits.py",
-        "                if self._owner.is_stuck:\n",
-        "                if False:\n",
+        "            if self._owner.is_stuck:\n",
+        "            if False:\n",
         "tests/device/test_waits.py::test_who_waits_already_waits_no_more",
     ),
     Plant(

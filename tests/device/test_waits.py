@@ -32,7 +32,7 @@ class Gpu(EngineDevice):
 class After:
     """An event that is done in so many seconds; ``meanwhile`` is called by each wait for it."""
 
-    def __init__(self, gpu: Gpu, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, gpu: Gpu, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
         self._clock = gpu.clock
         self._end_ns = gpu.clock.now_ns() + int(seconds * NS_PER_S)
         self._meanwhile = meanwhile
@@ -75,6 +75,18 @@ def test_time_in_which_nobody_waits_is_not_counted() -> None:
     waits = Waits(gpu)
     gpu.clock.advance_ms(int(2_000 * ANSWER_S))
     assert waits.has_ended(After(gpu, 0.9 * ANSWER_S))
+    assert not gpu.is_stuck
+
+
+def test_time_in_which_this_process_is_stopped_is_not_counted() -> None:
+    """The device may have been stopped with it, and goes on when it does."""
+    gpu = Gpu()
+    stops_s = [2 * ANSWER_S]
+    stopped = After(
+        gpu, 2.5 * ANSWER_S, lambda: gpu.clock.advance_ms(int(1_000 * stops_s.pop())) if stops_s else None
+    )
+    assert Waits(gpu).has_ended(stopped)
+    assert not stops_s
     assert not gpu.is_stuck
 
 
