@@ -52,8 +52,8 @@ SPIN_NS = 200_000
 IDLE_S = 0.5
 BUSY_S = 0.001
 LANDING_COUNT = 64
+PIN_S = 1.0  # So long the loop stands still, at most, for memory that goes while it is being pinned.
 INFINIBAND = pathlib.Path("/dev/infiniband")
-
 BACKEND = "UCX"
 
 log = logging.getLogger("kvcache.transport")
@@ -148,12 +148,12 @@ class Agents:
 
     def unregister(self, memory: memoryview) -> None:
         """Nothing new is read from or to it; behind what the thread does now it is pinned no more. Waits
-        when it is just being pinned, which would bring back pages that go. REQUIRES: nothing is being read
-        from or to it."""
+        when it is just being pinned, which would bring back pages that go. REQUIRES: nothing reads from or
+        to it."""
         if (region := self.regions.forget(memory)) is not None:
             job = self._pinning.pop(region)
             if not job.cancel():
-                wait([job])
+                wait([job], PIN_S)
                 self._run(self._drop, region)
 
     async def description(self) -> bytes:
