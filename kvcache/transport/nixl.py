@@ -26,7 +26,7 @@ import pathlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -52,8 +52,8 @@ SPIN_NS = 200_000
 IDLE_S = 0.5
 BUSY_S = 0.001
 LANDING_COUNT = 64
+PIN_S = 1.0  # So long the loop stands still, at most, for memory that goes while it is being pinned.
 INFINIBAND = pathlib.Path("/dev/infiniband")
-
 BACKEND = "UCX"
 
 log = logging.getLogger("kvcache.transport")
@@ -85,6 +85,7 @@ class Agents:
             os.environ.setdefault("UCX_MODULES", "^ib")
         self._executor = ThreadPoolExecutor(1, "nixl")
         self._registered: dict[int, Region] = {}
+        self._pinning: dict[Region, Future[bytes]] = {}
         self._flights: set[Flight] = set()
         self._known: dict[str, int] = {}
         self._generation = 0
@@ -133,19 +134,27 @@ class Agents:
         they hear of places in it: not when it cannot be pinned, is already, or is forgotten meanwhile."""
 
         def pinned(region: Region, job: asyncio.Future[bytes]) -> None:
+            if job.cancelled():
+                return
             if not (description := job.result()):
+                self._pinning.pop(region, None)
                 self.regions.refused(region)
             elif self.regions.pinned(region):
                 tell(description)
 
         if (region := self.regions.want(memory)) is not None:
-            self._run(self._register, region).add_done_callback(partial(pinned, region))
+            job = self._pinning[region] = self._executor.submit(self._register, region)
+            asyncio.wrap_future(job).add_done_callback(partial(pinned, region))
 
     def unregister(self, memory: memoryview) -> None:
-        """Nothing new is read from or to it; behind what the thread does now it is pinned no more. REQUIRES:
-        nothing is being read from or to it."""
+        """Nothing new is read from or to it; behind what the thread does now it is pinned no more. Waits
+        when it is just being pinned, which would bring back pages that go. REQUIRES: nothing reads from or
+        to it."""
         if (region := self.regions.forget(memory)) is not None:
-            self._run(self._drop, region)
+            job = self._pinning.pop(region)
+            if not job.cancel():
+                wait([job], PIN_S)
+                self._run(self._drop, region)
 
     async def description(self) -> bytes:
         """The serving agent's: keys to all registered memory. REQUIRES: started."""
@@ -283,11 +292,9 @@ class Agents:
         self._known[path.name] -= 1
         if self._known[path.name] == 0:
             del self._known[path.name]
-            try:
+            with suppress(*_ERRORS):  # It was gone by itself.
                 self._reading.remove_remote_agent(path.name)
                 self._reading.get_new_notifs()
-            except _ERRORS:
-                return  # It was gone by itself.
 
     def _begin(self, flight: Flight) -> None:
         if flight.is_dropped:
@@ -371,10 +378,8 @@ class Agents:
             return
         assert not self._flights, "a read was still running"
         for name in self._known:
-            try:
+            with suppress(*_ERRORS):
                 self._reading.remove_remote_agent(name)
-            except _ERRORS:
-                continue
         for _ in range(8):
             self._reading.get_new_notifs()
             self._serving.get_new_notifs()

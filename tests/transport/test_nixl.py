@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,13 +58,48 @@ class TestNixl(TransportContract):
 
         self.play(scenario)
 
-    def test_what_is_forgotten_before_it_is_pinned_is_not_told(self) -> None:
+    def test_what_is_forgotten_before_it_is_pinned_is_never_pinned(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pinning gives memory its pages: they would come back after they went."""
+
         async def scenario(pair: Pair) -> None:
-            far = agents(pair.far)
-            memory = self.memory(1 << 20)
+            far, memory, added, thread = agents(pair.far), self.memory(1 << 20), [], threading.Event()
+            monkeypatch.setattr(far, "_add", added.append)
             before = len(await far.description())
+            busy = far._run(thread.wait)
             pair.far.register(memory)
             pair.far.forget(memory)
+            thread.set()
+            await busy
+            assert len(await far.description()) == before
+            await turns(10)
+            assert added == []
+            assert far.regions.places([memory]) == []
+
+        self.play(scenario)
+
+    def test_what_is_forgotten_while_it_is_pinned_is_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario(pair: Pair) -> None:
+            far, memory = agents(pair.far), self.memory(1 << 20)
+            began, returned = threading.Event(), threading.Event()
+            late: list[bool] = []
+            add = far._add
+
+            def add_slowly(region: Region) -> None:
+                began.set()
+                late.append(returned.wait(0.2))
+                add(region)
+
+            before = len(await far.description())
+            monkeypatch.setattr(far, "_add", add_slowly)
+            pair.far.register(memory)
+            assert await asyncio.to_thread(began.wait, 20)
+            pair.far.forget(memory)
+            returned.set()
+            assert late == [False]
             assert len(await far.description()) == before
             await turns(10)
             assert far.regions.places([memory]) == []
@@ -111,16 +147,17 @@ class TestNixl(TransportContract):
             from kvcache.transport.nixl import bindings
 
             far, region = agents(pair.far), self.memory(1 << 20)
-            add, added = far._add, []
+            add, added = far._add, threading.Event()
 
             def refuse_once(wanted: Region) -> None:
-                added.append(wanted)
-                if len(added) == 1:
+                if not added.is_set():
+                    added.set()
                     raise bindings.nixlBackendError("no more memory can be locked")
                 add(wanted)
 
             monkeypatch.setattr(far, "_add", refuse_once)
             pair.far.register(region)
+            assert added.wait(20), "the loop does not hear of it yet"
             pair.far.forget(region)
             pair.far.register(region)
             await far.description()
