@@ -13,19 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvcache import __version__
-from kvcache.metrics_route import RouteMetrics
+from kvcache.metrics_route import RouteMetrics, new_registry
 from kvcache.metrics_stats import OTHER, PREFIX, STATS, Stat
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -55,9 +48,7 @@ class HttpMetrics:
     """The metrics of one HTTP process, and the registry that shows them and the node's."""
 
     def __init__(self) -> None:
-        # When each counter was made would be a series each, and no use. The library does not type this call.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
+        self.registry = new_registry()
         self.node = NodeCollector()
         self.registry.register(self.node)
         build = Gauge("kvcache_build_info", "Always 1; the release.", ["version"], registry=self.registry)

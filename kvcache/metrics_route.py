@@ -14,13 +14,18 @@ from prometheus_client import (
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
+def new_registry() -> CollectorRegistry:
+    """An empty one, of a process whose counters do not publish when they were made: a series each, of no
+    use."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # The library does not type it.
+    return CollectorRegistry()
+
+
 class RouteMetrics:
     """One process has one of these, in a registry of its own."""
 
     def __init__(self) -> None:
-        # When each counter was made would be a series each, and no use. The library does not type this call.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
+        self.registry = new_registry()
         self.requests = self._counter("requests", "Requests answered.", "route", "status")
         self.first_byte = Histogram(
             "kvcache_route_first_byte_seconds",

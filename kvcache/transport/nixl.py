@@ -43,8 +43,8 @@ except ImportError:
 from kvcache.clock import NS_PER_MS
 from kvcache.transport.base import PeerLost
 from kvcache.transport.flow import to_the_end
-from kvcache.transport.nixl_regions import SMALL, Region, Regions, address_of
-from kvcache.transport.nixl_rounds import SLOT_BYTES, SLOT_COUNT, Flight, Path, Slots, Span
+from kvcache.transport.nixl_regions import Region, Regions, address_of
+from kvcache.transport.nixl_rounds import SLOT_BYTES, SLOT_COUNT, SMALL, Flight, Path, Slots, Span
 from kvcache.transport.nixl_wire import PROBE_BYTES
 
 GRACE_NS = 100 * NS_PER_MS

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kvcache.transport.base import NOTE_BYTES_MAX, Note, PeerLost, Priority, Ticket, TransferRefused
 from kvcache.transport.flow import until
 from kvcache.transport.nixl_lane import Lane, unless
-from kvcache.transport.nixl_regions import SMALL
-from kvcache.transport.nixl_rounds import SLOT_BYTES, Place, Span, apart, in_a_row, length_of, rounds, scatter
+from kvcache.transport.nixl_rounds import SLOT_BYTES, SMALL, apart, in_a_row, length_of, rounds, scatter
 from kvcache.transport.nixl_serving import OPEN_MAX, WITHDRAWN, Serving
 from kvcache.transport.nixl_wire import (
     PIECES_MAX,
@@ -53,6 +52,7 @@ from kvcache.transport.pulse import Pulse
 from kvcache.transport.tickets import Use
 
 if TYPE_CHECKING:
+    from kvcache.transport.nixl_rounds import Place, Span
     from kvcache.transport.nixl_transport import NixlTransport
 
 ROUND_BYTES = 32 << 20

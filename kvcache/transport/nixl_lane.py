@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from kvcache.transport.base import PeerLost
 from kvcache.transport.nixl import Agents
-from kvcache.transport.nixl_regions import REGIONS_MAX, SMALL
-from kvcache.transport.nixl_rounds import Path, Span
+from kvcache.transport.nixl_regions import REGIONS_MAX
+from kvcache.transport.nixl_rounds import SMALL, Path, Span
 from kvcache.transport.nixl_wire import AnyMessage, Hello, Wired, Wiring
 
 _T = TypeVar("_T")

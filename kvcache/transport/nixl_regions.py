@@ -19,13 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcache.transport.nixl_rounds import Place
+from kvcache.transport.nixl_rounds import SMALL, Place
 
 REGIONS_MAX = 4_096
 """So many at a time; what is more goes through buffers. A description of them all fits a frame: 44 bytes
 each, and the keys of each network card."""
-SMALL = 0
-"""The device of the buffers that each agent is made with."""
 
 
 def address_of(view: memoryview) -> int:

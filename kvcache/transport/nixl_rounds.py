@@ -21,7 +21,9 @@ SLOT_COUNT = 8
 Place = tuple[int, int]
 """Address, and the number of the registration that it lies in (``nixl_regions``)."""
 Span = tuple[int, int, int]
-"""Address, length, and the number of the registration; that of the small buffers is 0."""
+"""Address, length, and the number of the registration."""
+SMALL = 0
+"""That of the buffers which each agent is made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def in_a_row(place: int, cuts: Sequence[Cut]) -> list[Span]:
     """The cuts one behind the other in a small buffer, from ``place``."""
     spans: list[Span] = []
     for cut in cuts:
-        spans.append((place, cut.length, 0))
+        spans.append((place, cut.length, SMALL))
         place += cut.length
     return spans
 

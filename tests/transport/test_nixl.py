@@ -82,15 +82,27 @@ class TestNixl(TransportContract):
     def test_what_is_forgotten_while_it_is_pinned_is_waited_for(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("kvcache.transport.nixl.PIN_S", 20.0)
+        assert self.forgotten_while_it_is_pinned(monkeypatch, pin_s=0.2) == "pinned first"
+
+    def test_a_pin_that_does_not_end_is_not_waited_for_without_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kvcache.transport.nixl.PIN_S", 0.01)
+        assert self.forgotten_while_it_is_pinned(monkeypatch, pin_s=20) == "forgotten first"
+
+    def forgotten_while_it_is_pinned(self, monkeypatch: pytest.MonkeyPatch, pin_s: float) -> str:
+        """Which was over first? Pinning takes so long, or until it is forgotten."""
+        first: list[str] = []
+
         async def scenario(pair: Pair) -> None:
             far, memory = agents(pair.far), self.memory(1 << 20)
             began, returned = threading.Event(), threading.Event()
-            late: list[bool] = []
             add = far._add
 
             def add_slowly(region: Region) -> None:
                 began.set()
-                late.append(returned.wait(0.2))
+                first.append("forgotten first" if returned.wait(pin_s) else "pinned first")
                 add(region)
 
             before = len(await far.description())
@@ -99,12 +111,12 @@ class TestNixl(TransportContract):
             assert await asyncio.to_thread(began.wait, 20)
             pair.far.forget(memory)
             returned.set()
-            assert late == [False]
             assert len(await far.description()) == before
             await turns(10)
             assert far.regions.places([memory]) == []
 
         self.play(scenario)
+        return first[0]
 
     def test_a_reading_agent_that_is_replaced_knows_what_was_registered_since(self) -> None:
         async def scenario(pair: Pair) -> None:
