@@ -50,11 +50,13 @@ from kvcache.clock import NS_PER_MS, NS_PER_S, Clock
 from kvcache.errors import BadInput, KVCacheError, NotAllowed
 from kvcache.namespace import Namespace
 from kvcache.request_hints import UNKNOWN, RequestHints
+from kvcache.uncancelled import to_the_end
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 COPY_THREADS = 2
+
 T = TypeVar("T")
 
 
@@ -270,7 +272,7 @@ class AsyncNodeStore:
             step = next(operation)
             while True:
                 running = self._begin(attached, step)
-                cancelled = await _ended(running) or cancelled
+                cancelled = await to_the_end(running) or cancelled
                 if running.cancelled():  # Not by the caller: the loop ends all its tasks.
                     attached.link.broken = "interrupted"
                     operation.close()
@@ -343,7 +345,7 @@ class AsyncNodeStore:
     async def _waited(self, end: Callable[[], None]) -> None:
         """In a thread: a device may copy still."""
         ending = asyncio.get_running_loop().run_in_executor(self._copying, end)
-        if (cancelled := await _ended(ending)) is not None:
+        if (cancelled := await to_the_end(ending)) is not None:
             raise cancelled
         ending.result()
 
@@ -387,14 +389,3 @@ class AsyncNodeStore:
             self._node = channel.welcome.node
             undo.pop_all()
         return attached
-
-
-async def _ended(running: asyncio.Future[T]) -> asyncio.CancelledError | None:
-    """Wait until it has ended, even when cancelled meanwhile. Returns the cancellation, to be raised."""
-    cancelled: asyncio.CancelledError | None = None
-    while not running.done():
-        try:
-            await asyncio.wait([running])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled

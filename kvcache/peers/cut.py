@@ -37,6 +37,7 @@ from kvcache.slices import Part, plans
 from kvcache.sums import SUM_BYTES, block_checksum, copy_and_sum
 from kvcache.transport.base import Priority, TransferLate
 from kvcache.transport.flow import until
+from kvcache.uncancelled import to_the_end
 from kvcache.wire import SUMS_BYTES_MAX
 
 CUTS_MAX = 4
@@ -274,12 +275,7 @@ async def copied(sources: Sequence[memoryview], targets: Sequence[memoryview], p
     """In a thread. Ends only when the thread has, whatever happens meanwhile."""
     loop = asyncio.get_running_loop()
     copying = loop.run_in_executor(None, copy_and_sum, sources, targets, piece_bytes)
-    cancelled: asyncio.CancelledError | None = None
-    while not copying.done():
-        try:
-            await asyncio.wait([copying])
-        except asyncio.CancelledError as error:
-            cancelled = error
+    cancelled = await to_the_end(copying)
     copying.result()
     if cancelled is not None:
         raise cancelled

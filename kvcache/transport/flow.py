@@ -39,18 +39,6 @@ async def until(deadline_ns: int, clock: Clock) -> AsyncIterator[None]:
         raise TransferLate("the deadline is past") from error
 
 
-async def to_the_end(job: asyncio.Future[None]) -> None:
-    """Wait for it, whatever is asked meanwhile. RAISES CancelledError then."""
-    was_cancelled = False
-    while not job.done():
-        try:
-            await asyncio.wait([job])
-        except asyncio.CancelledError:
-            was_cancelled = True
-    if was_cancelled:
-        raise asyncio.CancelledError
-
-
 class Flow:
     """All the endpoints of one transport."""
 

@@ -42,10 +42,10 @@ except ImportError:
 
 from kvcache.clock import NS_PER_MS
 from kvcache.transport.base import PeerLost
-from kvcache.transport.flow import to_the_end
 from kvcache.transport.nixl_regions import Region, Regions, address_of
 from kvcache.transport.nixl_rounds import SLOT_BYTES, SLOT_COUNT, SMALL, Flight, Path, Slots, Span
 from kvcache.transport.nixl_wire import PROBE_BYTES
+from kvcache.uncancelled import to_the_end
 
 GRACE_NS = 100 * NS_PER_MS
 SPIN_NS = 200_000
@@ -148,8 +148,7 @@ class Agents:
 
     def unregister(self, memory: memoryview) -> None:
         """Nothing new is read from or to it; behind what the thread does now it is pinned no more. Waits
-        when it is just being pinned, which would bring back pages that go. REQUIRES: nothing reads from or
-        to it."""
+        when it is just being pinned, which would bring back pages that go. REQUIRES: no read has it."""
         if (region := self.regions.forget(memory)) is not None:
             job = self._pinning.pop(region)
             if not job.cancel():
@@ -197,7 +196,8 @@ class Agents:
                 await asyncio.shield(self._run(self._poll, flight))
         except BaseException:
             flight.is_dropped = True
-            await to_the_end(self._run(self._abandon, flight))
+            if (cancelled := await to_the_end(self._run(self._abandon, flight))) is not None:
+                raise cancelled from None
             raise
         if flight.error:
             raise PeerLost(flight.error)

@@ -91,7 +91,7 @@ PLANTS = (
     ),
     Plant(
         "a copy is left to itself when the fetch is cancelled",
-        "kvcache/peers/cut.py",
+        "kvcache/uncancelled.py",
         "            cancelled = error\n",
         "            raise error\n",
         f"{CUTS}::test_a_copy_ends_before_its_cancellation_is_heard",
